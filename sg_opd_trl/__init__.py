@@ -1,0 +1,68 @@
+"""On-policy distillation for TRL, with a verifier as the trust signal for the teacher.
+
+Names are imported on first use, so that `import sg_opd_trl` costs nothing and `sg_opd_trl.core` needs torch alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_SOURCES = {
+    "SGOPDConfig": "config",
+    "SGOPDTrainer": "trainer",
+    "TeacherAnchorCallback": "anchor",
+    "LocalTeacher": "teachers",
+    "math_reward": "verifiers",
+    "exact_match_reward": "verifiers",
+    "evaluate_model": "evaluation",
+    "EvaluationResult": "evaluation",
+    "pass_at_k": "evaluation",
+    "SGOPDError": "errors",
+    "SGOPDConfigError": "errors",
+    "DataError": "errors",
+    "TeacherError": "errors",
+    "VerifierError": "errors",
+    "NonFiniteError": "errors",
+}
+_MODULES = ("core", "evaluation", "reporting", "tasks", "teachers", "verifiers")
+
+__all__ = [
+    "DataError",
+    "EvaluationResult",
+    "LocalTeacher",
+    "NonFiniteError",
+    "SGOPDConfig",
+    "SGOPDConfigError",
+    "SGOPDError",
+    "SGOPDTrainer",
+    "TeacherAnchorCallback",
+    "TeacherError",
+    "VerifierError",
+    "__version__",
+    "evaluate_model",
+    "exact_match_reward",
+    "math_reward",
+    "pass_at_k",
+]
+
+if TYPE_CHECKING:
+    from .anchor import TeacherAnchorCallback
+    from .config import SGOPDConfig
+    from .errors import DataError, NonFiniteError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
+    from .evaluation import EvaluationResult, evaluate_model, pass_at_k
+    from .teachers import LocalTeacher
+    from .trainer import SGOPDTrainer
+    from .verifiers import exact_match_reward, math_reward
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _SOURCES:
+        return getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -1,0 +1,72 @@
+"""The equations of sign-gated on-policy distillation, one function each. Imports torch and nothing else."""
+
+from sg_opd_trl.core.anchor import (
+    ANCHOR_REDUCTIONS,
+    ANCHOR_WEIGHTS,
+    anchor_cross_entropy,
+    anchor_denominator,
+    anchor_token_weights,
+)
+from sg_opd_trl.core.diagnostics import (
+    MAXIMUM_NAMES,
+    METRIC_NAMES,
+    TokenStatistics,
+    combine,
+    finalize,
+    token_statistics,
+)
+from sg_opd_trl.core.gate import (
+    DISAGREE_MODES,
+    NEUTRAL_MODES,
+    RouteReferences,
+    route_advantages,
+    route_gated_advantages,
+    routes_need_reference,
+    sign_consistency_gate,
+)
+from sg_opd_trl.core.log_ratio import extrapolated_advantage, reverse_kl_advantage
+from sg_opd_trl.core.objective import (
+    anchored_loss,
+    masked_sum_and_count,
+    mean_of,
+    rows_needing_reference,
+    weighted_advantages,
+)
+from sg_opd_trl.core.schedule import anchor_schedule
+from sg_opd_trl.core.support import local_support_matching
+from sg_opd_trl.core.verifier import verifier_group_advantages
+from sg_opd_trl.core.weights import drift_gate, prefix_importance_weight, stability_weight
+
+__all__ = [
+    "ANCHOR_REDUCTIONS",
+    "ANCHOR_WEIGHTS",
+    "DISAGREE_MODES",
+    "MAXIMUM_NAMES",
+    "METRIC_NAMES",
+    "NEUTRAL_MODES",
+    "RouteReferences",
+    "TokenStatistics",
+    "anchor_cross_entropy",
+    "anchor_denominator",
+    "anchor_schedule",
+    "anchor_token_weights",
+    "anchored_loss",
+    "combine",
+    "drift_gate",
+    "extrapolated_advantage",
+    "finalize",
+    "local_support_matching",
+    "masked_sum_and_count",
+    "mean_of",
+    "prefix_importance_weight",
+    "reverse_kl_advantage",
+    "route_advantages",
+    "route_gated_advantages",
+    "routes_need_reference",
+    "rows_needing_reference",
+    "sign_consistency_gate",
+    "stability_weight",
+    "token_statistics",
+    "verifier_group_advantages",
+    "weighted_advantages",
+]

@@ -1,0 +1,169 @@
+"""Sums and counts for the metrics of a batch, so that ranks and micro-batches reduce first and divide last."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sg_opd_trl.core._checks import check_floating, check_mask, check_shape, check_tensor, detached
+
+#: Suffixes of the row groups: all rows, rows judged right, rows judged wrong.
+ROW_GROUPS = ("", "/right", "/wrong")
+#: Metric -> (its sum, its count), both names of the row sums below.
+_RATIOS = {
+    "gate/consensus": ("consensus", "gated"),
+    "gate/conflict": ("conflict", "gated"),
+    "gate/neutral": ("neutral", "gated"),
+    "gate/sign_flips": ("sign_flips", "consensus"),
+    "gate/advantage_consensus": ("advantage_consensus", "consensus"),
+    "gate/advantage_conflict": ("advantage_conflict", "conflict"),
+    "gate/advantage_neutral": ("advantage_neutral", "neutral"),
+    "teacher/kl_k1": ("kl_k1", "tokens"),
+    "teacher/kl_k3": ("kl_k3", "tokens"),
+    "teacher/abs_advantage_mean": ("abs_advantage", "tokens"),
+    "teacher/phi_mean": ("phi", "tokens"),
+}
+METRIC_NAMES = tuple(name + group for group in ROW_GROUPS for name in _RATIOS)
+MAXIMUM_NAMES = tuple("teacher/abs_advantage_max" + group for group in ROW_GROUPS)
+#: exp(20) is 5e8: beyond it one token would drown the mean, and float32 overflows at 88.
+_K3_LIMIT = 20.0
+
+
+class TokenStatistics(NamedTuple):
+    """What one batch adds to the metrics.
+
+    Attributes:
+        totals: `(2 * len(METRIC_NAMES),)` float32, (sum, count) of each metric in turn; reduce by summing.
+        maxima: `(3,)` float32, in the order of `MAXIMUM_NAMES`, 0 in a group without tokens; reduce by the maximum.
+    """
+
+    totals: Tensor
+    maxima: Tensor
+
+
+@torch.no_grad()
+def token_statistics(
+    *,
+    gate: Tensor | None,
+    advantages: Tensor,
+    teacher_advantages: Tensor,
+    stability_weights: Tensor,
+    mask: Tensor,
+    right: Tensor,
+    wrong: Tensor,
+) -> TokenStatistics:
+    """Sums and counts of every `gate/` and `teacher/` metric, over all rows, right rows and wrong rows.
+
+        kl_k1 = -a2;  kl_k3 = exp(a2) - a2 - 1, a2 cut at 20;  sign flip: consensus with sign(A) sign(a2) < 0
+
+    k1 and k3 estimate KL(student || teacher) on the student's own samples. The shares of the three classes are those
+    of SG-OPD (arXiv:2606.09304) Figure 7. Nothing waits for the device.
+
+    Args:
+        gate: `(B, T)`: +1 consensus, -1 conflict, 0 neutral; None where the gate is off, which leaves `gate/` out.
+        advantages: `(B, T)` routed advantages A, before any weight.
+        teacher_advantages: `(B, T)` a2 in nats.
+        stability_weights: `(B, T)` phi as applied.
+        mask: `(B, T)`, 1 = counts; the other tensors may hold anything, NaN too, where it is 0.
+        right: `(B,)`, 1 = judged right.
+        wrong: `(B,)`, 1 = judged wrong; an abstention is neither.
+
+    Returns:
+        The statistics, on the device of the inputs.
+
+    Raises:
+        TypeError: An argument is not a tensor of the right kind.
+        ValueError: The shapes do not fit.
+    """
+    check_floating(
+        2, teacher_advantages=teacher_advantages, advantages=advantages, stability_weights=stability_weights
+    )
+    valid = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
+    rows = teacher_advantages.shape[:1]
+    is_right = check_mask("right", right, "the rows of mask", rows)
+    is_wrong = check_mask("wrong", wrong, "the rows of mask", rows)
+    a2 = torch.where(valid, detached(teacher_advantages).float(), 0.0)
+    features = _teacher_features(a2, stability_weights, valid) | _gate_features(gate, advantages, a2, valid)
+    names = list(features)
+    row_sums = torch.stack([features[name].float() for name in names]).sum(dim=-1)
+    # Not a matmul with the groups: autocast and TF32 would round the counts.
+    groups = torch.stack([torch.ones_like(is_right), is_right, is_wrong])
+    sums = torch.where(groups.unsqueeze(1), row_sums, 0.0).sum(dim=-1)
+    order = [names.index(name) for pair in _RATIOS.values() for name in pair]
+    maxima = torch.where(groups.unsqueeze(-1), a2.abs(), 0.0).flatten(1).amax(dim=1)
+    return TokenStatistics(torch.stack([sums[:, index] for index in order], dim=1).flatten(), maxima)
+
+
+def combine(statistics: Sequence[TokenStatistics]) -> TokenStatistics:
+    """Merge the statistics of several micro-batches or ranks.
+
+    Args:
+        statistics: One or more, on one device.
+
+    Returns:
+        Sum of the totals, maximum of the maxima.
+
+    Raises:
+        ValueError: The sequence is empty.
+    """
+    if not statistics:
+        raise ValueError(
+            "`statistics` must hold at least one entry, got none. There is nothing to merge. Set it to the statistics "
+            "of the step's micro-batches."
+        )
+    totals = torch.stack([entry.totals for entry in statistics]).sum(dim=0)
+    return TokenStatistics(totals, torch.stack([entry.maxima for entry in statistics]).amax(dim=0))
+
+
+def finalize(totals: Tensor, maxima: Tensor | None = None) -> dict[str, Tensor]:
+    """Divide the reduced sums by the reduced counts. The only place that waits for the device, once.
+
+    Args:
+        totals: `(2 * len(METRIC_NAMES),)` (sum, count) pairs, already reduced over micro-batches and ranks.
+        maxima: `(3,)`, already reduced; None leaves the maxima out.
+
+    Returns:
+        Metric name -> 0-dim float32 tensor on the CPU; names without a single token are absent.
+
+    Raises:
+        ValueError: A tensor has the wrong length.
+    """
+    check_tensor("totals", totals)
+    check_shape("totals", totals, "(sum, count) pairs of METRIC_NAMES", (2 * len(METRIC_NAMES),))
+    packed = totals if maxima is None else torch.cat([totals, maxima])
+    values = packed.detach().float().cpu()
+    sums, counts = values[: totals.numel()].view(-1, 2).unbind(dim=1)
+    means = sums / counts
+    present = dict(zip(METRIC_NAMES, (counts > 0).tolist(), strict=True))
+    metrics = {name: means[index] for index, name in enumerate(METRIC_NAMES) if present[name]}
+    if maxima is not None:
+        check_shape("maxima", maxima, "MAXIMUM_NAMES", (len(MAXIMUM_NAMES),))
+        largest = zip(MAXIMUM_NAMES, ROW_GROUPS, values[totals.numel() :], strict=True)
+        metrics |= {name: value for name, group, value in largest if present["teacher/kl_k1" + group]}
+    return metrics
+
+
+def _teacher_features(a2: Tensor, stability_weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """`(B, T)` summands of the `teacher/` metrics; `a2` is 0 off the mask, where k3 is 0 too."""
+    bounded = a2.clamp(max=_K3_LIMIT)
+    return {
+        "tokens": valid,
+        "kl_k1": -a2,
+        "kl_k3": torch.expm1(bounded) - bounded,
+        "abs_advantage": a2.abs(),
+        "phi": torch.where(valid, detached(stability_weights).float(), 0.0),
+    }
+
+
+def _gate_features(gate: Tensor | None, advantages: Tensor, a2: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """`(B, T)` summands of the `gate/` metrics; all zero without a gate, so that every rank sends the same vector."""
+    gated = valid if gate is not None else torch.zeros_like(valid)
+    signs = torch.zeros_like(a2) if gate is None else gate
+    check_tensor("gate", signs)
+    check_shape("gate", signs, "teacher_advantages", a2.shape)
+    routed = detached(advantages).float()
+    classes = {"consensus": gated & (signs > 0), "conflict": gated & (signs < 0), "neutral": gated & (signs == 0)}
+    means = {f"advantage_{name}": torch.where(chosen, routed, 0.0) for name, chosen in classes.items()}
+    flips = classes["consensus"] & (routed.sign() * a2.sign() < 0)
+    return {"gated": gated, "sign_flips": flips, **classes, **means}

@@ -1,0 +1,146 @@
+"""Non-negative token weights that multiply the advantages; no gradient runs through them."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sg_opd_trl.core._checks import (
+    check_choice,
+    check_floating,
+    check_mask,
+    check_number,
+    check_positive,
+    check_tensor,
+    detached,
+)
+
+
+def stability_weight(
+    teacher_advantages: Tensor,
+    mask: Tensor,
+    tau: float | None,
+    norm: str = "sequence",
+    denominator: Tensor | None = None,
+) -> Tensor:
+    """Weight that bounds the pull of tokens on which teacher and student are far apart.
+
+        phi = min(1, tau / |a2|), phi = 1 at a2 = 0;  phi_hat = phi / mean(phi over valid tokens)
+
+    SG-OPD (arXiv:2606.09304) Eq. 9; `phi * a2` is a2 clipped to +-tau. The paper leaves the scope of the mean open.
+
+    Args:
+        teacher_advantages: `(B, T)` a2 in nats; any value, NaN too, where the mask is 0.
+        mask: `(B, T)`, 1 = counts.
+        tau: Magnitude of a2 in nats above which a token is damped; None switches phi off: ones everywhere.
+        norm: `sequence` divides by the mean of each row, `batch` by one mean, `none` leaves phi as it is.
+        denominator: 0-dim mean of phi over all valid tokens of all ranks; only for `batch`, whose mean is otherwise
+            that of the tensors given.
+
+    Returns:
+        `(B, T)` weights, detached, float32 or wider, 0 where the mask is 0.
+
+    Raises:
+        TypeError: `teacher_advantages` is not a floating tensor.
+        ValueError: A shape, `tau` or `norm` is out of range, or a `denominator` comes with another `norm`.
+    """
+    check_floating(2, teacher_advantages=teacher_advantages)
+    valid = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
+    check_choice("norm", norm, ("sequence", "batch", "none"))
+    if denominator is not None:
+        check_tensor("denominator", denominator)
+    if denominator is not None and (norm != "batch" or denominator.dim() != 0):
+        raise ValueError(
+            f'`denominator` must be a 0-dim tensor with norm="batch", got shape {tuple(denominator.shape)} with '
+            f"norm={norm!r}. It is one mean for the whole batch. Set it to None or `norm` to batch."
+        )
+    advantages = detached(teacher_advantages)
+    if tau is None:
+        return torch.ones_like(advantages)
+    check_positive("tau", tau, reason="It is a magnitude on |a2|. Set it to None to switch phi off.")
+    phi = torch.where(valid, (tau / advantages.abs()).clamp(max=1.0), 0.0)
+    if norm == "none":
+        return phi
+    if denominator is not None:
+        return phi / denominator.detach()
+    return _unit_mean(phi, valid, dims=(0, 1) if norm == "batch" else (1,))
+
+
+def drift_gate(
+    behavior_logps: Tensor, current_logps: Tensor, mask: Tensor, tau: float, block_size: int = 64
+) -> Tensor:
+    """Weight that damps blocks of tokens on which the policy has drifted since the rollout.
+
+        delta_t = log pi_behaviour(y_t) - log pi_current(y_t)
+        g_b = exp(-tau |mean_{t in b} delta_t|);  w_t = g_{b(t)} / mean(g over the row's valid tokens)
+
+    Blockwise policy-drift gating (arXiv:2606.24084) Eq. 1, known at second hand. The mean is signed, so opposite
+    drifts inside a block cancel. A row of a single block has w = 1.
+
+    Args:
+        behavior_logps: `(B, T)` log-probs in nats under the policy that made the rollout, recomputed by the trainer.
+        current_logps: `(B, T)` log-probs in nats under the policy being updated.
+        mask: `(B, T)`, 1 = counts; both log-probs may hold anything, NaN too, where it is 0.
+        tau: Decay per nat, >= 0.
+        block_size: Columns per block, counted from the first column; the last block may be short.
+
+    Returns:
+        `(B, T)` weights, detached, float32 or wider, mean 1 over each row's valid tokens and 0 where the mask is 0.
+
+    Raises:
+        TypeError: A log-prob is not a floating tensor.
+        ValueError: A shape, `tau` or `block_size` is out of range.
+    """
+    check_floating(2, behavior_logps=behavior_logps, current_logps=current_logps)
+    valid = check_mask("mask", mask, "behavior_logps", behavior_logps.shape)
+    check_number("tau", tau, low=0.0, reason="It is a decay rate. Set it to 0 for equal weights.")
+    check_number("block_size", block_size, low=1, reason="It is a number of tokens. Set it to 64.")
+    drift = torch.where(valid, detached(behavior_logps) - detached(current_logps), 0.0)
+    decay = tau * _block_mean(drift, valid, block_size).abs()
+    # A common factor cancels in the mean: starting at the row's least decay keeps exp from flushing a row to zero.
+    least = decay.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
+    return _unit_mean(torch.where(valid, (least - decay).exp(), 0.0), valid, dims=(1,))
+
+
+def prefix_importance_weight(teacher_advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Weight that favours tokens whose prefix the teacher still agrees with.
+
+        w_t = 1 + gamma (1 - sum_{k<t} |a2_k| / sum_k |a2_k|)
+
+    sums over valid tokens, the last one included; in [1, 1 + gamma], not of unit mean. IW-OPD (arXiv:2606.22600).
+
+    Args:
+        teacher_advantages: `(B, T)` a2 in nats, before any routing; any value, NaN too, where the mask is 0.
+        mask: `(B, T)`, 1 = counts.
+        gamma: Extra weight of the first token, >= 0; 0 is plain distillation.
+
+    Returns:
+        `(B, T)` weights, detached, float32 or wider, 0 where the mask is 0.
+
+    Raises:
+        TypeError: `teacher_advantages` is not a floating tensor.
+        ValueError: A shape or `gamma` is out of range.
+    """
+    check_floating(2, teacher_advantages=teacher_advantages)
+    valid = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
+    check_number("gamma", gamma, low=0.0, reason="It is an extra weight. Set it to 0 for plain distillation.")
+    magnitudes = torch.where(valid, detached(teacher_advantages).abs(), 0.0)
+    before = magnitudes.cumsum(dim=1) - magnitudes
+    share = before / magnitudes.sum(dim=1, keepdim=True).clamp(min=1e-8)
+    return torch.where(valid, 1 + gamma * (1 - share), 0.0)
+
+
+def _block_mean(values: Tensor, valid: Tensor, block_size: int) -> Tensor:
+    """Mean of each block's valid entries, on every column of the block; `values` is 0 off the mask."""
+    columns = values.shape[1]
+    missing = -columns % block_size
+    blocks = ((columns + missing) // block_size, block_size)
+    sums = pad(values, (0, missing)).unflatten(1, blocks).sum(dim=2)
+    counts = pad(valid, (0, missing)).unflatten(1, blocks).sum(dim=2).clamp(min=1)
+    return (sums / counts).repeat_interleave(block_size, dim=1)[:, :columns]
+
+
+def _unit_mean(weights: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Divide by the mean over the valid entries of `dims`; 0 where there is none. `weights` is 0 off the mask."""
+    total = weights.sum(dim=dims, keepdim=True)
+    count = valid.sum(dim=dims, keepdim=True)
+    return torch.where(total > 0, weights * (count / total), 0.0)

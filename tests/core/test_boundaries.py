@@ -1,0 +1,58 @@
+"""What the core promises about imports, its public names and waiting for the device."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from sg_opd_trl import core
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_core_imports_torch_and_none_of_the_stack() -> None:
+    script = (
+        "import json, sys, sg_opd_trl.core\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    loaded = set(json.loads(done.stdout))
+    assert {"torch", "sg_opd_trl"} <= loaded
+    assert not loaded & {"trl", "transformers", "accelerate", "datasets", "peft", "math_verify"}
+
+
+def test_public_names_exist_and_are_complete() -> None:
+    assert core.__all__ == sorted(core.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    public = {name for name in vars(core) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(getattr(core, name), type(sys))}
+    assert public - modules == set(core.__all__)
+
+
+def test_nothing_reads_a_value_back() -> None:
+    """On the meta device there are no values: any `.item()`, `bool(tensor)` or boolean indexing raises."""
+    logps = torch.zeros(4, 6, device="meta")
+    a1 = torch.zeros(4, device="meta")
+    a2 = core.reverse_kl_advantage(logps, logps)
+    gate = core.sign_consistency_gate(a1, a2, 0.1)
+    routed = [
+        core.route_advantages(logps, logps, logps, a1, lambda_high=1.8, disagree_mode=mode, neutral_mode=neutral)
+        for mode in core.DISAGREE_MODES
+        for neutral in core.NEUTRAL_MODES
+    ]
+    phi = [core.stability_weight(a2, logps, 5.0, norm=norm) for norm in ("sequence", "batch", "none")]
+    drift = core.drift_gate(logps, logps, logps, tau=1.0, block_size=4)
+    prefix = core.prefix_importance_weight(a2, logps, 0.5)
+    weights = [core.anchor_token_weights(logps, logps, kind) for kind in core.ANCHOR_WEIGHTS]
+    for reduction in core.ANCHOR_REDUCTIONS:
+        total = core.anchor_denominator(logps, a1, reduction)
+        assert core.anchor_cross_entropy(logps, logps, a1, logps, reduction=reduction, total=total).shape == ()
+    assert core.verifier_group_advantages(a1, 2).shape == (4,)
+    assert all(tensor.shape == (4, 6) for tensor in [gate, drift, prefix, *routed, *phi, *weights])
+    statistics = core.token_statistics(
+        gate=gate, advantages=a2, teacher_advantages=a2, stability_weights=a2, mask=logps, right=a1, wrong=a1
+    )
+    assert statistics.totals.device.type == "meta"

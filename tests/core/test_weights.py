@@ -1,0 +1,206 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sg_opd_trl.core import drift_gate, prefix_importance_weight, stability_weight
+
+
+def ragged(rows: int = 5, columns: int = 11, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of either sign in float64 and a mask with holes and one empty row."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 4 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, columns, generator=generator) < 0.7
+    mask[0, 0], mask[-1] = True, False
+    return values, mask
+
+
+def slow_unit_mean(weights: list[list[float]], mask: list[list[bool]], batch: bool) -> list[list[float]]:
+    rows = []
+    for row, valid in zip(weights, mask, strict=True):
+        if batch:
+            counted = [w for r, m in zip(weights, mask, strict=True) for w, ok in zip(r, m, strict=True) if ok]
+        else:
+            counted = [w for w, ok in zip(row, valid, strict=True) if ok]
+        rows.append([w * len(counted) / sum(counted) if ok else 0.0 for w, ok in zip(row, valid, strict=True)])
+    return rows
+
+
+def test_stability_weight_by_hand() -> None:
+    # tau 2: phi = [1, 2/4, 1, 2/8], mean .6875; phi_hat * a2 is a2 clipped to +-2, divided by .6875.
+    a2, mask = torch.tensor([[1.0, -4.0, 0.5, 8.0]]), torch.ones(1, 4)
+    raw = stability_weight(a2, mask, 2.0, norm="none")
+    torch.testing.assert_close(raw, torch.tensor([[1.0, 0.5, 1.0, 0.25]]))
+    torch.testing.assert_close(raw * a2, a2.clamp(-2, 2))
+    phi = stability_weight(a2, mask, 2.0)
+    torch.testing.assert_close(phi, torch.tensor([[1.4545, 0.7273, 1.4545, 0.3636]]), atol=5e-5, rtol=0)
+    torch.testing.assert_close(phi * a2, torch.tensor([[1.4545, -2.9091, 0.7273, 2.9091]]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["sequence", "batch", "none"])
+@pytest.mark.parametrize("tau", [0.5, 5.0])
+def test_stability_weight_against_loop(norm: str, tau: float) -> None:
+    a2, mask = ragged()
+    a2[1, :3] = 0.0
+    raw = [[1.0 if a == 0 else min(1.0, tau / abs(a)) for a in row] for row in a2.tolist()]
+    if norm == "none":
+        expected = [[p if ok else 0.0 for p, ok in zip(r, m, strict=True)] for r, m in zip(raw, mask, strict=True)]
+    else:
+        expected = slow_unit_mean(raw, mask.tolist(), batch=norm == "batch")
+    weights = stability_weight(a2, mask, tau, norm=norm)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_stability_mean_is_one() -> None:
+    a2, mask = ragged()
+    per_row = stability_weight(a2, mask, 1.0)
+    for row in range(4):
+        assert per_row[row][mask[row]].mean().item() == pytest.approx(1.0)
+    assert stability_weight(a2, mask, 1.0, norm="batch")[mask].mean().item() == pytest.approx(1.0)
+
+
+def test_stability_batch_denominator_makes_micro_batches_agree() -> None:
+    a2, mask = ragged()
+    whole = stability_weight(a2, mask, 1.0, norm="batch")
+    raw = stability_weight(a2, mask, 1.0, norm="none")
+    denominator = raw.sum() / mask.sum()
+    split = [
+        stability_weight(a, m, 1.0, "batch", denominator) for a, m in zip(a2.split(2), mask.split(2), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(split), whole)
+    alone = [stability_weight(a, m, 1.0, "batch") for a, m in zip(a2.split(2), mask.split(2), strict=True)]
+    assert not torch.allclose(torch.cat(alone), whole)
+
+
+def test_stability_switched_off_is_ones() -> None:
+    a2, mask = ragged()
+    assert torch.equal(stability_weight(a2, mask, None), torch.ones_like(a2))
+
+
+def test_drift_gate_two_blocks_by_hand() -> None:
+    # Block means 0 and .6: g = [1, e^-.6 = .5488], mean .7744, w = [1.2913, .7087].
+    current = torch.full((1, 4), -1.0)
+    behaviour = current + torch.tensor([[0.0, 0.0, 0.6, 0.6]])
+    weights = drift_gate(behaviour, current, torch.ones(1, 4), tau=1.0, block_size=2)
+    torch.testing.assert_close(weights, torch.tensor([[1.2913, 1.2913, 0.7087, 0.7087]]), atol=5e-5, rtol=0)
+
+
+def test_drift_gate_signed_means_cancel() -> None:
+    # [.5, -.5] has mean 0; [.2, .2] mean .2: g = [1, .8187], w = [1.0997, .9003].
+    current = torch.full((1, 4), -1.0)
+    behaviour = current + torch.tensor([[0.5, -0.5, 0.2, 0.2]])
+    weights = drift_gate(behaviour, current, torch.ones(1, 4), tau=1.0, block_size=2)
+    torch.testing.assert_close(weights, torch.tensor([[1.0997, 1.0997, 0.9003, 0.9003]]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 11, 64])
+def test_drift_gate_against_loop(block_size: int) -> None:
+    drift, mask = ragged()
+    behaviour = torch.rand_like(drift)
+    raw = []
+    for row in range(drift.shape[0]):
+        gates = []
+        for column in range(drift.shape[1]):
+            block = range(column // block_size * block_size, min((column // block_size + 1) * block_size, 11))
+            inside = [drift[row, k].item() for k in block if mask[row, k]]
+            gates.append(math.exp(-0.3 * abs(sum(inside) / max(1, len(inside)))))
+        raw.append(gates)
+    weights = drift_gate(behaviour, behaviour - drift, mask, tau=0.3, block_size=block_size)
+    expected = torch.tensor(slow_unit_mean(raw, mask.tolist(), batch=False), dtype=torch.float64)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_drift_gate_is_one_without_drift_and_with_one_block() -> None:
+    logps, mask = ragged()
+    assert torch.equal(drift_gate(logps, logps, mask, tau=5.0, block_size=2), mask.double())
+    torch.testing.assert_close(drift_gate(logps, 0 * logps, mask, tau=5.0, block_size=64), mask.double())
+
+
+def test_drift_gate_survives_drift_beyond_the_range_of_exp() -> None:
+    # exp(-1000) and exp(-1001) are 0 in floating point, their ratio e is not: w = 2 [e, 1] / (e + 1).
+    behaviour = torch.tensor([[1000.0, 1001.0]], dtype=torch.float64)
+    weights = drift_gate(behaviour, torch.zeros_like(behaviour), torch.ones(1, 2), tau=1.0, block_size=1)
+    share = 2 / (1 + math.e)
+    torch.testing.assert_close(weights, torch.tensor([[math.e * share, share]], dtype=torch.float64))
+
+
+def test_prefix_weight_by_hand() -> None:
+    # |A| = [1, 1, 2], prefix sums [0, 1, 2] of 4: 1 + .5 (1 - [0, .25, .5]).
+    weights = prefix_importance_weight(torch.tensor([[1.0, -1.0, 2.0]]), torch.ones(1, 3), 0.5)
+    torch.testing.assert_close(weights, torch.tensor([[1.5, 1.375, 1.25]]))
+
+
+def test_prefix_weight_against_loop() -> None:
+    a2, mask = ragged()
+    weights = prefix_importance_weight(a2, mask, 0.5)
+    for row in range(a2.shape[0]):
+        total = sum(abs(a) for a, ok in zip(a2[row].tolist(), mask[row], strict=True) if ok)
+        before = 0.0
+        for column in range(a2.shape[1]):
+            if not mask[row, column]:
+                assert weights[row, column] == 0
+                continue
+            assert weights[row, column].item() == pytest.approx(1 + 0.5 * (1 - before / total), abs=1e-12)
+            before += abs(a2[row, column].item())
+
+
+def test_prefix_weight_is_one_at_gamma_zero_and_full_without_any_advantage() -> None:
+    a2, mask = ragged()
+    assert torch.equal(prefix_importance_weight(a2, mask, 0.0), mask.double())
+    assert torch.equal(prefix_importance_weight(0 * a2, mask, 0.5), 1.5 * mask.double())
+
+
+WEIGHTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sequence": lambda a, m: stability_weight(a, m, 1.0),
+    "batch": lambda a, m: stability_weight(a, m, 1.0, norm="batch"),
+    "raw": lambda a, m: stability_weight(a, m, 1.0, norm="none"),
+    "drift": lambda a, m: drift_gate(a, 0.5 * a, m, tau=1.0, block_size=3),
+    "prefix": lambda a, m: prefix_importance_weight(a, m, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_padding_rows_gradient_and_precision(name: str) -> None:
+    weigh = WEIGHTS[name]
+    values, mask = ragged()
+    whole = weigh(values, mask)
+    assert whole.isfinite().all() and (whole >= 0).all()
+    assert (whole[~mask] == 0).all()
+    assert not weigh(values.clone().requires_grad_(), mask).requires_grad
+    junk = torch.full((5, 4), math.nan, dtype=values.dtype)
+    padded = weigh(torch.cat([values, junk], dim=1), torch.cat([mask, torch.zeros(5, 4, dtype=torch.bool)], dim=1))
+    torch.testing.assert_close(padded[:, :11], whole)
+    assert (padded[:, 11:] == 0).all()
+    order = torch.tensor([4, 2, 0, 1, 3])
+    torch.testing.assert_close(weigh(values[order], mask[order]), whole[order])
+    torch.testing.assert_close(weigh(values, mask.int()), whole)
+    half = weigh(values.to(torch.bfloat16), mask)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, weigh(values.to(torch.bfloat16).float(), mask))
+    assert torch.equal(weigh(values, torch.zeros_like(mask)), torch.zeros_like(values))
+
+
+def test_refusals() -> None:
+    a2, mask = ragged()
+    for tau in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"`tau` must be > 0 and finite, got .* Set it to None to switch phi off"):
+            stability_weight(a2, mask, tau)
+    with pytest.raises(ValueError, match=r"`norm` must be one of sequence, batch, none, got 'token'"):
+        stability_weight(a2, mask, 1.0, norm="token")
+    with pytest.raises(ValueError, match=r'`denominator` must be a 0-dim tensor with norm="batch"'):
+        stability_weight(a2, mask, 1.0, denominator=torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"`denominator` must be a 0-dim tensor"):
+        stability_weight(a2, mask, 1.0, norm="batch", denominator=torch.ones(5))
+    with pytest.raises(TypeError, match=r"`denominator` must be a torch.Tensor, got float"):
+        stability_weight(a2, mask, 1.0, norm="batch", denominator=0.5)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"`mask` must have the shape of `teacher_advantages` \(5, 11\), got \(5, 10\)"
+    ):
+        stability_weight(a2, mask[:, :10], 1.0)
+    with pytest.raises(ValueError, match=r"`tau` must be >= 0.0 and finite, got -1.0"):
+        drift_gate(a2, a2, mask, tau=-1.0)
+    with pytest.raises(ValueError, match=r"`block_size` must be >= 1 and finite, got 0"):
+        drift_gate(a2, a2, mask, tau=1.0, block_size=0)
+    with pytest.raises(ValueError, match=r"`gamma` must be >= 0.0 and finite, got nan"):
+        prefix_importance_weight(a2, mask, math.nan)
