@@ -1,0 +1,158 @@
+"""Bounds and refused combinations of `SGOPDConfig`, checked before any model is loaded.
+
+Every check returns messages of one form: setting, value, reason, way out.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .errors import SGOPDConfigError
+
+if TYPE_CHECKING:
+    from .config import SGOPDConfig
+
+_CHOICES = {
+    "disagree_mode": ("interp", "interp_lambda", "preserve", "grpo", "cells"),
+    "neutral_mode": ("base", "conflict"),
+    "stability_norm": ("sequence", "batch", "none"),
+    "teacher_sampling_prompts": ("reserve", "share"),
+    "teacher_sft_phi": ("chord", "dft", "none"),
+    "teacher_sft_reduction": ("token_mean", "seq_mean", "sum"),
+}
+
+# name -> (lower bound, upper bound, lower bound included, upper bound included, what it is)
+_RANGES = {
+    "lambda_high": (0.0, math.inf, True, False, "It extrapolates from the reference through the teacher (Eq. 5)."),
+    "lambda_base": (0.0, math.inf, True, False, "It extrapolates from the reference through the teacher (Eq. 5)."),
+    "disagree_interp_beta": (0.0, math.inf, True, False, "It scales the teacher's signal on conflict tokens (Eq. 7)."),
+    "gate_dead_zone": (0.0, math.inf, True, False, "It is a magnitude on |log pi_teacher - log pi_student|, in nats."),
+    "stability_tau": (0.0, math.inf, False, False, "It is the log-ratio above which tokens are damped (Eq. 9)."),
+    "teacher_sampling_ratio": (0.0, 1.0, False, False, "It is the share of teacher prompts among all prompts."),
+    "teacher_sampling_phase1_end_frac": (0.0, 1.0, True, True, "It is a share of all steps."),
+    "teacher_sampling_phase2_end_frac": (0.0, 1.0, True, True, "It is a share of all steps."),
+    "teacher_sft_alpha_start": (
+        0.0,
+        math.inf,
+        True,
+        False,
+        "It weighs the anchor against the student's loss (Eq. 3).",
+    ),
+    "teacher_sft_alpha_end": (0.0, math.inf, True, False, "It weighs the anchor against the student's loss (Eq. 3)."),
+    "beta": (0.0, math.inf, True, False, "It weighs the KL penalty to the initial student."),
+    "temperature": (0.0, math.inf, False, False, "It divides the logits of every model that is compared."),
+}
+_WAY_OUT = {
+    "stability_tau": "Set it to None to switch the weight off.",
+    "teacher_sampling_ratio": "Set teacher_sampling_enable=False for a run without teacher rollouts.",
+    "gate_dead_zone": "Set it to 0 to let every non-zero log-ratio pass.",
+}
+_OPTIONAL = ("stability_tau",)
+_COUNTS = ("teacher_num_generations", "teacher_max_completion_length", "max_tokens_per_scoring_batch")
+_OPTIONAL_COUNTS = ("teacher_max_completion_length", "max_tokens_per_scoring_batch")
+
+
+def check_config(config: "SGOPDConfig") -> None:
+    """Check all settings of SG-OPD.
+
+    Raises:
+        SGOPDConfigError: lists every problem found, one per line.
+    """
+    problems = [
+        *_wrong_choices(config),
+        *_out_of_range(config),
+        *_wrong_counts(config),
+        *_wrong_cells(config),
+        *_wrong_phases(config),
+        *_refused(config),
+    ]
+    if problems:
+        raise SGOPDConfigError("\n".join(problems))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _wrong_choices(config: "SGOPDConfig") -> Iterator[str]:
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            yield f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
+
+
+def _out_of_range(config: "SGOPDConfig") -> Iterator[str]:
+    for name, (low, high, low_in, high_in, reason) in _RANGES.items():
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        inside = (
+            _is_number(value)
+            and (value > low or (low_in and value == low))
+            and (value < high or (high_in and value == high))
+        )
+        if not inside:
+            interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
+            yield f"`{name}` must be a number in {interval}, got {value!r}. {reason} {_WAY_OUT.get(name, '')}".rstrip()
+
+
+def _wrong_counts(config: "SGOPDConfig") -> Iterator[str]:
+    for name in _COUNTS:
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL_COUNTS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            yield f"`{name}` must be a whole number of at least 1, got {value!r}."
+
+
+def _wrong_cells(config: "SGOPDConfig") -> Iterator[str]:
+    cells = config.disagree_cell_lambdas
+    valid = isinstance(cells, (list, tuple)) and len(cells) == 4
+    if not valid or not all(_is_number(value) and 0 <= value < math.inf for value in cells):
+        yield (
+            f"`disagree_cell_lambdas` must be four finite numbers >= 0, got {cells!r}. They are the lambdas of the "
+            "sign pairs (verifier, teacher) = ++, +-, -+, --. Set for example [1.5, 1.0, 1.0, 1.5]."
+        )
+
+
+def _wrong_phases(config: "SGOPDConfig") -> Iterator[str]:
+    first, second = config.teacher_sampling_phase1_end_frac, config.teacher_sampling_phase2_end_frac
+    if _is_number(first) and _is_number(second) and first > second:
+        yield (
+            f"`teacher_sampling_phase1_end_frac` must not exceed `teacher_sampling_phase2_end_frac`, got {first} and "
+            f"{second}. Phase 2 anneals the anchor after phase 1. Set the second to at least {first}."
+        )
+
+
+def _refused(config: "SGOPDConfig") -> Iterator[str]:
+    if config.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo"):
+        yield (
+            f"`loss_type={config.loss_type!r}` is not supported: its weights were derived for one advantage per "
+            "sequence, SG-OPD has one per token. Set loss_type to 'grpo', 'bnpo', 'dr_grpo' or 'dapo'."
+        )
+    if config.importance_sampling_level != "token":
+        yield (
+            f"`importance_sampling_level={config.importance_sampling_level!r}` is not supported: one ratio per "
+            "sequence would mix tokens that the gate treats differently. Set importance_sampling_level='token'."
+        )
+    if config.off_policy_mask_threshold is not None:
+        yield (
+            f"`off_policy_mask_threshold={config.off_policy_mask_threshold}` is not supported: it drops whole "
+            "sequences by the sign of one advantage. Set it to None; the rollout importance correction remains."
+        )
+    if config.multi_objective_aggregation != "sum_then_normalize":
+        yield (
+            f"`multi_objective_aggregation={config.multi_objective_aggregation!r}` is not supported: the teacher's "
+            "advantages replace the mixed reward. Set multi_objective_aggregation='sum_then_normalize'."
+        )
+    yield from _refused_with_gate(config)
+
+
+def _refused_with_gate(config: "SGOPDConfig") -> Iterator[str]:
+    if config.sign_gated_extrapolation and (config.num_generations or 0) < 2:
+        yield (
+            f"`num_generations={config.num_generations}` is not supported with sign_gated_extrapolation=True: a group "
+            "of one has no verifier advantage. Set num_generations to at least 2, or sign_gated_extrapolation=False."
+        )
+    if config.scale_rewards not in ("group", "batch", "none", True, False):
+        yield f"`scale_rewards` must be one of 'group', 'batch', 'none', got {config.scale_rewards!r}."
