@@ -1,0 +1,275 @@
+"""Phased teacher sampling (arXiv:2606.09304, Eq. 2-3): prompts, the rollouts of one step, and the callback.
+
+Everything that depends on time is a pure function of the 1-based optimizer step, so that a resumed run continues as if
+it had never stopped.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .core import anchor_denominator, anchor_schedule
+from .scoring import TokenBatch
+from .teachers import Sampling
+from .verdicts import as_verdict_tensor
+
+if TYPE_CHECKING:
+    from .trainer import SGOPDTrainer
+
+
+@dataclass(frozen=True)
+class TeacherRollout:
+    """One rollout of the teacher: token ids, whether the anchor uses it, and what the verifier said (None: "
+    "nothing)."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    kept: bool
+    verdict: float | None
+
+
+@dataclass
+class AnchorStep:
+    """The anchor of one optimizer step on this rank.
+
+    Attributes:
+        alpha: its weight.
+        total: kept teacher tokens (or rollouts, for `seq_mean`) of the step over all ranks.
+        micro_batches: kept rollouts of this rank, by micro-batch; taken from the front.
+    """
+
+    alpha: float
+    total: float
+    micro_batches: list[list[TeacherRollout]]
+
+    def take(self, pad_token_id: int, device: torch.device) -> TokenBatch | None:
+        """The rows of the next micro-batch, or None if it has none."""
+        rows = self.micro_batches.pop(0) if self.micro_batches else []
+        if not rows:
+            return None
+        prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+        return TokenBatch.from_lists(prompts, completions, pad_token_id, device)
+
+
+class PromptStream:
+    """Endless seeded permutations of the training set, one after the other.
+
+    Args:
+        num_rows: rows of the training set.
+        seed: of the run.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+
+    def rows(self, step: int, count: int) -> list[int]:
+        """The rows of a 1-based step that draws `count` of them, the same on every rank."""
+        first = (step - 1) * count
+        permutations: dict[int, list[int]] = {}
+        chosen = []
+        for position in range(first, first + count):
+            epoch, offset = divmod(position, self.num_rows)
+            if epoch not in permutations:
+                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+                permutations[epoch] = torch.randperm(self.num_rows, generator=generator).tolist()
+            chosen.append(permutations[epoch][offset])
+        return chosen
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, the same on every machine."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def teacher_prompts_per_step(ratio: float, student_prompts: float) -> int:
+    """Number of teacher prompts that makes them the fraction `ratio` of all prompts; at least 1."""
+    return max(1, round(ratio / (1 - ratio) * student_prompts))
+
+
+def deal(slots: int, world_size: int, micro_batches: int, rank: int) -> list[list[int]]:
+    """Slots of one rank by micro-batch: dealt round-robin over ranks first, then over micro-batches."""
+    own = range(rank, slots, world_size)
+    return [[slot for slot in own if slot // world_size % micro_batches == i] for i in range(micro_batches)]
+
+
+class TeacherAnchorCallback(TrainerCallback, ExportableState):
+    """Drives the anchor: at each optimizer step the teacher generates, the verifier judges, the step is filled.
+
+    The trainer adds one when `teacher_sampling_enable` is on. Pass a subclass in `callbacks` to change a decision:
+    `alpha` (the schedule), `student_examples` and `reserved_examples` (the prompts), `keep` (the filter).
+    """
+
+    def __init__(self) -> None:
+        self.rollouts = 0
+        self.verified = 0
+        self.tokens = 0
+        self._trainer: SGOPDTrainer | None = None
+        self._generator_released = False
+
+    def bind(self, trainer: "SGOPDTrainer") -> None:
+        """Connect to the trainer; called by it."""
+        self._trainer = trainer
+
+    def state(self) -> dict:
+        """What a checkpoint keeps; the schedule itself is a function of the step."""
+        return {
+            "args": {},
+            "attributes": {"rollouts": self.rollouts, "verified": self.verified, "tokens": self.tokens},
+        }
+
+    # --- decisions -----------------------------------------------------------------------------------------------
+    def alpha(self, args: Any, step: int, total_steps: int) -> float:
+        """Weight of the anchor at a 1-based step (Eq. 3)."""
+        return anchor_schedule(
+            step,
+            total_steps,
+            args.teacher_sampling_phase1_end_frac,
+            args.teacher_sampling_phase2_end_frac,
+            args.teacher_sft_alpha_start,
+            args.teacher_sft_alpha_end,
+        )
+
+    def keep(self, args: Any, verdict: float | None) -> bool:
+        """Whether the anchor uses a rollout."""
+        return verdict == 1.0 or not args.teacher_sampling_filter_correct
+
+    def reserved_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
+        """The step's teacher prompts from their own permutation of the training set, the same on every rank."""
+        dataset: Any = trainer.train_dataset
+        stream = PromptStream(len(dataset), mixed_seed(trainer.args.seed, 1))
+        return [dataset[row] for row in stream.rows(step, prompts)]
+
+    def student_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
+        """The step's teacher prompts among this rank's student prompts, in seeded order, repeated if too few."""
+        examples = trainer.window_examples()
+        generator = torch.Generator().manual_seed(mixed_seed(trainer.args.seed, 2, step))
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        return [examples[order[i % len(order)]] for i in range(prompts)]
+
+    # --- events --------------------------------------------------------------------------------------------------
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compute alpha; while it is above 0, have the step's anchor made."""
+        trainer = self._bound()
+        step = state.global_step + 1
+        alpha = self.alpha(args, step, state.max_steps)
+        trainer.metrics.add("train", "anchor/alpha", alpha)
+        trainer.anchor = None
+        if alpha <= 0:
+            self._release_generator(trainer)
+        elif trainer.args.teacher_sampling_prompts == "reserve":
+            self.fill(alpha, step)
+        else:
+            # The student's prompts of this step are known once its first micro-batch is.
+            trainer.run_before_micro_batch(lambda: self.fill(alpha, step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing of the anchor outlives the run."""
+        self._bound().anchor = None
+
+    def fill(self, alpha: float, step: int) -> None:
+        """Generate, judge and deal the teacher rollouts of one step."""
+        trainer = self._bound()
+        with trainer.timed("anchor"):
+            micro_batches = self._rollouts(trainer, step)
+            total, rollouts, verified, tokens = self._counts(trainer, micro_batches)
+        self.rollouts, self.verified, self.tokens = (
+            self.rollouts + rollouts,
+            self.verified + verified,
+            self.tokens + tokens,
+        )
+        trainer.metrics.add("train", "anchor/verified_share", verified, rollouts)
+        trainer.metrics.add("train", "anchor/rollouts", rollouts)
+        trainer.metrics.add("train", "anchor/tokens", tokens)
+        kept = [[row for row in rows if row.kept] for rows in micro_batches]
+        trainer.anchor = AnchorStep(alpha=alpha, total=total, micro_batches=kept)
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+    def _rollouts(self, trainer: "SGOPDTrainer", step: int) -> list[list[TeacherRollout]]:
+        args, accelerator = trainer.args, trainer.accelerator
+        prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
+        micro_batches = trainer.current_gradient_accumulation_steps
+        slots = prompts * args.teacher_num_generations
+        dealt = deal(slots, accelerator.num_processes, micro_batches, accelerator.process_index)
+        own = [slot for rows in dealt for slot in rows]
+        if args.teacher_sampling_prompts == "reserve":
+            reserved = self.reserved_examples(trainer, step, prompts)
+            examples = [reserved[slot // args.teacher_num_generations] for slot in own]
+        else:
+            examples = self.student_examples(trainer, step, len(own))
+        rollouts = iter(self._generate(trainer, examples, step))
+        return [[next(rollouts) for _ in rows] for rows in dealt]
+
+    def _generate(self, trainer: "SGOPDTrainer", examples: list[dict], step: int) -> list[TeacherRollout]:
+        prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
+        seed = mixed_seed(trainer.args.seed, 3, step, trainer.accelerator.process_index)
+        sampling = trainer.teacher_sampling
+        completion_ids = trainer.teacher.generate(prompt_ids, sampling, seed, trainer.generation_budget(prompt_ids))
+        verdicts = trainer.judge(examples, completion_ids) if examples else []
+        return [
+            TeacherRollout(prompt, completion, self.keep(trainer.args, verdict), verdict)
+            for prompt, completion, verdict in zip(prompt_ids, completion_ids, verdicts, strict=True)
+        ]
+
+    def _counts(self, trainer: "SGOPDTrainer", micro_batches: list[list[TeacherRollout]]) -> list[Any]:
+        """Denominator of the anchor, rollouts, verified rollouts and generated tokens over all ranks."""
+        rows = [row for rows in micro_batches for row in rows]
+        verdicts = as_verdict_tensor([row.verdict for row in rows])
+        lengths = torch.tensor([len(row.completion_ids) for row in rows])
+        counts = torch.tensor(
+            [
+                float(self._denominator(trainer, rows)),
+                len(rows),
+                int((verdicts == 1).sum()),
+                int(lengths.sum()),
+            ],
+            dtype=torch.float64,
+            device=trainer.accelerator.device,
+        )
+        return trainer.accelerator.gather(counts.unsqueeze(0)).sum(dim=0).tolist()
+
+    def _denominator(self, trainer: "SGOPDTrainer", rows: list[TeacherRollout]) -> Tensor | float:
+        if not rows:
+            return 0.0
+        batch = TokenBatch.from_lists([[0]] * len(rows), [row.completion_ids for row in rows], 0, torch.device("cpu"))
+        kept = torch.tensor([row.kept for row in rows])
+        return anchor_denominator(batch.completion_mask, kept, trainer.args.teacher_sft_reduction)
+
+    def _release_generator(self, trainer: "SGOPDTrainer") -> None:
+        if not self._generator_released:
+            trainer.teacher.stop_generating()
+            self._generator_released = True
+
+    def _bound(self) -> "SGOPDTrainer":
+        if self._trainer is None:
+            raise RuntimeError(
+                "TeacherAnchorCallback must be passed in `callbacks` of an SGOPDTrainer, which binds it; it has no "
+                "trainer. Pass it there instead of calling it yourself."
+            )
+        return self._trainer
+
+
+def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
+    """How the teacher writes its rollouts: as the student does, with its own length."""
+    args = trainer.args
+    return Sampling(
+        max_new_tokens=args.teacher_completion_length,
+        eos_token_ids=tuple(trainer.eos_token_ids),
+        pad_token_id=trainer.tokenizer.pad_token_id,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+    )

@@ -1,0 +1,222 @@
+"""Construction of the trainer: arguments checked, the student prepared, the callback added, identities recorded."""
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from torch import nn
+from transformers import TrainerCallback
+from trl import GRPOConfig
+
+from . import __version__
+from .anchor import TeacherAnchorCallback
+from .config import SGOPDConfig
+from .data import check_dataset
+from .errors import SGOPDConfigError
+from .teachers.build import check_reference_arguments, default_reference
+from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
+from .trl_seam import get_config_model_id
+
+logger = logging.getLogger(__name__)
+
+
+def default_config(model: Any) -> SGOPDConfig:
+    """The configuration of a trainer that was given none, its output folder named after the student."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return SGOPDConfig(f"{Path(name).name or 'student'}-SG-OPD")
+
+
+def check_arguments(
+    args: Any,
+    reference_model: Any,
+    callbacks: Iterable | None,
+    tools: Any,
+    rollout_func: Any,
+    environment_factory: Any,
+    train_dataset: Any,
+) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        SGOPDConfigError: names the setting, its value, the reason and the way out.
+    """
+    if not isinstance(args, SGOPDConfig):
+        raise SGOPDConfigError(
+            f"`args` must be an SGOPDConfig, got {type(args).__name__}. The gate and the anchor read their settings "
+            "from "
+            "it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
+        )
+    check_reference_arguments(args, reference_model)
+    if args.teacher_sampling_enable:
+        _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
+    elif any(map(_is_anchor_callback, callbacks or [])):
+        raise SGOPDConfigError(
+            "`callbacks` must not hold a TeacherAnchorCallback with teacher_sampling_enable=False, got one. It would "
+            "have the teacher generate against the setting. Leave it out, or set teacher_sampling_enable=True."
+        )
+
+
+def _check_anchor(
+    tools: Any, rollout_func: Any, environment_factory: Any, args: SGOPDConfig, train_dataset: Any
+) -> None:
+    given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+    for name, value in given.items():
+        if value:
+            raise SGOPDConfigError(
+                f"`teacher_sampling_enable=True` is not supported with `{name}`, got both. The teacher's rollouts are "
+                "single turns, the verifier would judge them by the end of an interaction that never took place. Set "
+                "teacher_sampling_enable=False; gate and teacher signal work as usual."
+            )
+    if isinstance(train_dataset, IterableDataset) and args.teacher_sampling_prompts == "reserve":
+        raise SGOPDConfigError(
+            "`teacher_sampling_prompts='reserve'` is not supported with an iterable data set: its rows cannot be "
+            "drawn "
+            "by number. Set teacher_sampling_prompts='share', or load the data set without streaming."
+        )
+
+
+def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_config: Any) -> Any:
+    """Keep the student's initial state where the reference will need it, before anything changes the student.
+
+    Returns:
+        A deep copy of a student given as a plain model; None where a path, an adapter or TRL's reference serves.
+    """
+    if isinstance(model, str) or peft_config is not None or not default_reference(args, reference_model):
+        return None
+    if args.beta != 0.0 and not args.sync_ref_model:
+        return None
+    if hasattr(model, "peft_config"):
+        add_reference_adapter(model)
+        return None
+    return copy.deepcopy(model)
+
+
+def with_anchor_callback(callbacks: list | None, args: SGOPDConfig) -> list | None:
+    """Add the anchor's callback unless the caller brought one."""
+    if not args.teacher_sampling_enable or any(map(_is_anchor_callback, callbacks or [])):
+        return callbacks
+    return [*(callbacks or []), TeacherAnchorCallback()]
+
+
+def _is_anchor_callback(callback: Any) -> bool:
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, TeacherAnchorCallback)
+
+
+class AnchorBinding(TrainerCallback):
+    """Binds every anchor callback to the trainer when training starts, those restored from a checkpoint too."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bind."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TeacherAnchorCallback):
+                callback.bind(self.trainer)
+
+
+def check_run(trainer: Any) -> None:
+    """Check what the parent has set up: data, chat template, inputs, dropout.
+
+    Raises:
+        DataError: a data set without what the run needs.
+        SGOPDConfigError: a student that takes images.
+    """
+    args = trainer.args
+    if trainer.is_multimodal:
+        raise SGOPDConfigError(
+            f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
+            "teacher. "
+            "Use trl.GRPOTrainer, or a text-only student."
+        )
+    for name, dataset in _datasets(trainer):
+        prompts = args.generation_batch_size // args.num_generations if name == "train_dataset" else 1
+        check_dataset(
+            dataset,
+            reward_funcs=trainer.reward_funcs,
+            processing_class=trainer.processing_class,
+            prompts_per_generation_batch=prompts,
+            name=name,
+        )
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if REFERENCE_ADAPTER in (getattr(student, "peft_config", None) or {}):
+        save_without_reference(student)
+    if args.sign_gated_extrapolation and not args.disable_dropout and _dropout(student):
+        logger.warning(
+            "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
+            "student's "
+            "log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
+            _dropout(student),
+        )
+
+
+def _datasets(trainer: Any) -> list[tuple[str, Any]]:
+    evaluation = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    found = [(f"eval_dataset {key}".strip(), dataset) for key, dataset in named.items() if dataset is not None]
+    # An environment that owns the data brings its own prompts; TRL then drives it with placeholder rows.
+    return found if trainer.environment_factories is not None else [("train_dataset", trainer.train_dataset), *found]
+
+
+def _dropout(model: Any) -> float:
+    inside = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    config = model.config.to_dict()
+    return max([0.0, *inside, *(v for k, v in config.items() if k.endswith("dropout") and isinstance(v, float))])
+
+
+def checkpoint_facts(trainer: Any) -> dict:
+    """What a checkpoint says about the run's teacher and reference."""
+    reference = trainer.reference.identity if trainer.reference is not None else None
+    return {"version": __version__, "teacher": trainer.teacher.identity, "reference": reference}
+
+
+def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
+    """Refuse to resume with other weights in the teacher or reference.
+
+    Raises:
+        SGOPDConfigError: names the model and both fingerprints.
+    """
+    for role, model in (("teacher", trainer.teacher), ("reference", trainer.reference)):
+        stored = (state.get(role) or {}).get("fingerprint")
+        current = None if model is None else model.identity["fingerprint"]
+        if stored is not None and current is not None and stored != current:
+            raise SGOPDConfigError(
+                f"The {role} must be the one of the checkpoint, got other weights (fingerprint {current}, the "
+                "checkpoint "
+                f"has {stored} of {state[role]['name']!r}). The resumed run would optimise something else. Give the "
+                f"original {role}, or start a new run from the checkpoint's model."
+            )
+
+
+def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:
+    """What the model card says of a run."""
+    args = trainer.args
+    inherited = {field.name for field in fields(GRPOConfig)}
+    own = [field.name for field in fields(SGOPDConfig) if field.name not in inherited]
+    shown = [
+        *own,
+        "learning_rate",
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "beta",
+        "loss_type",
+        "seed",
+    ]
+    return {
+        "model_name": model_name or Path(args.output_dir).name,
+        "base_model": get_config_model_id(trainer.model.config) or None,
+        "teacher_model": trainer.teacher.identity["name"] or None,
+        "reference_model": trainer.reference.identity["name"] if trainer.reference is not None else None,
+        "dataset_name": dataset_name,
+        "tags": sorted({*trainer.tags, *([tags] if isinstance(tags, str) else tags or [])}),
+        "config": {name: getattr(args, name) for name in shown},
+        "is_adapter": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+        "evaluations": None,
+        "citation": trainer.citation,
+    }

@@ -1,0 +1,158 @@
+"""Token batches: sort by length, trim, score in batches under a token budget, scatter back.
+
+A model is never run on columns that are padding for a whole batch, nor on rows whose scores nobody uses.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ScoreFunction = Callable[[Tensor, Tensor, int], Tensor]
+"""`(input_ids, attention_mask, completion_length) -> log-probs` of the last `completion_length` tokens."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts, padded on the left, and completions, padded on the right.
+
+    Attributes:
+        prompt_ids: `(B, P)` token ids.
+        prompt_mask: `(B, P)`, 1 = token, 0 = padding.
+        completion_ids: `(B, T)` token ids.
+        completion_mask: `(B, T)`, 1 = the model sees the token, 0 = padding.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+
+    @classmethod
+    def from_lists(
+        cls, prompts: list[list[int]], completions: list[list[int]], pad_token_id: int, device: torch.device
+    ) -> "TokenBatch":
+        """Pad lists of token ids; every width is at least 1."""
+        prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, left=True)
+        completion_ids, completion_mask = pad_rows(completions, pad_token_id, left=False)
+        return cls(*(x.to(device) for x in (prompt_ids, prompt_mask, completion_ids, completion_mask)))
+
+    def __len__(self) -> int:
+        return self.prompt_ids.size(0)
+
+    def select(self, rows: Tensor) -> "TokenBatch":
+        """The given rows, trimmed to their own longest prompt and completion."""
+        prompt_mask, completion_mask = self.prompt_mask[rows], self.completion_mask[rows]
+        prompt_width, width = longest(prompt_mask), longest(completion_mask)
+        return TokenBatch(
+            prompt_ids=self.prompt_ids[rows][:, -prompt_width:],
+            prompt_mask=prompt_mask[:, -prompt_width:],
+            completion_ids=self.completion_ids[rows][:, :width],
+            completion_mask=completion_mask[:, :width],
+        )
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Input ids and attention mask of prompt and completion, `(B, P + T)` each."""
+        input_ids = torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+        return input_ids, torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+
+def pad_rows(rows: list[list[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Pad lists of token ids to one width of at least 1.
+
+    Returns:
+        Token ids and mask (1 = token), `(B, width)` int64 each.
+    """
+    width = max([1, *map(len, rows)])
+    ids = torch.full((len(rows), width), padding, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
+    return ids, mask
+
+
+def longest(mask: Tensor) -> int:
+    """Tokens of the longest row of a `(B, W)` mask; at least 1, so that no width is ever 0."""
+    return max(1, int(mask.sum(1).max())) if mask.numel() else 1
+
+
+def plan_batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Group row indices by length so that rows times longest row stays within `max_tokens`.
+
+    Longest rows come first: running out of memory shows at once. A row longer than the budget is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def score_rows(
+    score: ScoreFunction,
+    batch: TokenBatch,
+    rows: Tensor,
+    max_tokens: int,
+    agree_on_calls: Callable[[int], int] = lambda calls: calls,
+) -> Tensor:
+    """Log-probs of the completions of some rows.
+
+    Args:
+        score: the model's forward on one trimmed batch.
+        batch: all rows.
+        rows: `(B,)` bool, the rows whose scores are used.
+        max_tokens: budget of one forward, padding included.
+        agree_on_calls: number of forwards over all ranks, for a model whose shards must run the same number of times.
+            The missing calls are run on one token, and their result is dropped.
+
+    Returns:
+        `(B, T)` float32; 0 in rows and at positions that were not scored.
+    """
+    result = torch.zeros(batch.completion_ids.shape, dtype=torch.float32, device=batch.completion_ids.device)
+    indices = rows.nonzero().flatten()
+    lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum(1))[indices].tolist()
+    groups = list(plan_batches(lengths, max_tokens))
+    for group in groups:
+        chosen = indices[group]
+        part = batch.select(chosen)
+        width = part.completion_ids.size(1)
+        scores = score(*part.joined(), width).float()
+        result[chosen, :width] = scores.masked_fill(part.completion_mask == 0, 0.0)
+    for _ in range(agree_on_calls(len(groups)) - len(groups)):
+        score(*_one_token(batch), 1)
+    return result
+
+
+def _one_token(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    input_ids = torch.cat([batch.prompt_ids[:1, -1:], batch.completion_ids[:1, :1]], dim=1)
+    return input_ids, torch.ones_like(input_ids)
+
+
+_PROMPT_ENTRIES = ("prompt_ids", "prompt_mask")
+
+
+def trim_micro_batch(inputs: dict) -> dict:
+    """Trim every per-token entry of a micro-batch to its own longest prompt and completion.
+
+    TRL pads all rows to the longest row of the whole generation batch, so that a micro-batch of short rows would pay
+    for a long one it does not hold.
+
+    Args:
+        inputs: TRL's micro-batch: `prompt_*` entries are `(B, P)`, other per-token entries `(B, T)`; entries of any
+            other shape pass unchanged.
+    """
+    full_width = inputs["completion_ids"].size(1)
+    prompt_width, width = longest(inputs["prompt_mask"]), longest(inputs["completion_mask"])
+
+    def trimmed(name: str, value: object) -> object:
+        if name in _PROMPT_ENTRIES:
+            return inputs[name][:, -prompt_width:]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.size(1) == full_width:
+            return value[:, :width]
+        return value
+
+    return {name: trimmed(name, value) for name, value in inputs.items()}

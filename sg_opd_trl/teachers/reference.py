@@ -1,0 +1,125 @@
+"""The reference as the student's own first adapter state: no second copy of the student in memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import SGOPDConfigError
+from ..scoring import TokenBatch, score_rows
+from ..trl_seam import fused_log_probs, is_sharded
+from .frozen import check_scores
+
+REFERENCE_ADAPTER = "ref"
+
+
+class Reference(Protocol):
+    """What the trainer asks of a reference: log-probs of the completions' own tokens."""
+
+    identity: dict
+
+    def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
+        """`(B, T)` float32 log-probs of the chosen rows, see `Teacher.score`."""
+
+
+class AdapterReference:
+    """The student with its adapters switched off, or with a frozen copy of its first adapter.
+
+    Args:
+        student_scoring: context manager that lends the student for scoring.
+        accelerator: of the trainer.
+        adapter_name: the frozen copy, or None for no adapter at all.
+    """
+
+    def __init__(
+        self,
+        student_scoring: Callable[[], AbstractContextManager[PreTrainedModel]],
+        accelerator: Any,
+        adapter_name: str | None,
+    ) -> None:
+        self.student_scoring = student_scoring
+        self.accelerator = accelerator
+        self.adapter_name = adapter_name
+        self.identity: dict = {"name": "initial student", "adapter": adapter_name, "fingerprint": None}
+
+    def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
+        """Log-probs under the initial student, see `Teacher.score`."""
+        with self.student_scoring() as model, _evaluating(model), adapter_switched(model, self.adapter_name):
+            logps = score_rows(partial(self._forward, model), batch, rows, max_tokens, self._agree_on_calls)
+        check_scores(logps, "reference")
+        return logps
+
+    def _forward(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        with self.accelerator.autocast():
+            return fused_log_probs(model, input_ids, attention_mask, completion_length)
+
+    def _agree_on_calls(self, calls: int) -> int:
+        if not is_sharded(self.accelerator):
+            return calls
+        return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout off for the block: noise in the reference would move every extrapolated advantage."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def adapter_switched(model: Any, adapter_name: str | None) -> Iterator[None]:
+    """Activate an adapter, or none, and leave every parameter exactly as trainable as it was.
+
+    PEFT's `set_adapter` makes the adapter it activates trainable and the others not.
+    """
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    active = model.active_adapter
+    try:
+        if adapter_name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter_name, inference_mode=True)
+            yield
+    finally:
+        if adapter_name is not None:
+            model.set_adapter(active)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Keep a frozen copy of the student's adapter, as it is now, under the name `ref`.
+
+    Raises:
+        SGOPDConfigError: the student carries several active adapters, or one of another kind named `ref`.
+    """
+    active = model.active_adapter
+    if not isinstance(active, str) or active == REFERENCE_ADAPTER:
+        raise SGOPDConfigError(
+            f"`model` must carry one active adapter that is not named {REFERENCE_ADAPTER!r}, got {active!r}. Its "
+            "first "
+            "state is copied under that name as the reference. Rename or merge the adapters, or give "
+            "`reference_model`."
+        )
+    if REFERENCE_ADAPTER not in model.peft_config:
+        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
+    for name, parameter in model.named_parameters():
+        if f".{active}." in name:
+            copy = model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
+            copy.data.copy_(parameter.data)
+            copy.requires_grad_(False)
+
+
+def save_without_reference(model: Any) -> None:
+    """Keep the frozen copy out of checkpoints and pushes."""
+    names = [name for name in model.peft_config if name != REFERENCE_ADAPTER]
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=names)

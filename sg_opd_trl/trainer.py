@@ -1,0 +1,296 @@
+"""`SGOPDTrainer`: wires teacher, verifier and gate into the loss of `trl.GRPOTrainer`. It does no arithmetic."""
+
+import textwrap
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import core
+from .anchor import AnchorStep, sampling_of
+from .config import SGOPDConfig
+from .construction import (
+    AnchorBinding,
+    check_arguments,
+    check_run,
+    default_config,
+    prepare_student,
+    with_anchor_callback,
+)
+from .errors import NonFiniteError
+from .joint_forward import JointForward
+from .metrics import TrainingMetrics, reduce_over_ranks
+from .runtime import DistillationRuntime, loss_mask, token_batch
+from .scoring import TokenBatch
+from .teachers.build import build_reference, build_teacher, default_reference
+from .verdicts import RunVerifier
+
+
+class SGOPDTrainer(DistillationRuntime):
+    """On-policy distillation with a verifier as the trust signal for the teacher (arXiv:2606.09304).
+
+    A `trl.GRPOTrainer` whose advantage is per token: the teacher's log-ratio `a2 = log pi_teacher - log pi_student`,
+    extrapolated where it agrees in sign with the verifier's group advantage `a1`, falling back where it does not. All
+    arguments of `GRPOTrainer` mean what they mean there.
+
+    | step | equation | method to override |
+    |---|---|---|
+    | verdicts -> a1 | group advantage | `compute_verifier_signal` |
+    | a1, a2 -> consensus, conflict, neutral | Eq. 4 | `compute_gate` |
+    | gate -> advantage | Eq. 5-8 | `route_advantages` |
+    | token weights | Eq. 9 | `compute_token_weights` |
+    | log-probs of teacher and reference | | `score_with_teacher`, `score_with_reference` |
+    | verified teacher rollouts | Eq. 2 | `anchor_loss`, `TeacherAnchorCallback` |
+
+    Args:
+        model: student, a path or Hub id or a model.
+        reward_funcs: reward functions; the first (or `verifier_reward_func`) is the verifier: 1, 0 or None.
+        args: configuration.
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+            quantization_config, peft_config, tools, rollout_func, environment_factory: as for `GRPOTrainer`.
+        teacher_model: path, Hub id or model; default: `args.teacher_model_name_or_path`.
+        reference_model: path, Hub id or model of the extrapolation's reference; default: the initial student.
+        teacher_processing_class: tokenizer of a teacher given as a model, so that its ids can be checked.
+
+    Raises:
+        SGOPDConfigError: a combination that cannot be honoured.
+        DataError: a data set without what the run needs.
+        TeacherError: a teacher or reference with another tokenizer.
+    """
+
+    _tag_names = ["trl", "grpo", "sg-opd", "distillation"]  # noqa: RUF012  # as TRL declares it
+    _name = "SG-OPD"
+    _paper = {  # noqa: RUF012
+        "title": "SG-OPD: Sign-Gated On-Policy Distillation",
+        "id": "2606.09304",
+        "citation": textwrap.dedent("""\
+            @article{sgopd2026,
+                title        = {{SG-OPD}},
+                year         = 2026,
+                eprint       = {arXiv:2606.09304},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: SGOPDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
+        teacher_model: Any = None,
+        reference_model: Any = None,
+        teacher_processing_class: Any = None,
+    ) -> None:
+        args = default_config(model) if args is None else args
+        check_arguments(args, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset)
+        initial_student = prepare_student(model, args, reference_model, peft_config)
+        self.metrics = TrainingMetrics()
+        self.anchor: AnchorStep | None = None
+        self._verdicts = self._verifier_advantages = torch.empty(0)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=with_anchor_callback(callbacks, args),
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        check_run(self)
+        binary = args.sign_gated_extrapolation or args.teacher_sampling_enable
+        self.verifier = RunVerifier(
+            self.reward_funcs, self.reward_func_names, args.verifier_reward_func, binary=binary
+        )
+        self.teacher = build_teacher(self, teacher_model, teacher_processing_class)
+        initial = default_reference(args, reference_model)
+        self.reuses_trl_reference = initial and args.beta != 0.0 and not args.sync_ref_model
+        self.reference = build_reference(self, reference_model, initial_student)
+        self.teacher_sampling = sampling_of(self)
+        self.add_callback(AnchorBinding(self))
+
+    # --- decisions: override one of these in a notebook ----------------------------------------------------------
+    def compute_verifier_signal(self, verdicts: Tensor, num_generations: int) -> Tensor:
+        """a1 from verdicts.
+
+        Args:
+            verdicts: `(N,)` over all ranks, groups of `num_generations` in a row: 1 right, 0 wrong, NaN abstained.
+            num_generations: rollouts per prompt.
+
+        Returns:
+            `(N,)` group advantages, exactly 0 for abstentions and in groups without variance.
+        """
+        return core.verifier_group_advantages(verdicts, num_generations, scale=self.args.scale_rewards)
+
+    def compute_gate(self, verifier_advantages: Tensor, teacher_advantages: Tensor) -> Tensor:
+        """Class of every token (Eq. 4): `(B,)` a1 and `(B, T)` a2 -> `(B, T)` +1 consensus, 0 neutral, -1 conflict."""
+        return core.sign_consistency_gate(verifier_advantages, teacher_advantages, self.args.gate_dead_zone)
+
+    def route_advantages(
+        self,
+        gate: Tensor | None,
+        student_logps: Tensor,
+        teacher_logps: Tensor,
+        reference_logps: Tensor | None,
+        verifier_advantages: Tensor,
+    ) -> Tensor:
+        """Advantage of every token (Eq. 5-8); without a gate A(lambda_base) throughout. All `(B, T)`, a1 `(B,)`."""
+        args = self.args
+        if gate is None:
+            return core.extrapolated_advantage(student_logps, teacher_logps, reference_logps, args.lambda_base)
+        return core.route_gated_advantages(
+            gate,
+            student_logps,
+            teacher_logps,
+            reference_logps,
+            verifier_advantages,
+            lambda_high=args.lambda_high,
+            lambda_base=args.lambda_base,
+            disagree_mode=args.disagree_mode,
+            disagree_interp_beta=args.disagree_interp_beta,
+            neutral_mode=args.neutral_mode,
+            cell_lambdas=tuple(args.disagree_cell_lambdas),
+        )
+
+    def compute_token_weights(self, teacher_advantages: Tensor, mask: Tensor, inputs: dict) -> Tensor:
+        """Weight of every token's advantage (Eq. 9): `(B, T)` a2 and mask -> `(B, T)`, detached."""
+        args = self.args
+        denominator = inputs.get("stability_denominator")
+        return core.stability_weight(teacher_advantages, mask, args.stability_tau, args.stability_norm, denominator)
+
+    def score_with_teacher(self, batch: TokenBatch, rows: Tensor, inputs: dict) -> Tensor:
+        """The teacher's log-probs of the completions, `(B, T)` float32; `rows` `(B,)` bool are those that count."""
+        return self.teacher.score(batch, rows, self.scoring_budget(batch))
+
+    def score_with_reference(self, batch: TokenBatch, rows: Tensor, inputs: dict) -> Tensor:
+        """The reference's log-probs of the completions, see `score_with_teacher`."""
+        if self.reference is None:
+            return inputs["ref_per_token_logps"]
+        return self.reference.score(batch, rows, self.scoring_budget(batch))
+
+    def reference_rows(self, verifier_advantages: Tensor) -> Tensor:
+        """Rows `(B,)` that need the reference; all of them once a subclass decides the gate or the routes itself."""
+        own = type(self).compute_gate is SGOPDTrainer.compute_gate
+        own = own and type(self).route_advantages is SGOPDTrainer.route_advantages
+        if not own:
+            return torch.ones_like(verifier_advantages, dtype=torch.bool)
+        return core.rows_needing_reference(verifier_advantages, self.args.open_routes)
+
+    def anchor_loss(self, anchor_logps: Tensor, batch: TokenBatch, total: float) -> Tensor:
+        """This rank's part of the anchor (Eq. 2): 0-dim, from `(R, T)` log-probs of kept teacher rollouts."""
+        args, mask = self.args, batch.completion_mask
+        kept = torch.ones(len(batch), dtype=torch.bool, device=mask.device)
+        weights = core.anchor_token_weights(anchor_logps, mask, args.teacher_sft_phi)
+        return core.anchor_cross_entropy(
+            anchor_logps, mask, kept, weights, reduction=args.teacher_sft_reduction, total=total
+        )
+
+    # --- the loss ------------------------------------------------------------------------------------------------
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Merge teacher log-probs, verdicts and gate into TRL's loss, and add the anchor (Eq. 11)."""
+        if "teacher_logps" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        step = self.anchor if self.mode == "train" else None
+        rows = step.take(self.tokenizer.pad_token_id, self.accelerator.device) if step else None
+        forward = JointForward(rows, partial(self._merge_signals, inputs))
+        with self.policy_forward(forward):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        anchor = loss.new_zeros(())
+        if step is not None and rows is not None and forward.anchor_logps is not None:
+            anchor = self.anchor_loss(forward.anchor_logps, rows, step.total)
+            loss = core.anchored_loss(loss, anchor, step.alpha, self.accelerator.num_processes)
+        self._report(inputs, loss, anchor.detach())
+        return loss
+
+    def _merge_signals(self, inputs: dict, student_logps: Tensor) -> None:
+        """Write the advantages that TRL's loss reads next; `student_logps` `(B, T)` come from its only forward."""
+        # Scores of the policy that made the rollouts keep a2 and the gate fixed over the inner updates of a batch.
+        behaviour = inputs.get("old_per_token_logps", student_logps.detach())
+        teacher, reference = inputs["teacher_logps"], inputs.get("reference_logps")
+        verifier = inputs["verifier_advantages"]
+        mask = loss_mask(inputs)
+        a2 = core.reverse_kl_advantage(behaviour, teacher)
+        gate = self.compute_gate(verifier, a2) if self.args.sign_gated_extrapolation else None
+        routed = self.route_advantages(gate, behaviour, teacher, reference, verifier)
+        weights = self.compute_token_weights(a2, mask, inputs)
+        inputs["advantages"] = core.weighted_advantages(routed, weights)
+        inputs["not_finite"] = ((~torch.isfinite(student_logps.detach() + inputs["advantages"])) & (mask != 0)).sum()
+        inputs["statistics"] = core.token_statistics(
+            gate=gate,
+            advantages=routed,
+            teacher_advantages=a2,
+            stability_weights=weights,
+            mask=mask,
+            right=inputs["verdicts"] == 1,
+            wrong=inputs["verdicts"] == 0,
+        )
+
+    def _report(self, inputs: dict, loss: Tensor, anchor: Tensor) -> None:
+        """Reduce this micro-batch's metrics over ranks, and stop all ranks if anything is not finite."""
+        not_finite = inputs["not_finite"] + (~torch.isfinite(loss.detach()))
+        sums = torch.stack([anchor.float(), not_finite.float()])
+        statistics, (anchor_sum, bad) = reduce_over_ranks(self.accelerator, inputs["statistics"], sums)
+        if bad:
+            raise NonFiniteError(
+                f"{int(bad)} of the student's log-probs, advantages or losses of step "
+                f"{self.state.global_step + 1} are not finite. Nothing was updated in this step. Check the student's "
+                "weights, lower `learning_rate`, or "
+                "train in float32 or bfloat16."
+            )
+        self.metrics.add_tokens(self.mode, statistics)
+        if self.mode == "train" and self.anchor is not None:
+            self.metrics.add("train", "anchor/loss", anchor_sum, float(self.accelerator.sync_gradients))
+
+    # --- hooks of the seam ---------------------------------------------------------------------------------------
+    def on_rewards(self, rewards: Tensor) -> None:
+        """Keep the verifier's own verdicts: TRL's mixed advantage is not 0 in a group without variance."""
+        num_generations = self.rollouts_per_prompt
+        self._verdicts = self.verifier.verdicts(rewards)
+        self._verifier_advantages = self.compute_verifier_signal(self._verdicts, num_generations)
+
+    def on_rollouts(self, rollouts: dict, examples: list[dict]) -> dict:
+        """Attach what the loss needs: verdicts, a1, and the scores of teacher and reference."""
+        if self.mode == "eval" and not self.args.eval_with_teacher:
+            return rollouts
+        rows = len(examples)
+        own = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        signals: dict = {"verdicts": self._verdicts[own], "verifier_advantages": self._verifier_advantages[own]}
+        signals |= self.remember_examples(examples)
+        return rollouts | signals | self._scores(rollouts, signals["verifier_advantages"])
+
+    def _scores(self, rollouts: dict, verifier_advantages: Tensor) -> dict:
+        batch = token_batch(rollouts)
+        counted = loss_mask(rollouts).any(dim=1)
+        with self.timed("teacher"):
+            teacher_logps = self.score_with_teacher(batch, counted, rollouts)
+        scores = {"teacher_logps": teacher_logps}
+        if self.args.needs_reference:
+            with self.timed("reference"):
+                rows = counted & self.reference_rows(verifier_advantages)
+                reference_logps = self.score_with_reference(batch, rows, rollouts)
+            # Rows that no route extrapolates carry lR = lT, so that the extrapolation term is 0.
+            scores["reference_logps"] = torch.where(rows.unsqueeze(1), reference_logps, teacher_logps)
+        if self.args.stability_tau is not None and self.args.stability_norm == "batch":
+            scores["stability_denominator"] = self.stability_denominator(rollouts, batch, counted, teacher_logps)
+        return scores
