@@ -1,0 +1,97 @@
+"""Every number that shapes the built-in task. The cache key is a hash of these, so a change here builds anew."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, is_dataclass
+
+FORMAT_VERSION = 1
+"""Raised when the code changes what the same settings produce; part of every cache key."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Sizes and seed of the problem sets; `validation` is used by preparation only and never leaves it."""
+
+    seed: int = 0
+    num_train: int = 4000
+    num_validation: int = 100
+    num_test: int = 200
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of a Qwen3-architecture model; attention has as many key-value heads as query heads."""
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    num_heads: int = 4
+    max_position_embeddings: int = 256
+
+
+@dataclass(frozen=True)
+class SupervisedSettings:
+    """Supervised training of one model.
+
+    `num_problems` None draws fresh problems at every step; a number trains on that many, over and over.
+    `schedule_steps` is the length of the cosine schedule, `max_steps` where training ends at the latest. With
+    `stop_accuracy`, training ends once sampled accuracy on the validation problems reaches it; it is looked at every
+    `check_every` steps from `check_from` on, with `check_samples` samples for each problem.
+    """
+
+    batch_size: int
+    max_steps: int
+    schedule_steps: int
+    learning_rate: float
+    warmup_steps: int = 20
+    num_problems: int | None = None
+    slip_probability: float = 0.0
+    stop_accuracy: float | None = None
+    check_from: int = 200
+    check_every: int = 10
+    check_samples: int = 4
+
+
+@dataclass(frozen=True)
+class ArithmeticSettings:
+    """The whole built-in task: problem sets, teacher and student. All values are our choice, picked by measurement."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    teacher_model: ModelSettings = field(
+        default_factory=lambda: ModelSettings(hidden_size=96, num_layers=3, intermediate_size=288)
+    )
+    teacher_training: SupervisedSettings = field(
+        default_factory=lambda: SupervisedSettings(
+            batch_size=48, max_steps=250, schedule_steps=250, learning_rate=3e-3
+        )
+    )
+    student_model: ModelSettings = field(
+        default_factory=lambda: ModelSettings(hidden_size=64, num_layers=2, intermediate_size=192)
+    )
+    student_training: SupervisedSettings = field(
+        default_factory=lambda: SupervisedSettings(
+            batch_size=32,
+            max_steps=400,
+            schedule_steps=400,
+            learning_rate=4e-3,
+            num_problems=600,
+            slip_probability=0.15,
+            stop_accuracy=0.25,
+        )
+    )
+
+
+def settings_key(*parts: object) -> str:
+    """Hash of settings, stable across processes and machines.
+
+    Args:
+        *parts: Dataclass instances or JSON-able values, in a fixed order.
+
+    Returns:
+        str: Twelve hexadecimal digits.
+    """
+    plain = [
+        asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
+        for part in (FORMAT_VERSION, *parts)
+    ]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
