@@ -1,0 +1,98 @@
+# `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-fast lint format type check bench notebooks showcase docs clean distclean
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra words for the installation of torch, e.g. the index of its CPU builds.
+TORCH_ARGS ?=
+# Extra words for sg-opd demo and for pytest, e.g. DEMO_ARGS="--seed 1", PYTEST_ARGS="-k gate -x".
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/cpu.txt
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
+INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
+# Where the package itself runs nothing is downloaded, nothing is reported home, and forks stay quiet.
+# PASSIVE: threads that spin while they wait make two busy cores several times slower.
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
+CODE := sg_opd_trl tests benchmarks docs notebooks
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed-run ## set up $(VENV): the pinned CPU stack and sg-opd
+	@echo "Ready: $(BIN)/sg-opd --help"
+
+demo: $(VENV)/.installed-run ## distil a small student on this machine, from nothing to a report
+	$(OFFLINE) $(BIN)/sg-opd demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-dev ## run every test, the slow ones included
+	$(OFFLINE) $(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev ## run the fast tests only
+	$(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+notebooks: $(VENV)/.installed-dev ## execute the notebooks
+	$(OFFLINE) $(BIN)/python -m pytest -m "" tests/notebooks $(PYTEST_ARGS)
+
+showcase: $(VENV)/.installed-dev ## execute the notebooks in full and keep their outputs
+	$(OFFLINE) $(BIN)/python notebooks/refresh_outputs.py
+
+docs: $(VENV)/.installed-dev ## write docs/configuration.md from the fields' help
+	$(OFFLINE) $(BIN)/python docs/build_configuration.py
+
+lint: $(VENV)/.installed-dev ## check style and format
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: $(VENV)/.installed-dev ## repair style and format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+type: $(VENV)/.installed-dev ## check types
+	$(BIN)/mypy
+
+# Recursive calls keep the order, and pytest's summary last, under `make -j` too.
+check: ## what CI runs: lint, type, test
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory type
+	@$(MAKE) --no-print-directory test
+
+bench: $(VENV)/.installed-dev ## run the benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script" || exit 1; done
+
+clean: ## remove build and tool leftovers
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find sg_opd_trl tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove $(VENV) as well
+	rm -rf $(VENV)
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed, $(PYTHON) is `$(PYTHON) --version`. Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "== Set-up 1/3: virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS)
+	@echo "== Set-up 2/3: $(TORCH) (the largest download)"
+	$(BIN)/python -m pip install "$(TORCH)" $(TORCH_ARGS)
+	@$(BIN)/python -c 'import os, sys, torch; cuda = torch.version.cuda; \
+	  print(f"torch {torch.__version__}: " + ("a CPU build" if cuda is None else f"a CUDA {cuda} build; the tested stack is the CPU build")); \
+	  sys.exit(cuda is not None and os.environ.get("CI") == "true")'
+	@touch $@
+
+$(VENV)/.installed-run: $(VENV)/.torch $(INPUTS)
+	@echo "== Set-up 3/3: sg-opd and the stack of $(CONSTRAINTS)"
+	$(BIN)/python -m pip install -e ".[plot]" -c $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch $(INPUTS)
+	@echo "== Set-up 3/3: sg-opd, the stack of $(CONSTRAINTS), the developers' tools"
+	$(BIN)/python -m pip install -e ".[dev]" -c $(CONSTRAINTS)
+	@touch $(VENV)/.installed-run $@

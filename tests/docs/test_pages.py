@@ -1,0 +1,128 @@
+"""Links, tables and examples of the pages are true."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from repository import PAGES, ROOT, code_blocks, name_of, read, tables
+
+import sg_opd_trl
+from sg_opd_trl import core
+
+
+def heading_anchors(text: str) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = page if not path else (page.parent / path)
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_equation_table_names_functions_where_they_are() -> None:
+    rows = tables(read("README.md"), "paper")
+    assert len(rows) >= 10
+    for row in rows:
+        name = row["function"].strip("`")
+        label, link = re.fullmatch(r"\[(.+)\]\((.+)\)", row["file"]).groups()
+        assert link.endswith("/" + label)
+        owner = sg_opd_trl if name.startswith("SGOPD") else core
+        assert Path(inspect.getfile(getattr(owner, name))).resolve() == (ROOT / link).resolve()
+
+
+def test_worked_examples_are_what_the_core_computes() -> None:
+    rows = tables(read("docs/methods.md"), "#")
+    assert [row["#"] for row in rows] == [f"E{number}" for number in range(1, 9)]
+    modes = {
+        "interp 1": {"disagree_mode": "interp", "disagree_interp_beta": 1.0},
+        "interp 0.7": {"disagree_mode": "interp", "disagree_interp_beta": 0.7},
+        "interp_lambda 0.7": {"disagree_mode": "interp_lambda", "disagree_interp_beta": 0.7},
+        "preserve": {"disagree_mode": "preserve", "lambda_base": 1.25},
+        "grpo": {"disagree_mode": "grpo"},
+    }
+    for row in rows:
+        verifier = torch.tensor([float(row["a1"])])
+        log_probs = (torch.tensor([[float(row[key])]]) for key in ("student", "teacher", "reference"))
+        student, teacher, reference = log_probs
+        ratio = core.reverse_kl_advantage(student, teacher)
+        assert ratio.item() == pytest.approx(float(row["a2"]), abs=1e-6)
+        gate = core.sign_consistency_gate(verifier, ratio).item()
+        assert {1: "consensus", -1: "conflict", 0: "neutral"}[gate] == row["gate"]
+        for column, settings in modes.items():
+            routed = core.route_advantages(student, teacher, reference, verifier, lambda_high=1.8, **settings)
+            assert routed.item() == pytest.approx(float(row[column]), abs=1e-6), (row["#"], column)
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("build_configuration", ROOT / "docs" / "build_configuration.py")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    assert read("docs/configuration.md") == builder.render(), "run `make docs`"
+
+
+def test_recipe_example_of_the_readme_has_known_keys_and_types(tmp_path: Path) -> None:
+    from sg_opd_trl.cli.parsing import read_command_line
+
+    (block,) = code_blocks(read("README.md"), "yaml")
+    recipe = tmp_path / "my_run.yaml"
+    recipe.write_text(block, encoding="utf-8")
+    command = read_command_line(["--config", str(recipe)])
+    assert command.launch == {}
+    assert command.fields["lambda_high"] == 1.8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_examples_compile_and_import_what_exists(page: Path) -> None:
+    for block in code_blocks(page.read_text(encoding="utf-8"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sg_opd_trl"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), alias.name
+
+
+def test_examples_override_methods_as_they_are() -> None:
+    overridden = 0
+    for block in code_blocks(read("docs/extending.md"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            base = getattr(sg_opd_trl, node.bases[0].id)
+            for method in (item for item in node.body if isinstance(item, ast.FunctionDef)):
+                names = [argument.arg for argument in method.args.args]
+                assert names == list(inspect.signature(getattr(base, method.name)).parameters), method.name
+                overridden += 1
+    assert overridden >= 4
+
+
+def test_table_of_overridable_methods_is_true() -> None:
+    rows = tables(read("docs/extending.md"), "to change")
+    assert len(rows) >= 8
+    for row in rows:
+        owner = ""
+        for name in re.findall(r"`([\w.]+)`", row["override"]):
+            owner = name.rpartition(".")[0] or owner
+            assert callable(getattr(getattr(sg_opd_trl, owner), name.rpartition(".")[2])), name
+
+
+@pytest.mark.slow
+def test_python_example_of_the_readme_trains(tmp_path: Path) -> None:
+    example = code_blocks(read("README.md"), "python")[0]
+    assert len(example.splitlines()) <= 10
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=500, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "outputs" / "first-run" / "model.safetensors").is_file()

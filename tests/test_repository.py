@@ -1,0 +1,176 @@
+"""The repository's commands, metadata and house rules are what they are said to be."""
+
+import ast
+import configparser
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from repository import MODULES, PACKAGE, PAGES, ROOT, code_blocks, name_of, read, repository_files
+
+import sg_opd_trl
+
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = {"core": 30, "": 60}
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):(?!=)", read("Makefile"), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_commands_exist(page: Path) -> None:
+    commands = re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(commands) <= makefile_targets()
+
+
+def test_readme_opens_with_demo_and_test() -> None:
+    first = code_blocks(read("README.md"), "")[0]
+    assert re.findall(r"^make (\w+)", first, flags=re.MULTILINE) == ["demo", "test"]
+
+
+def test_ci_runs_lint_types_and_the_readme_test_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert "set -euo pipefail" in lines
+    assert [line for line in lines if line.startswith("make ")] == ["make lint", "make type", "make test"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("changed", [None, "setup.cfg", "constraints/cpu.txt"])
+def test_second_run_installs_only_after_a_change(tmp_path: Path, changed: str | None) -> None:
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints/cpu.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+        os.utime(tmp_path / name, (1000, 1000))
+    (tmp_path / ".venv").mkdir()
+    for age, stamp in enumerate((".created", ".torch", ".installed-run", ".installed-dev")):
+        (tmp_path / ".venv" / stamp).touch()
+        os.utime(tmp_path / ".venv" / stamp, (2000 + age, 2000 + age))
+    if changed is not None:
+        os.utime(tmp_path / changed, (3000, 3000))
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "VENV")}
+    for target, command in (("demo", "sg-opd demo"), ("test", "-m pytest")):
+        planned = subprocess.run(
+            ["make", "-n", target],
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+        assert command in planned
+        assert ("pip install -e" in planned) == (changed is not None)
+        assert ('pip install "torch==' in planned) == (changed == "constraints/cpu.txt")
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+def metadata() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def requirements(section: str, key: str) -> list[Requirement]:
+    return [Requirement(line) for line in metadata()[section][key].splitlines() if line.strip()]
+
+
+def test_extras_and_script() -> None:
+    extras = metadata()["options.extras_require"]
+    assert {"peft", "vllm", "plot", "notebooks", "tracking", "deepspeed", "dev"} <= set(extras)
+    assert "vllm" not in {requirement.name for requirement in requirements("options.extras_require", "dev")}
+    script = metadata()["options.entry_points"]["console_scripts"].strip()
+    assert script == "sg-opd = sg_opd_trl.cli:main"
+    assert callable(importlib.import_module("sg_opd_trl.cli").main)
+
+
+def test_pyproject_holds_the_build_system_only() -> None:
+    assert re.findall(r"^\[(.+)\]$", read("pyproject.toml"), flags=re.MULTILINE) == ["build-system"]
+
+
+def test_versions_agree() -> None:
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == sg_opd_trl.__version__
+    assert sg_opd_trl.__version__ in read("CHANGELOG.md")
+
+
+def test_pinned_stack_satisfies_the_requirements() -> None:
+    pins = {}
+    for line in read("constraints/cpu.txt").splitlines():
+        if line and not line.startswith("#"):
+            name, exact, version = line.partition("==")
+            assert exact, line
+            pins[name.lower().replace("_", "-")] = version
+    declared = requirements("options", "install_requires")
+    for extra in ("peft", "plot", "notebooks", "dev"):
+        declared += requirements("options.extras_require", extra)
+    checked = 0
+    for requirement in declared:
+        if requirement.name == "sg-opd-trl":
+            continue
+        assert SpecifierSet(str(requirement.specifier)).contains(pins[requirement.name.lower()]), str(requirement)
+        checked += 1
+    assert checked > 10
+
+
+def test_every_import_of_the_package_is_declared() -> None:
+    declared = {requirement.name for requirement in requirements("options", "install_requires")}
+    for extra in ("peft", "plot"):
+        declared |= {requirement.name for requirement in requirements("options.extras_require", extra)}
+    modules = {name.lower().replace("-", "_") for name in declared} | {"yaml", "math_verify", "sg_opd_trl"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in sys.stdlib_module_names or top in modules, f"{name_of(path)} imports {name}"
+
+
+# --- house rules -----------------------------------------------------------------------------------------------------
+def test_no_machine_paths_and_no_hosts() -> None:
+    folders = "|".join(("work", "root", "opt", "home", "Users", "tmp"))
+    machine = re.compile(rf"(?<![\w.~}}/])/(?:{folders})/\w")
+    # Spelt in two parts, or this test would find itself.
+    domains = (("pypi", "org"), ("pythonhosted", "org"), ("huggingface", "co"), ("pytorch", "org"), ("github", "com"))
+    hosts = re.compile("|".join(re.escape(f"{name}.{ending}") for name, ending in domains))
+    checked = 0
+    for path in repository_files():
+        text = path.read_text(encoding="utf-8")
+        checked += 1
+        for pattern in (machine, hosts):
+            found = pattern.search(text)
+            assert found is None, f"{name_of(path)}: {found.group()!r}"
+    assert checked > 30
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    limit = MAX_FUNCTION_LINES["core" if (PACKAGE / "core") in path.parents else ""]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= limit, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nothing_is_left_unfinished(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for mark in ("TO" + "DO", "FIX" + "ME", "raise NotImplemented" + "Error"):
+        assert mark not in text
