@@ -4,6 +4,7 @@ Everything that depends on time is a pure function of the 1-based optimizer step
 it had never stopped.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from .core import anchor_denominator, anchor_schedule
 from .scoring import TokenBatch
 from .teachers import Sampling
 from .verdicts import as_verdict_tensor
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from .trainer import SGOPDTrainer
@@ -156,6 +159,18 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         return [examples[order[i % len(order)]] for i in range(prompts)]
 
     # --- events --------------------------------------------------------------------------------------------------
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so if the run is too short for the schedule to ever use the teacher's rollouts."""
+        if self.alpha(args, 1, state.max_steps) <= 0:
+            logger.warning(
+                "`teacher_sampling_enable` is on, but with %d steps the anchor's weight is 0 from the first step: no "
+                "teacher rollout will be drawn. Raise `teacher_sampling_phase1_end_frac` and "
+                "`teacher_sampling_phase2_end_frac`, or train longer.",
+                state.max_steps,
+            )
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -62,13 +62,15 @@ class SGOPDTrainer(DistillationRuntime):
     _tag_names = ["trl", "grpo", "sg-opd", "distillation"]  # noqa: RUF012  # as TRL declares it
     _name = "SG-OPD"
     _paper = {  # noqa: RUF012
-        "title": "SG-OPD: Sign-Gated On-Policy Distillation",
+        "title": "SG-OPD: Sign-Gated On-Policy Distillation via Sign-Consistency Gating and Phased Teacher Sampling",
         "id": "2606.09304",
         "citation": textwrap.dedent("""\
-            @article{sgopd2026,
-                title        = {{SG-OPD}},
-                year         = 2026,
-                eprint       = {arXiv:2606.09304},
+            @article{xu2026sgopd,
+                title   = {{SG-OPD: Sign-Gated On-Policy Distillation via Sign-Consistency Gating and Phased
+                           Teacher Sampling}},
+                author  = {Haoran Xu and Hongyu Wang and Yifei Gao and Jiaze Li and Xiaofeng Zhang and Xiaosong Yuan},
+                year    = 2026,
+                eprint  = {arXiv:2606.09304},
             }"""),
     }
 

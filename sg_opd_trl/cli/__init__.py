@@ -1,0 +1,98 @@
+"""The `sg-opd` command: `train`, `evaluate`, `demo`.
+
+Nothing heavy is imported here: `sg-opd --help` answers before torch would have been loaded. `python -m sg_opd_trl.cli`
+and `accelerate launch -m sg_opd_trl.cli` are the same program.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from sg_opd_trl.errors import SGOPDError
+
+COMMANDS = {
+    "train": "distil a student as a recipe says",
+    "evaluate": "measure avg@k and pass@k of a model on a data set",
+    "demo": "prepare, distil and measure a small student of the built-in task, offline on a CPU",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name, `sys.argv[1:]` by default.
+
+    Returns:
+        0 when all went well, 2 after an error of the package (shown as one message), 130 after an interruption,
+        otherwise the status of the launched processes.
+    """
+    arguments, debug = _pop_debug(list(sys.argv[1:] if argv is None else argv))
+    namespace, rest = _build_parser().parse_known_args(arguments)
+    if namespace.command is None:
+        _build_parser().print_help()
+        return 0
+    logging.basicConfig(level=_log_level(debug), format="%(levelname)s %(name)s: %(message)s")
+    # TRL's defaults and every recipe use the name that transformers has begun to replace.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    command = importlib.import_module(f"sg_opd_trl.cli.{namespace.command}")
+    try:
+        return command.run(rest, debug=debug)
+    except SGOPDError as error:
+        if debug:
+            raise
+        _show_error(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return EXIT_INTERRUPTED
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sg-opd",
+        description="On-policy distillation with sign-gated extrapolation (SG-OPD).",
+        epilog="Settings of one command: sg-opd COMMAND --help",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error, and more messages")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+    return parser
+
+
+def _pop_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """Takes out a bare `--debug` anywhere; `--debug VALUE` after a command is a field of the training arguments."""
+    bare = [
+        index
+        for index, word in enumerate(argv)
+        if word == "--debug" and (index == 0 or index + 1 == len(argv) or argv[index + 1].startswith("--"))
+    ]
+    return [word for index, word in enumerate(argv) if index not in bare], bool(bare)
+
+
+def _log_level(debug: bool) -> int:
+    """One process of each machine speaks; the others only about errors."""
+    if debug:
+        return logging.INFO
+    return logging.WARNING if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR
+
+
+def _show_error(error: SGOPDError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    rank = os.environ.get("RANK")
+    message = Text.assemble(("Error: " if rank is None else f"Error on rank {rank}: ", "bold red"), str(error))
+    Console(stderr=True, soft_wrap=True).print(message)
+
+
+__all__ = ["COMMANDS", "main"]

@@ -1,0 +1,110 @@
+"""`sg-opd demo`: the built-in task from nothing to a measured student, through the code of `train`."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sg_opd_trl.cli.evaluate import CommandParser
+from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
+from sg_opd_trl.cli.recipes import find_recipe
+from sg_opd_trl.errors import SGOPDConfigError
+
+if TYPE_CHECKING:
+    from sg_opd_trl.evaluation import EvaluationResult
+
+RECIPE = "arithmetic/sg_opd.yaml"
+PROBLEMS = "built-in arithmetic"
+EVALUATION = {"num_samples": 8, "temperature": 1.0, "top_p": 1.0, "batch_size": 400, "seed": 0}
+
+
+def run(argv: Sequence[str], *, debug: bool = False) -> int:
+    """`sg-opd demo [--recipe PATH] [--seed N] [--output_dir DIR] [--field VALUE ...]`.
+
+    Prepares the teacher, the student and the problems, trains as the recipe says, and measures student before, student
+    after and teacher on held-out problems.
+
+    Args:
+        argv: words after `demo`; those that are not the demo's own go to `train`.
+        debug: not used; errors are shown by `main`.
+
+    Returns:
+        0.
+    """
+    started = time.perf_counter()
+    settings = _settings(argv)
+    from rich.console import Console
+
+    from sg_opd_trl.cli.measuring import results_table
+    from sg_opd_trl.cli.train import resolve_names, train, write_run_report
+
+    console = Console()
+    console.print("[bold]1/4[/bold] Built-in teacher, student and problems")
+    resolve_names(settings)
+    console.print("[bold]2/4[/bold] Accuracy of the student before and of the teacher")
+    before, teacher = _measure(settings, settings.student), _measure(settings, _teacher(settings))
+    console.print(f"[bold]3/4[/bold] Training, method {settings.script.method}")
+    student = train(settings)
+    console.print("[bold]4/4[/bold] Accuracy of the student after")
+    results = {"student before": before, "student after": _measure(settings, str(student)), "teacher": teacher}
+
+    history = json.loads((student / "log_history.json").read_text(encoding="utf-8"))
+    report = write_run_report(settings, history, {name: result.to_dict() for name, result in results.items()})
+    console.print(results_table(results, f"{before.num_problems} held-out problems, percent right"))
+    elapsed = time.perf_counter() - started
+    console.print(f"Student: {student}\nReport:  {report}\nElapsed: {elapsed:.0f} s", markup=False, soft_wrap=True)
+    return 0
+
+
+def _settings(argv: Sequence[str]) -> TrainSettings:
+    """Settings of `train` for the demo's recipe; `--seed` chooses the student too."""
+    parser = CommandParser(
+        "sg-opd demo", "Distil a small student of the built-in task; all flags of `train` work too."
+    )
+    parser.flag("recipe", help=f"YAML recipe instead of recipes/{RECIPE}")
+    parser.flag(
+        "seed", type=int, default=0, help="seed of the run, and of the student unless `model_name_or_path` is given"
+    )
+    parser.flag("output_dir", help="folder of the student, with the seed in its name by default")
+    options, rest = parser.parse_known_args(list(argv))
+    recipe = options.recipe if options.recipe is not None else str(find_recipe(RECIPE))
+    words = ["--config", recipe, "--seed", str(options.seed), *rest]
+    command = read_command_line(words)
+    if command.launch or command.launch_flags:
+        raise SGOPDConfigError(
+            "The demo must run in one process, got launcher keys. It measures models before and after training. Use "
+            "`sg-opd train` with an `accelerate_config`."
+        )
+    settings = build_settings(command)
+    name = settings.model.model_name_or_path
+    if name is not None and name.startswith("builtin/") and "@" not in name:
+        settings.model.model_name_or_path = f"{name}@{options.seed}"
+    settings.training.output_dir = options.output_dir or f"{settings.output_dir}-seed{options.seed}"
+    return settings
+
+
+def _teacher(settings: TrainSettings) -> str:
+    """The recipe's teacher; for GRPO, which has none, the built-in one as a yardstick."""
+    from sg_opd_trl.config import SGOPDConfig
+    from sg_opd_trl.tasks import resolve
+
+    if isinstance(settings.training, SGOPDConfig) and settings.training.teacher_model_name_or_path is not None:
+        return settings.training.teacher_model_name_or_path
+    return resolve("builtin/arithmetic-teacher")
+
+
+def _measure(settings: TrainSettings, model: str) -> "EvaluationResult":
+    from sg_opd_trl.cli.loading import first_rows, load_splits, pick_split
+    from sg_opd_trl.cli.measuring import cached_evaluation
+
+    script = settings.script
+    splits = load_splits(script.dataset_name or "builtin/arithmetic")
+    rows: Any = first_rows(pick_split(splits, script.dataset_test_split, "dataset_test_split"), script.eval_samples)
+    return cached_evaluation(
+        model,
+        rows,
+        settings.output_dir.parent / "evaluations",
+        f"{PROBLEMS}, {script.dataset_test_split} split",
+        max_new_tokens=settings.training.max_completion_length,
+        **EVALUATION,
+    )

@@ -1,0 +1,148 @@
+"""`sg-opd train` under accelerate's launcher."""
+
+import importlib.resources
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sg_opd_trl.cli.parsing import ACCELERATE_CONFIG, CommandLine, accelerate_defaults, pop_option
+from sg_opd_trl.cli.recipes import recipes_folder
+from sg_opd_trl.cli.suggest import did_you_mean
+from sg_opd_trl.errors import SGOPDConfigError
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_PROCESSES = "SG_OPD_EXPECTED_PROCESSES"
+"""Set for launched processes: how many were asked for. accelerate starts one process for `--cpu --num_processes 2`."""
+
+
+def is_launched() -> bool:
+    """Whether a launcher (accelerate, torchrun) started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def wants_launch(command: CommandLine) -> bool:
+    """Whether this process must hand over to accelerate's launcher.
+
+    Raises:
+        SGOPDConfigError: launcher flags inside a launched process, where they would have no effect.
+    """
+    if not is_launched():
+        return bool(command.launch or command.launch_flags)
+    if command.launch_flags:
+        raise SGOPDConfigError(
+            f"Launcher flags must come before `-m sg_opd_trl.cli`, got {command.launch_flags} after it. This process "
+            "is already launched and they would have no effect. Move them, or start with `sg-opd train`."
+        )
+    if command.launch and EXPECTED_PROCESSES not in os.environ:
+        logger.warning("launched from outside: the recipe's launcher keys %s are not applied", sorted(command.launch))
+    return False
+
+
+def launch(command: CommandLine, train_words: Sequence[str], *, debug: bool) -> int:
+    """Run `sg-opd train` in the processes that accelerate starts, and wait for them.
+
+    Args:
+        command: sorted command line; its launch keys go to accelerate.
+        train_words: what the processes get after `train`.
+        debug: show full tracebacks.
+
+    Returns:
+        0, or the exit status of the first process that failed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    words = [*launch_words(command), "-m", "sg_opd_trl.cli", *(["--debug"] if debug else []), "train", *train_words]
+    arguments = launch_command_parser().parse_args(words)
+    expected = arguments.num_processes or _configured_processes(arguments.config_file)
+    os.environ[EXPECTED_PROCESSES] = str(expected or "")
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    finally:
+        del os.environ[EXPECTED_PROCESSES]
+    return 0
+
+
+def launch_words(command: CommandLine) -> list[str]:
+    """Words for accelerate's parser: the recipe's keys first, so that flags win.
+
+    Raises:
+        SGOPDConfigError: an accelerate configuration that does not exist, or a value that is no word.
+    """
+    flags, config = pop_option(command.launch_flags, ACCELERATE_CONFIG)
+    recipe = dict(command.launch)
+    config = config or recipe.pop(ACCELERATE_CONFIG, None)
+    recipe.pop(ACCELERATE_CONFIG, None)
+    words = ["--config_file", str(find_accelerate_config(config))] if config else []
+    defaults = accelerate_defaults()
+    for key, value in recipe.items():
+        words += _launch_word(key, value, is_switch=defaults[key] is False)
+    return words + flags
+
+
+def find_accelerate_config(name: str) -> Path:
+    """File of an accelerate configuration.
+
+    Args:
+        name: path, or name of one in `recipes/accelerate_configs/` or shipped with TRL (`zero2`, `fsdp2`, ...).
+
+    Raises:
+        SGOPDConfigError: neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folders = [Path(str(importlib.resources.files("trl"))) / "accelerate_configs"]
+    clone = recipes_folder()
+    if clone is not None:
+        folders.insert(0, clone / "accelerate_configs")
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise SGOPDConfigError(
+        f"`accelerate_config` must be a file or one of {known}, got {name!r}.{did_you_mean(name, known)}"
+    )
+
+
+def check_world_size(num_processes: int) -> None:
+    """Refuse to train on fewer processes than were asked for.
+
+    Raises:
+        SGOPDConfigError: accelerate started another number of processes.
+    """
+    expected = os.environ.get(EXPECTED_PROCESSES)
+    if expected and int(expected) != num_processes:
+        raise SGOPDConfigError(
+            f"`num_processes` must be the number of processes that train, got {expected} while {num_processes} runs. "
+            "accelerate starts a single process on a CPU unless told otherwise. Set `multi_gpu` (it also means "
+            "several CPU processes)."
+        )
+
+
+def _launch_word(key: str, value: Any, *, is_switch: bool) -> list[str]:
+    if value is None or (is_switch and value is False):
+        return []
+    if is_switch and value is True:
+        return [f"--{key}"]
+    if isinstance(value, (list, dict)):
+        raise SGOPDConfigError(
+            f"`{key}` must be a single value, got {value!r}. It is passed to accelerate's launcher as a flag."
+        )
+    return [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+
+
+def _configured_processes(config_file: str | None) -> int | None:
+    if config_file is None:
+        return None
+    config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+    return config.get("num_processes") if isinstance(config, dict) else None

@@ -1,0 +1,299 @@
+"""Data set rows -> `prompt` and `solution`, and the checks that run before a model is asked for anything.
+
+A training row needs `prompt` (a string or a chat, the list of messages up to the question) and whatever columns the
+reward functions ask for by name; the built-in verifiers ask for `solution`, the bare gold answer.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from sg_opd_trl.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+HEAVY_COLUMN_CHARACTERS = 1000
+"""A column nobody asked for is dropped above this mean length (our choice): worked solutions fill most of a disk."""
+ROWS_CHECKED = 1000
+STREAMED_ROWS_CHECKED = 8
+PROVIDED_BY_TRAINER = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+
+
+def prepare_dataset(
+    dataset: Any,
+    *,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    instruction: str | None = None,
+    system_prompt: str | None = None,
+    difficulty_column: str = "difficulty",
+    min_difficulty: float | None = None,
+    keep_columns: Collection[str] = (),
+    name: str = "dataset",
+) -> Any:
+    """Map rows to `prompt` and `solution`, filters by difficulty and drops rows and columns that cannot be used.
+
+    Args:
+        dataset: `datasets.Dataset` or `datasets.IterableDataset`, rows as they come from the Hub or a file.
+        question_column: text column that becomes the user's message. Without it there must be `prompt` already.
+        answer_column: column that becomes `solution`. Golds are kept as given, numbers become strings. Without it an
+            existing `solution` is used; without either, rows have no `solution`.
+        instruction: appended to the user's message on a new line, e.g. how to mark the final answer.
+        system_prompt: first message of every chat that has no system message.
+        difficulty_column: numeric column that `min_difficulty` refers to.
+        min_difficulty: rows below it, or without a value, are dropped.
+        keep_columns: columns kept whatever their size, e.g. those that a reward function needs.
+        name: how messages call this data set.
+
+    Returns:
+        The same type as given, with `prompt` and, where golds exist, `solution`.
+
+    Raises:
+        DataError: a named column does not exist, or there is neither `prompt` nor `question_column`.
+    """
+    columns = column_names(dataset)
+    question, answer = question_column or "prompt", answer_column or "solution"
+    for column, setting in ((question, "question_column"), (answer_column, "answer_column")):
+        _require_column(column, setting, columns, name)
+    if min_difficulty is not None:
+        _require_column(difficulty_column, "difficulty_column", columns, name)
+        limit = float(min_difficulty)
+        dataset = _filter(
+            dataset, lambda row: _at_least(row[difficulty_column], limit), name, f"difficulty < {limit:g}"
+        )
+
+    with_gold = answer in columns
+    dataset = _filter(
+        dataset,
+        lambda row: not is_empty_prompt(row[question]) and not (with_gold and _is_empty_gold(row[answer])),
+        name,
+        "no prompt or no solution",
+    )
+    read = {question, answer} & set(columns)
+    unused = read - set(keep_columns) | _heavy_columns(dataset, columns, read | set(keep_columns), name)
+    # Written under a new name and renamed at the end: a column that is written again keeps its old type.
+    written = {column: f"{column} for {question}" for column in ("prompt", "solution")}
+    unused |= set(written) & set(columns)
+
+    def to_row(row: Mapping[str, Any]) -> dict[str, Any]:
+        prompt = _as_prompt(row[question], instruction, system_prompt, always_chat=question_column is not None)
+        return {written["prompt"]: prompt} | ({written["solution"]: _as_gold(row[answer])} if with_gold else {})
+
+    mapped = dataset.map(to_row, remove_columns=sorted(unused))
+    return mapped.rename_columns({new: column for column, new in written.items() if column == "prompt" or with_gold})
+
+
+def filter_long_prompts(
+    dataset: Any,
+    processing_class: Any,
+    max_prompt_tokens: int,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    name: str = "dataset",
+) -> Any:
+    """Drop rows whose prompt, chat template and generation prompt included, is longer than `max_prompt_tokens` tokens.
+
+    Raises:
+        DataError: `max_prompt_tokens` is below 1.
+    """
+    if max_prompt_tokens < 1:
+        raise DataError(
+            f"`max_prompt_tokens` must be at least 1, got {max_prompt_tokens}. It is the longest prompt that is kept. "
+            "Leave it out to keep all."
+        )
+
+    def fits(row: Mapping[str, Any]) -> bool:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            ids = processing_class(text=prompt)["input_ids"]
+        else:
+            text = processing_class.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+            )
+            ids = processing_class(text=text, add_special_tokens=False)["input_ids"]
+        return len(ids) <= max_prompt_tokens
+
+    return _filter(dataset, fits, name, f"prompt longer than {max_prompt_tokens} tokens")
+
+
+def check_dataset(
+    dataset: Any,
+    *,
+    reward_funcs: Sequence[Any],
+    processing_class: Any,
+    prompts_per_generation_batch: int,
+    name: str = "train_dataset",
+) -> None:
+    """Refuse a data set that would fail later, at the first batch or in a reward function.
+
+    Args:
+        dataset: `datasets.Dataset` or `datasets.IterableDataset` that the trainer would use.
+        reward_funcs: reward functions; a parameter without a default that the trainer does not provide is a required
+            column. Model ids and models need no column.
+        processing_class: tokenizer or processor, which renders chats.
+        prompts_per_generation_batch: prompts that one generation batch takes, `generation_batch_size /
+            num_generations`.
+        name: how messages call this data set.
+
+    Raises:
+        DataError: empty, too small, a missing column, empty prompts among the first 1000 rows (8 of a stream), or
+            chats for a tokenizer without a chat template.
+    """
+    rows = _first_rows(dataset)
+    if not rows:
+        raise DataError(f"`{name}` must have rows, got none. Check `dataset_name`, the split and the filters.")
+    if not is_stream(dataset) and len(dataset) < prompts_per_generation_batch:
+        raise DataError(
+            f"`{name}` must have at least {prompts_per_generation_batch} rows, got {len(dataset)}. One generation "
+            "batch takes `generation_batch_size / num_generations` prompts and an incomplete one is dropped, so no "
+            "step would run. Lower `generation_batch_size` (or `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps`), or add rows."
+        )
+    found = column_names(dataset) or list(rows[0])
+    required = ["prompt", *required_columns(reward_funcs)]
+    missing = [column for column in required if column not in found]
+    if missing:
+        raise DataError(
+            f"`{name}` must have the columns {required}, got {found}: {missing} missing. `prompt` is what is "
+            "generated from, the others are parameters of the reward functions. Rename columns with "
+            "`dataset.rename_column`, or with `sg_opd_trl.data.prepare_dataset(question_column=..., "
+            "answer_column=...)` (the same names on the command line)."
+        )
+    _check_prompts([row["prompt"] for row in rows], processing_class, name)
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Columns of a map-style or streamed data set; a stream that does not declare them is asked for its first row."""
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return next((list(row) for row in dataset), [])
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether the data set has no length, so that rows cannot be counted or drawn at random."""
+    from datasets import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
+
+
+def is_empty_prompt(prompt: Any) -> bool:
+    """Whether a prompt (string or chat) is missing or says nothing."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return not prompt or all(not message.get("content") for message in prompt if isinstance(message, Mapping))
+
+
+def _check_prompts(prompts: list[Any], processing_class: Any, name: str) -> None:
+    wrong = [
+        index for index, prompt in enumerate(prompts) if prompt is not None and not isinstance(prompt, (str, list))
+    ]
+    if wrong:
+        raise DataError(
+            f"`prompt` must be a string or a list of messages, got {type(prompts[wrong[0]]).__name__} in row "
+            f"{wrong[0]} of `{name}`. Nothing else can be tokenized. Convert the column before training."
+        )
+    empty = [index for index, prompt in enumerate(prompts) if is_empty_prompt(prompt)]
+    if empty:
+        raise DataError(
+            f"`prompt` must not be empty, got {len(empty)} empty rows among the first {len(prompts)} of `{name}` "
+            f"(first: row {empty[0]}). An empty prompt conditions on nothing. Drop them with `dataset.filter` or "
+            "`sg_opd_trl.data.prepare_dataset`."
+        )
+    chats = any(isinstance(prompt, list) for prompt in prompts)
+    if chats and processing_class.chat_template is None:
+        raise DataError(
+            f"`processing_class` must have a chat template, got {type(processing_class).__name__} without one. The "
+            f"prompts of `{name}` are chats and cannot be rendered. Set `processing_class.chat_template`, or give "
+            "prompts as strings."
+        )
+
+
+def required_columns(reward_funcs: Sequence[Any]) -> list[str]:
+    """Parameters without a default that only a column can fill, in order of appearance."""
+    from torch import nn
+
+    names: dict[str, None] = {}
+    for reward_func in reward_funcs:
+        if isinstance(reward_func, (str, nn.Module)):
+            continue
+        for parameter in inspect.signature(reward_func).parameters.values():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and parameter.default is parameter.empty and parameter.name not in PROVIDED_BY_TRAINER:
+                names[parameter.name] = None
+    return list(names)
+
+
+def _first_rows(dataset: Any) -> list[dict[str, Any]]:
+    if is_stream(dataset):
+        return list(islice(dataset, STREAMED_ROWS_CHECKED))
+    return [dict(row) for row in dataset.select(range(min(ROWS_CHECKED, len(dataset))))]
+
+
+def _require_column(column: str | None, setting: str, columns: list[str], name: str) -> None:
+    if column is None or column in columns:
+        return
+    raise DataError(
+        f"`{setting}` must name a column of the {name}, got {column!r}; it has {columns}. Rows are built from it. Set "
+        f"`{setting}` to one of them."
+    )
+
+
+def _heavy_columns(dataset: Any, columns: list[str], kept: set[str], name: str) -> set[str]:
+    """Unused columns whose text is long: worked solutions, generations of other models."""
+    candidates = [column for column in columns if column not in kept]
+    rows = list(islice(dataset, STREAMED_ROWS_CHECKED)) if candidates else []
+    heavy = {
+        column
+        for column in candidates
+        if rows and sum(len(str(row[column])) for row in rows) > HEAVY_COLUMN_CHARACTERS * len(rows)
+    }
+    if heavy:
+        logger.warning("%s: dropped the long unused columns %s", name, sorted(heavy))
+    return heavy
+
+
+def _filter(dataset: Any, keep: Callable[[Any], bool], name: str, reason: str) -> Any:
+    filtered = dataset.filter(keep)
+    if is_stream(dataset):
+        logger.info("%s: rows are skipped while streaming: %s", name, reason)
+    elif len(filtered) < len(dataset):
+        logger.warning("%s: dropped %d of %d rows: %s", name, len(dataset) - len(filtered), len(dataset), reason)
+    return filtered
+
+
+def _at_least(value: Any, limit: float) -> bool:
+    return value is not None and float(value) >= limit
+
+
+def _is_empty_gold(gold: Any) -> bool:
+    return gold is None or (isinstance(gold, str) and not gold.strip()) or gold == []
+
+
+def _as_gold(gold: Any) -> Any:
+    return str(gold) if isinstance(gold, (int, float)) else gold
+
+
+def _as_prompt(question: Any, instruction: str | None, system_prompt: str | None, always_chat: bool) -> Any:
+    if isinstance(question, str):
+        text = _with_instruction(question, instruction) if instruction else question
+        if not always_chat and system_prompt is None:
+            return text
+        messages = [{"role": "user", "content": text}]
+    else:
+        messages = [dict(message) for message in question]
+        if instruction:
+            messages[-1]["content"] = _with_instruction(messages[-1]["content"], instruction)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _with_instruction(content: Any, instruction: str) -> Any:
+    """Content is a string, or a list of typed parts as multimodal templates have it."""
+    return (
+        f"{content}\n{instruction}" if isinstance(content, str) else [*content, {"type": "text", "text": instruction}]
+    )

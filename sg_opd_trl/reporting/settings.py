@@ -1,0 +1,137 @@
+"""Settings and names as they may be shown to others: no secrets, no folders of this machine."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass, replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+from ..evaluation import EvaluationResult
+
+_SECRET_NAME = re.compile(r"(^|_)(token|auth|authorization|cookie)$|secret|passw|api_?key|credential", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|Bearer )[A-Za-z0-9_-]{12,}")
+_URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_NOT_OF_THE_METHOD = ("accelerator_config", "disable_tqdm", "logging_dir")  # filled in by the config itself
+_LONGEST_VALUE = 200
+_HIDDEN = "(hidden)"
+
+
+class Setting(NamedTuple):
+    """A setting that differs from its default, as text."""
+
+    name: str
+    value: str
+    default: str
+
+
+def shown_settings(config: Any) -> list[Setting]:
+    """The settings a reader needs to repeat the run: everything that is not at its default.
+
+    Secrets are left out, local folders appear by their last part.
+
+    Args:
+        config: a dataclass such as `SGOPDConfig`, or a mapping of settings; a mapping's names are looked up in
+            `SGOPDConfig` and TRL's `ModelConfig`, and names that neither knows are shown if they say anything.
+
+    Returns:
+        Settings in the order of definition.
+    """
+    if is_dataclass(config):
+        values = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+        defaults = _defaults(type(config))
+    else:
+        values, defaults = dict(config), _run_defaults()
+    return [
+        Setting(name, show_value(value), show_value(defaults[name]) if name in defaults else "")
+        for name, value in values.items()
+        if name not in _NOT_OF_THE_METHOD
+        and _is_plain(value)
+        and not _SECRET_NAME.search(name)
+        and _normal(value) != (_normal(defaults[name]) if name in defaults else None)
+    ]
+
+
+def shown_results(evaluations: Mapping[str, EvaluationResult | Mapping[str, Any]]) -> dict[str, EvaluationResult]:
+    """Results, also those given as `to_dict`, with models and data sets named as they may be shown."""
+    results = {
+        label: result if isinstance(result, EvaluationResult) else EvaluationResult.from_dict(result)
+        for label, result in evaluations.items()
+    }
+    return {
+        label: replace(
+            result,
+            model=show_value(result.model),
+            dataset=None if result.dataset is None else show_value(result.dataset),
+        )
+        for label, result in results.items()
+    }
+
+
+def show_value(value: Any) -> str:
+    """A value as short text without secrets."""
+    text = str(_hide(_plain(value)))
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def display_name(name: str) -> str:
+    """A model or data set as it may be shown: Hub ids stay, of a local folder only its last part."""
+    return os.path.basename(os.path.normpath(name)) if is_local(name) else name
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a folder or file of this machine."""
+    looks_local = os.path.isabs(name) or name.startswith(("./", "../", "~")) or name in (".", "..")
+    return bool(name) and (looks_local or os.path.exists(name))
+
+
+def _defaults(config_class: type) -> dict[str, Any]:
+    return {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(config_class)
+    }
+
+
+def _run_defaults() -> dict[str, Any]:
+    from trl import ModelConfig
+
+    from ..config import SGOPDConfig
+
+    return _defaults(ModelConfig) | _defaults(SGOPDConfig)
+
+
+def _is_plain(value: Any) -> bool:
+    """Objects that a config builds for itself have no text worth showing."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, Enum, os.PathLike))
+
+
+def _normal(value: Any) -> Any:
+    """For comparing: the ways in which a config says "nothing" are one."""
+    plain = _plain(value)
+    return None if plain in ("", "none", [], {}) else plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _hide(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _HIDDEN if _SECRET_NAME.search(name) else _hide(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_hide(item) for item in value]
+    if isinstance(value, str):
+        return display_name(_URL_USER.sub("", _SECRET_VALUE.sub(_HIDDEN, value)))
+    return value
