@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from sg_opd_trl.cli import main
+from sg_opd_trl.cli.measuring import cached_evaluation, results_table
+from sg_opd_trl.evaluation import EvaluationResult
+
+
+def evaluate(tiny, *flags):
+    words = ["--model", tiny.student, "--dataset_name", tiny.data, "--max_new_tokens", "8", "--num_samples", "2"]
+    return main(["evaluate", *words, *flags])
+
+
+def test_a_model_is_evaluated_and_the_result_written(tiny, tmp_path, capsys):
+    output = tmp_path / "sub" / "result.json"
+    samples = tmp_path / "samples.jsonl"
+    assert evaluate(tiny, "--limit", "3", "--output", str(output), "--samples-path", str(samples)) == 0
+    result = EvaluationResult.from_dict(json.loads(output.read_text(encoding="utf-8")))
+    assert (result.num_problems, result.num_samples, result.max_new_tokens) == (3, 2, 8)
+    assert len(samples.read_text(encoding="utf-8").splitlines()) == 6
+    assert "avg@2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--temprature", "1"], "Did you mean `temperature`?"),
+        (["--limit", "0"], "`limit` must be at least 1, got 0"),
+        (["--num_samples", "many"], "invalid int value"),
+        (["--dataset_split", "tset"], "Did you mean `test`?"),
+        (["--reward_func", "exact_reward"], "Did you mean `exact_match_reward`?"),
+        (["--chat_template_kwargs", "[1]"], "must be a JSON object"),
+    ],
+)
+def test_wrong_flags_are_told_in_one_message(tiny, capsys, flags, said):
+    assert evaluate(tiny, *flags) == 2
+    error = capsys.readouterr().err
+    assert said in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
+def test_required_flags_are_told(capsys):
+    assert main(["evaluate", "--model", "x"]) == 2
+    assert "--dataset_name" in capsys.readouterr().err
+
+
+def result(**changes):
+    values = {
+        **{"model": "m", "num_problems": 4, "num_samples": 8, "k": 8, "avg_at_k": 0.25, "avg_interval": (0.2, 0.3)},
+        **{"pass_at_k": 0.75, "pass_interval": (0.5, 1.0), "abstained": 0, "truncated": 0, "mean_length": 5.0},
+        **{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 0, "seconds": 1.0},
+    }
+    return EvaluationResult(**{**values, **changes})
+
+
+def test_a_stored_evaluation_is_used_until_anything_it_depends_on_changes(tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate_model(model, processing_class, rows, **settings):
+        calls.append(settings)
+        return result()
+
+    monkeypatch.setattr("sg_opd_trl.evaluation.evaluate_model", evaluate_model)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"1")
+    rows = [{"prompt": "a", "solution": "1"}]
+
+    def measure(rows=rows, **settings):
+        return cached_evaluation(str(model), rows, tmp_path / "cache", "problems", **{"seed": 0, **settings})
+
+    assert measure() == measure() == result()
+    assert len(calls) == 1
+    measure(seed=1)
+    measure(rows=[{"prompt": "a", "solution": "2"}])
+    assert len(calls) == 3
+    (model / "weights").write_bytes(b"2")
+    measure()
+    assert len(calls) == 4
+    for stored in (tmp_path / "cache").iterdir():
+        stored.write_text("{broken", encoding="utf-8")
+    measure()
+    assert len(calls) == 5
+
+
+def test_the_table_shows_percent_with_intervals(capsys):
+    from rich.console import Console
+
+    Console(width=100).print(results_table({"student before": result()}, "title"))
+    shown = capsys.readouterr().out
+    for part in ("avg@8", "pass@8", "student before", "25.0", "20.0 to 30.0", "75.0", "50.0 to 100.0"):
+        assert part in shown

@@ -1,0 +1,227 @@
+"""Accuracies are recounted from the samples, completions made again token by token without cache and padding."""
+
+import copy
+import itertools
+import json
+import statistics
+import sys
+import types
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from word_case import WORDS, even_length, run, word_data, word_model, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return word_model()
+
+
+@pytest.fixture
+def dataset():
+    return word_data()
+
+
+def test_result_is_what_the_samples_say(model, tokenizer, dataset, tmp_path):
+    path = tmp_path / "deep" / "samples.jsonl"
+    ends = []
+
+    def even_length_noting_ends(completion_ids, **kwargs):
+        ends.extend(ids[-1] for ids in completion_ids)
+        return even_length(None, completion_ids)
+
+    result = run(model, tokenizer, dataset, k=2, samples_path=path, reward_func=even_length_noting_ends)
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted((row["problem"], row["sample"]) for row in samples) == [(p, s) for p in range(4) for s in range(3)]
+    averages, passes = [], []
+    for problem in range(4):
+        verdicts = [row["verdict"] for row in samples if row["problem"] == problem]
+        averages.append(sum(verdicts) / 3)
+        draws = list(itertools.combinations(verdicts, 2))
+        passes.append(sum(map(any, draws)) / len(draws))
+    assert result.avg_at_k == pytest.approx(statistics.fmean(averages))
+    assert result.pass_at_k == pytest.approx(statistics.fmean(passes))
+    assert 0 < result.avg_at_k < 1, "the case should not be trivial"
+    assert result.avg_interval[0] <= result.avg_at_k <= result.avg_interval[1]
+    assert [row["truncated"] for row in samples] == [end != 1 for end in ends]
+    assert 0 < result.truncated == sum(end != 1 for end in ends) < 12
+    assert result.mean_length == pytest.approx(statistics.fmean(row["num_tokens"] for row in samples))
+    for row in samples:
+        assert row["prompt"] == dataset[row["problem"]]["prompt"]
+        assert row["solution"] == dataset[row["problem"]]["solution"]
+        assert row["verdict"] == float(row["num_tokens"] % 2 == 0)
+
+
+def test_settings_and_names_are_recorded(model, tokenizer, dataset):
+    result = run(model, tokenizer, dataset, temperature=0.7, top_p=0.9, seed=5, dataset_name="held-out")
+    assert (result.num_problems, result.num_samples, result.k) == (4, 3, 3)
+    assert (result.temperature, result.top_p, result.max_new_tokens, result.seed) == (0.7, 0.9, 6, 5)
+    assert (result.model, result.dataset) == ("Qwen3ForCausalLM", "held-out")
+    assert result.seconds > 0
+
+
+def test_greedy_completions_are_those_of_a_loop_without_cache_and_padding(model, tokenizer, dataset, tmp_path):
+    """Left padding, sorting by length and the KV cache must not change an answer."""
+    path = tmp_path / "samples.jsonl"
+    model.config.use_cache = False
+    run(model, tokenizer, dataset, temperature=0.0, num_samples=1, samples_path=path)
+    for row in map(json.loads, path.read_text().splitlines()):
+        text = f"user {row['prompt'][0]['content']} assistant"
+        ids = [WORDS.index(word) for word in text.split()]
+        start = len(ids)
+        while len(ids) - start < 6 and (len(ids) == start or ids[-1] != 1):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert row["num_tokens"] == len(ids) - start
+        assert row["completion"].split() == [WORDS[token] for token in ids[start:] if token > 2]
+
+
+def test_cache_is_used(model, tokenizer, dataset):
+    model.config.use_cache = False
+    widths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    run(model, tokenizer, dataset, batch_size=12)
+    assert widths[0] > 1
+    assert set(widths[1:]) == {1}
+
+
+OWN_DEFAULTS = [
+    {"top_k": 1},
+    {"min_p": 0.99},
+    {"repetition_penalty": 9.0},
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 2},
+]
+
+
+@pytest.mark.parametrize("own", OWN_DEFAULTS, ids=str)
+def test_the_models_own_sampling_defaults_do_not_apply(model, tokenizer, dataset, tmp_path, own):
+    run(model, tokenizer, dataset, samples_path=tmp_path / "plain.jsonl")
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[1], pad_token_id=0, **own)
+    run(model, tokenizer, dataset, samples_path=tmp_path / "own.jsonl")
+    assert (tmp_path / "own.jsonl").read_text() == (tmp_path / "plain.jsonl").read_text()
+
+
+def test_hot_sampling_reaches_all_tokens(model, tokenizer, dataset):
+    """At temperature 1000 the 16 tokens are equally likely: 80 draws miss a given one with probability 0.6%."""
+    first = set()
+
+    def verifier(completion_ids, **kwargs):
+        first.update(ids[0] for ids in completion_ids)
+        return [0.0] * len(completion_ids)
+
+    run(model, tokenizer, dataset, temperature=1000.0, num_samples=20, max_new_tokens=1, reward_func=verifier)
+    assert len(first) >= 15
+
+
+def test_ends_at_every_configured_end_and_at_the_tokenizers(model, tokenizer, dataset):
+    own = run(model, tokenizer, dataset)
+    assert 0 < own.truncated < 12
+    model.generation_config.eos_token_id = None  # the tokenizer's is left
+    assert run(model, tokenizer, dataset).mean_length == own.mean_length
+    model.generation_config.eos_token_id = list(range(16))  # any token ends the completion
+    every = run(model, tokenizer, dataset)
+    assert (every.mean_length, every.truncated) == (1.0, 0)
+
+
+def test_state_is_untouched(model, tokenizer, dataset):
+    model.train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    config, settings = model.generation_config, model.generation_config.to_dict()
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    seen = []
+
+    def watch(completions, **kwargs):
+        seen.append(model.training or model.model.layers[1].training)
+        return [1.0] * len(completions)
+
+    run(model, tokenizer, dataset, reward_func=watch)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.generation_config is config
+    assert config.to_dict() == settings
+    assert not any(seen), "sampling happens in eval mode"
+
+
+def test_state_is_untouched_after_an_error(model, tokenizer, dataset):
+    model.train()
+    config = model.generation_config
+    before = torch.get_rng_state()
+
+    def broken(**kwargs):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(model, tokenizer, dataset, reward_func=broken)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert model.generation_config is config
+
+
+def test_state_is_untouched_while_a_write_error_is_being_handled(model, tokenizer, dataset, tmp_path, monkeypatch):
+    before = torch.get_rng_state()
+    config = model.generation_config
+    monkeypatch.setattr("sg_opd_trl.evaluation.json.dumps", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        run(model, tokenizer, dataset, samples_path=tmp_path / "samples.jsonl")
+    assert raised.tb is not None, "the traceback keeps the frames alive"
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.generation_config is config
+
+
+def test_seed_decides(model, tokenizer, dataset, tmp_path):
+    texts = []
+    for index, seed in enumerate((0, 0, 1)):
+        path = tmp_path / f"{index}.jsonl"
+        torch.manual_seed(index)  # the caller's state has no say
+        run(model, tokenizer, dataset, seed=seed, samples_path=path)
+        texts.append(path.read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_adapter_on_a_model(model, tokenizer, dataset):
+    peft = pytest.importorskip("peft")
+    plain = run(model, tokenizer, dataset)
+    former = model.generation_config
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    result = run(wrapped, tokenizer, dataset)
+    assert result.avg_at_k == plain.avg_at_k  # a fresh adapter adds nothing
+    assert model.generation_config is former
+    assert wrapped.generation_config is former
+
+
+def test_model_by_path(model, tokenizer, dataset, tmp_path, monkeypatch):
+    folder = tmp_path / "student"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tasks = types.SimpleNamespace(resolve=lambda name: {"builtin/x": str(folder)}[name])
+    monkeypatch.setitem(sys.modules, "sg_opd_trl.tasks", tasks)
+    by_path = run("builtin/x", None, dataset, temperature=0.0)
+    assert by_path.model == "builtin/x"
+    assert by_path.mean_length == run(model, tokenizer, dataset, temperature=0.0).mean_length
+
+
+def test_tokenizer_without_padding(model, tokenizer, dataset):
+    with_padding = run(model, tokenizer, dataset)
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    assert bare.pad_token_id is None
+    assert run(model, bare, dataset).to_dict() | {"seconds": 0} == with_padding.to_dict() | {"seconds": 0}
+
+
+def test_progress_says_what_and_how_far(model, tokenizer, dataset, capfd):
+    run(model, tokenizer, dataset, progress=True)
+    shown = capfd.readouterr().err
+    assert "Evaluating Qwen3ForCausalLM: 100%" in shown
+    assert "12/12" in shown
+    assert "% right" in shown
