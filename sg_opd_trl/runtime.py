@@ -17,7 +17,7 @@ from .config import SGOPDConfig
 from .construction import card_arguments, checkpoint_facts, compare_checkpoint_facts
 from .metrics import TrainingMetrics
 from .reporting.model_card import build_model_card
-from .scoring import TokenBatch, longest, score_rows, trim_micro_batch
+from .scoring import TokenBatch, longest, score_rows, sort_windows, trim_micro_batch
 from .teachers import LocalTeacher, Sampling
 from .teachers.reference import Reference
 from .trl_seam import GRPOSeam, fused_log_probs, is_conversational
@@ -37,6 +37,7 @@ class DistillationRuntime(GRPOSeam):
     reference: Reference | None
     teacher_sampling: Sampling
     reuses_trl_reference: bool
+    aux_loss_enabled: bool
     max_completion_length: int
     num_generations: int
     num_generations_eval: int
@@ -61,6 +62,35 @@ class DistillationRuntime(GRPOSeam):
     def run_before_micro_batch(self, action: Callable[[], None]) -> None:
         """Run an action once, when the next training micro-batch and its generation batch are known."""
         self._before_micro_batch = action
+
+    def on_slices(self, slices: list[dict]) -> list[dict]:
+        """Order rows by length inside each optimizer step, where that leaves the update as it is."""
+        accumulation, generation = self.args.gradient_accumulation_steps, len(slices)
+        aligned = generation % accumulation == 0 or accumulation % generation == 0
+        if not aligned or self.depends_on_micro_batches:
+            return slices
+        return sort_windows(slices, min(accumulation, generation))
+
+    @property
+    def depends_on_micro_batches(self) -> bool:
+        """Whether the loss averages over a micro-batch as a whole, so that its rows matter to one another."""
+        args = self.args
+        entropy = args.entropy_coef != 0.0 or args.use_adaptive_entropy or args.top_entropy_quantile < 1.0
+        return args.loss_type == "bnpo" or entropy or self.aux_loss_enabled
+
+    def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        """Old-policy and reference scores that TRL asks for, in trimmed batches; rows without a token stay 0."""
+        split = input_ids.size(1) - completion_length
+        ids, mask = (x.tensor_split([split], dim=1) for x in (input_ids, attention_mask))
+        batch = TokenBatch(ids[0], mask[0], ids[1], mask[1])
+        score = partial(super().score_for_trl, model)
+        return score_rows(score, batch, mask[1].any(dim=1), self.scoring_budget(batch), self.agree_on_calls)
+
+    def agree_on_calls(self, calls: int) -> int:
+        """The largest number of forwards over all ranks, where a forward is a collective operation."""
+        if not self.sharded:
+            return calls
+        return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
 
     def on_micro_batch(self, inputs: dict) -> dict:
         """Trim the micro-batch to its own rows."""

@@ -132,6 +132,36 @@ def _one_token(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return input_ids, torch.ones_like(input_ids)
 
 
+def sort_windows(slices: list[dict], window: int) -> list[dict]:
+    """Order rows by length inside each optimizer step, so that rows of a micro-batch have like lengths.
+
+    Rows never leave their optimizer step, and micro-batches keep their number of rows, so that weights stay the same.
+
+    Args:
+        slices: micro-batches of one generation batch: tensors and lists with one entry per row, or 0-dim tensors.
+        window: micro-batches of one optimizer step.
+    """
+    return [part for start in range(0, len(slices), window) for part in _sorted(slices[start : start + window])]
+
+
+def _sorted(slices: list[dict]) -> list[dict]:
+    rows = len(slices[0]["prompt_mask"])
+    lengths = torch.cat([part["prompt_mask"].sum(1) + part["completion_mask"].sum(1) for part in slices])
+    order = lengths.argsort(descending=True, stable=True)
+
+    def entry(name: str) -> list:
+        values = [part[name] for part in slices]
+        if isinstance(values[0], Tensor) and values[0].dim() > 0:
+            return list(torch.cat(values)[order].split(rows))
+        if isinstance(values[0], list):
+            flat = [item for value in values for item in value]
+            return [[flat[i] for i in chosen] for chosen in order.split(rows)]
+        return values
+
+    columns = {name: entry(name) for name in slices[0]}
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(slices))]
+
+
 _PROMPT_ENTRIES = ("prompt_ids", "prompt_mask")
 
 

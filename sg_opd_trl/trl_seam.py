@@ -20,6 +20,7 @@ from trl.data_utils import is_conversational
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, is_async_callable
 
 from .errors import NonFiniteError
@@ -63,6 +64,15 @@ class GRPOSeam(GRPOTrainer):
     def on_rollouts(self, rollouts: dict, examples: list[dict]) -> dict:
         """Called with this rank's scored generation batch, before it is shuffled and split; returns what is used."""
         return rollouts
+
+    def on_slices(self, slices: list[dict]) -> list[dict]:
+        """Called with a new generation batch, shuffled and split into micro-batches; returns what is buffered."""
+        return slices
+
+    def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        """Log-probs `(B, completion_length)` of the old policy or TRL's own reference, without gradient."""
+        with self.accelerator.autocast():
+            return fused_log_probs(model, input_ids, attention_mask, completion_length)
 
     def on_micro_batch(self, inputs: dict) -> dict:
         """Called with the micro-batch that the loss is about to see; returns what is used."""
@@ -160,12 +170,17 @@ class GRPOSeam(GRPOTrainer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         def run(ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            return super(GRPOSeam, self)._get_per_token_logps_and_entropies(model, ids, mask, keep, *args, **kwargs)
+            with compact_head():
+                return super(GRPOSeam, self)._get_per_token_logps_and_entropies(
+                    model, ids, mask, keep, *args, **kwargs
+                )
 
         forward, self._loss_forward = self._loss_forward, None
-        if forward is None:
+        if forward is not None:
+            return forward(run, input_ids, attention_mask, logits_to_keep)
+        if torch.is_grad_enabled() or args or kwargs.get("compute_entropy") or kwargs.get("pixel_values") is not None:
             return run(input_ids, attention_mask, logits_to_keep)
-        return forward(run, input_ids, attention_mask, logits_to_keep)
+        return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
 
     def _generate(self, prompts: list) -> Any:
         with self.timed("rollout"):
@@ -181,7 +196,12 @@ class GRPOSeam(GRPOTrainer):
         return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict:
-        return self.on_micro_batch(super()._prepare_inputs(generation_batch))
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            self._buffered_inputs = self.on_slices(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self.on_micro_batch(inputs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -219,8 +239,24 @@ def fused_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
     """Log-probs of the last `completion_length` tokens, `(B, completion_length)` float32; 0 where the mask is 0."""
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     labels[:, :-completion_length] = -100
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    with compact_head():
+        outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     return outputs.log_probs[:, -completion_length:]
+
+
+@contextmanager
+def compact_head() -> Iterator[None]:
+    """Have TRL's fused head project only the positions that count on the CPU too, where it projects all of them.
+
+    TRL asks one function whether the device runs Triton, and projects fewer positions only there, because some other
+    devices compile anew for every shape. The CPU does not.
+    """
+    original = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or original(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = original
 
 
 def is_sharded(accelerator: Any) -> bool:
