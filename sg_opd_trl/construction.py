@@ -223,6 +223,6 @@ def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | Non
         "tags": sorted({*trainer.tags, *([tags] if isinstance(tags, str) else tags or [])}),
         "config": {name: getattr(args, name) for name in shown},
         "is_adapter": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
-        "evaluations": None,
+        "evaluations": trainer.evaluations,
         "citation": trainer.citation,
     }
