@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .core import anchor_denominator, anchor_schedule
+from .dealing import PromptStream, deal, mixed_seed, teacher_prompts_per_step
 from .scoring import TokenBatch
 from .teachers import Sampling
 from .verdicts import as_verdict_tensor
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherRollout:
-    """One rollout of the teacher: token ids, whether the anchor uses it, and what the verifier said (None: "
-    "nothing)."""
+    """One rollout of the teacher: its token ids, whether the anchor uses it, the verdict (None: there is none)."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -56,52 +56,6 @@ class AnchorStep:
             return None
         prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
         return TokenBatch.from_lists(prompts, completions, pad_token_id, device)
-
-
-class PromptStream:
-    """Endless seeded permutations of the training set, one after the other.
-
-    Args:
-        num_rows: rows of the training set.
-        seed: of the run.
-    """
-
-    def __init__(self, num_rows: int, seed: int) -> None:
-        self.num_rows = num_rows
-        self.seed = seed
-
-    def rows(self, step: int, count: int) -> list[int]:
-        """The rows of a 1-based step that draws `count` of them, the same on every rank."""
-        first = (step - 1) * count
-        permutations: dict[int, list[int]] = {}
-        chosen = []
-        for position in range(first, first + count):
-            epoch, offset = divmod(position, self.num_rows)
-            if epoch not in permutations:
-                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
-                permutations[epoch] = torch.randperm(self.num_rows, generator=generator).tolist()
-            chosen.append(permutations[epoch][offset])
-        return chosen
-
-
-def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, the same on every machine."""
-    state = 0x9E3779B97F4A7C15
-    for part in parts:
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def teacher_prompts_per_step(ratio: float, student_prompts: float) -> int:
-    """Number of teacher prompts that makes them the fraction `ratio` of all prompts; at least 1."""
-    return max(1, round(ratio / (1 - ratio) * student_prompts))
-
-
-def deal(slots: int, world_size: int, micro_batches: int, rank: int) -> list[list[int]]:
-    """Slots of one rank by micro-batch: dealt round-robin over ranks first, then over micro-batches."""
-    own = range(rank, slots, world_size)
-    return [[slot for slot in own if slot // world_size % micro_batches == i] for i in range(micro_batches)]
 
 
 class TeacherAnchorCallback(TrainerCallback, ExportableState):
@@ -217,13 +171,18 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
         micro_batches = trainer.current_gradient_accumulation_steps
         slots = prompts * args.teacher_num_generations
-        dealt = deal(slots, accelerator.num_processes, micro_batches, accelerator.process_index)
-        own = [slot for rows in dealt for slot in rows]
-        if args.teacher_sampling_prompts == "reserve":
-            reserved = self.reserved_examples(trainer, step, prompts)
-            examples = [reserved[slot // args.teacher_num_generations] for slot in own]
+        share = args.teacher_sampling_prompts == "share"
+        # Ranks know only their own student prompts, so that all rollouts of one of them are made on its rank.
+        together = args.teacher_num_generations if share else 1
+        dealt = deal(slots, accelerator.num_processes, micro_batches, accelerator.process_index, together)
+        own = [slot // args.teacher_num_generations for rows in dealt for slot in rows]
+        numbers = sorted(set(own))
+        if share:
+            chosen = dict(zip(numbers, self.student_examples(trainer, step, len(numbers)), strict=True))
         else:
-            examples = self.student_examples(trainer, step, len(own))
+            reserved = self.reserved_examples(trainer, step, prompts)
+            chosen = {number: reserved[number] for number in numbers}
+        examples = [chosen[number] for number in own]
         rollouts = iter(self._generate(trainer, examples, step))
         return [[next(rollouts) for _ in rows] for rows in dealt]
 

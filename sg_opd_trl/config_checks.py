@@ -12,13 +12,17 @@ from .errors import SGOPDConfigError
 if TYPE_CHECKING:
     from .config import SGOPDConfig
 
+# name -> (choices, what it is)
 _CHOICES = {
-    "disagree_mode": ("interp", "interp_lambda", "preserve", "grpo", "cells"),
-    "neutral_mode": ("base", "conflict"),
-    "stability_norm": ("sequence", "batch", "none"),
-    "teacher_sampling_prompts": ("reserve", "share"),
-    "teacher_sft_phi": ("chord", "dft", "none"),
-    "teacher_sft_reduction": ("token_mean", "seq_mean", "sum"),
+    "disagree_mode": (
+        ("interp", "interp_lambda", "preserve", "grpo", "cells"),
+        "It is the equation of conflict tokens (Eq. 7).",
+    ),
+    "neutral_mode": (("base", "conflict"), "It says where tokens without one of the two signs go (Eq. 4)."),
+    "stability_norm": (("sequence", "batch", "none"), "It is the scope with a mean weight of one (Eq. 9)."),
+    "teacher_sampling_prompts": (("reserve", "share"), "It says where teacher prompts come from (Algorithm 1)."),
+    "teacher_sft_phi": (("chord", "dft", "none"), "It is the token weight of the anchor (appendix C)."),
+    "teacher_sft_reduction": (("token_mean", "seq_mean", "sum"), "It is the reduction of the anchor (Eq. 2)."),
 }
 
 # name -> (lower bound, upper bound, lower bound included, upper bound included, what it is)
@@ -48,8 +52,12 @@ _WAY_OUT = {
     "gate_dead_zone": "Set it to 0 to let every non-zero log-ratio pass.",
 }
 _OPTIONAL = ("stability_tau",)
-_COUNTS = ("teacher_num_generations", "teacher_max_completion_length", "max_tokens_per_scoring_batch")
-_OPTIONAL_COUNTS = ("teacher_max_completion_length", "max_tokens_per_scoring_batch")
+# name -> (whether None is allowed, what it counts)
+_COUNTS = {
+    "teacher_num_generations": (False, "It counts the teacher's rollouts per prompt."),
+    "teacher_max_completion_length": (True, "It counts the tokens of the longest teacher rollout."),
+    "max_tokens_per_scoring_batch": (True, "It counts the tokens of one scoring forward."),
+}
 
 
 def check_config(config: "SGOPDConfig") -> None:
@@ -74,11 +82,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _default(config: "SGOPDConfig", name: str) -> object:
+    return type(config).__dataclass_fields__[name].default
+
+
 def _wrong_choices(config: "SGOPDConfig") -> Iterator[str]:
-    for name, choices in _CHOICES.items():
+    for name, (choices, reason) in _CHOICES.items():
         value = getattr(config, name)
         if value not in choices:
-            yield f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
+            shown = ", ".join(map(repr, choices))
+            yield f"`{name}` must be one of {shown}, got {value!r}. {reason} Set it to {_default(config, name)!r}."
 
 
 def _out_of_range(config: "SGOPDConfig") -> Iterator[str]:
@@ -93,16 +106,18 @@ def _out_of_range(config: "SGOPDConfig") -> Iterator[str]:
         )
         if not inside:
             interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
-            yield f"`{name}` must be a number in {interval}, got {value!r}. {reason} {_WAY_OUT.get(name, '')}".rstrip()
+            way_out = _WAY_OUT.get(name, f"Set it to {_default(config, name)}, the default.")
+            yield f"`{name}` must be a number in {interval}, got {value!r}. {reason} {way_out}"
 
 
 def _wrong_counts(config: "SGOPDConfig") -> Iterator[str]:
-    for name in _COUNTS:
+    for name, (optional, reason) in _COUNTS.items():
         value = getattr(config, name)
-        if value is None and name in _OPTIONAL_COUNTS:
+        if value is None and optional:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            yield f"`{name}` must be a whole number of at least 1, got {value!r}."
+            way_out = f"Set it to {_default(config, name)}, the default."
+            yield f"`{name}` must be a whole number of at least 1, got {value!r}. {reason} {way_out}"
 
 
 def _wrong_cells(config: "SGOPDConfig") -> Iterator[str]:
@@ -145,14 +160,18 @@ def _refused(config: "SGOPDConfig") -> Iterator[str]:
             f"`multi_objective_aggregation={config.multi_objective_aggregation!r}` is not supported: the teacher's "
             "advantages replace the mixed reward. Set multi_objective_aggregation='sum_then_normalize'."
         )
-    yield from _refused_with_gate(config)
+    yield from _refused_groups(config)
 
 
-def _refused_with_gate(config: "SGOPDConfig") -> Iterator[str]:
-    if config.sign_gated_extrapolation and (config.num_generations or 0) < 2:
+def _refused_groups(config: "SGOPDConfig") -> Iterator[str]:
+    size = config.num_generations
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         yield (
-            f"`num_generations={config.num_generations}` is not supported with sign_gated_extrapolation=True: a group "
-            "of one has no verifier advantage. Set num_generations to at least 2, or sign_gated_extrapolation=False."
+            f"`num_generations={size!r}` is not supported: a group of one has no verifier advantage, and TRL takes "
+            "none. Set num_generations to at least 2."
         )
     if config.scale_rewards not in ("group", "batch", "none", True, False):
-        yield f"`scale_rewards` must be one of 'group', 'batch', 'none', got {config.scale_rewards!r}."
+        yield (
+            f"`scale_rewards` must be one of 'group', 'batch', 'none', got {config.scale_rewards!r}. It scales the "
+            "verifier's advantage. Set it to 'group'."
+        )

@@ -47,8 +47,7 @@ def check_arguments(
     if not isinstance(args, SGOPDConfig):
         raise SGOPDConfigError(
             f"`args` must be an SGOPDConfig, got {type(args).__name__}. The gate and the anchor read their settings "
-            "from "
-            "it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
+            "from it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
         )
     check_reference_arguments(args, reference_model)
     if args.teacher_sampling_enable:
@@ -74,8 +73,7 @@ def _check_anchor(
     if isinstance(train_dataset, IterableDataset) and args.teacher_sampling_prompts == "reserve":
         raise SGOPDConfigError(
             "`teacher_sampling_prompts='reserve'` is not supported with an iterable data set: its rows cannot be "
-            "drawn "
-            "by number. Set teacher_sampling_prompts='share', or load the data set without streaming."
+            "drawn by number. Set teacher_sampling_prompts='share', or load the data set without streaming."
         )
 
 
@@ -85,6 +83,7 @@ def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_co
     Returns:
         A deep copy of a student given as a plain model; None where a path, an adapter or TRL's reference serves.
     """
+    _check_can_be_reloaded(model, args, peft_config)
     if isinstance(model, str) or peft_config is not None or not default_reference(args, reference_model):
         return None
     if args.beta != 0.0 and not args.sync_ref_model:
@@ -93,6 +92,16 @@ def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_co
         add_reference_adapter(model)
         return None
     return copy.deepcopy(model)
+
+
+def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> None:
+    """TRL loads its own reference for the KL penalty from the student's path."""
+    plain = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
+    if args.beta != 0.0 and plain and not get_config_model_id(model.config):
+        raise SGOPDConfigError(
+            f"`beta={args.beta}` is not supported with a student given as a model without a path: TRL loads the "
+            "initial student, which the KL penalty needs, from there. Pass `model` as a path, or set beta=0."
+        )
 
 
 def with_anchor_callback(callbacks: list | None, args: SGOPDConfig) -> list | None:
@@ -131,8 +140,7 @@ def check_run(trainer: Any) -> None:
     if trainer.is_multimodal:
         raise SGOPDConfigError(
             f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
-            "teacher. "
-            "Use trl.GRPOTrainer, or a text-only student."
+            "teacher. Use trl.GRPOTrainer, or a text-only student."
         )
     for name, dataset in _datasets(trainer):
         prompts = args.generation_batch_size // args.num_generations if name == "train_dataset" else 1
@@ -149,8 +157,7 @@ def check_run(trainer: Any) -> None:
     if args.sign_gated_extrapolation and not args.disable_dropout and _dropout(student):
         logger.warning(
             "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
-            "student's "
-            "log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
+            "student's log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
             _dropout(student),
         )
 
@@ -187,9 +194,8 @@ def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
         if stored is not None and current is not None and stored != current:
             raise SGOPDConfigError(
                 f"The {role} must be the one of the checkpoint, got other weights (fingerprint {current}, the "
-                "checkpoint "
-                f"has {stored} of {state[role]['name']!r}). The resumed run would optimise something else. Give the "
-                f"original {role}, or start a new run from the checkpoint's model."
+                f"checkpoint has {stored} of {state[role]['name']!r}). The resumed run would optimise something "
+                f"else. Give the original {role}, or start a new run from the checkpoint's model."
             )
 
 
@@ -217,6 +223,6 @@ def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | Non
         "tags": sorted({*trainer.tags, *([tags] if isinstance(tags, str) else tags or [])}),
         "config": {name: getattr(args, name) for name in shown},
         "is_adapter": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
-        "evaluations": None,
+        "evaluations": trainer.evaluations,
         "citation": trainer.citation,
     }

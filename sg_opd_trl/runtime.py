@@ -42,6 +42,9 @@ class DistillationRuntime(GRPOSeam):
     num_generations: int
     num_generations_eval: int
 
+    evaluations: dict | None = None
+    """Results by name that the model card shows; a name with `after` in it is the student's own."""
+
     _before_micro_batch: Callable[[], None] | None = None
     _examples: Sequence[dict] = ()
 

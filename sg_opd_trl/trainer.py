@@ -255,10 +255,9 @@ class SGOPDTrainer(DistillationRuntime):
         statistics, (anchor_sum, bad) = reduce_over_ranks(self.accelerator, inputs["statistics"], sums)
         if bad:
             raise NonFiniteError(
-                f"{int(bad)} of the student's log-probs, advantages or losses of step "
-                f"{self.state.global_step + 1} are not finite. Nothing was updated in this step. Check the student's "
-                "weights, lower `learning_rate`, or "
-                "train in float32 or bfloat16."
+                f"{int(bad)} of the student's log-probs, advantages or losses of step {self.state.global_step + 1} "
+                "are not finite. Nothing was updated in this step. Check the student's weights, lower "
+                "`learning_rate`, or train in float32 or bfloat16."
             )
         self.metrics.add_tokens(self.mode, statistics)
         if self.mode == "train" and self.anchor is not None:

@@ -209,9 +209,8 @@ class GRPOSeam(GRPOTrainer):
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(grad_norm)):
             raise NonFiniteError(
                 f"The gradient norm of step {self.state.global_step + 1} is {float(grad_norm)}, and the optimizer "
-                "would "
-                "spread it to every weight. The weights are as they were before this step. Lower `learning_rate`, "
-                "train in float32 or bfloat16, or look at the rollouts of this step."
+                "would spread it to every weight. The weights are as they were before this step. Lower "
+                "`learning_rate`, train in float32 or bfloat16, or look at the rollouts of this step."
             )
         return grad_norm
 

@@ -38,8 +38,7 @@ class RunVerifier:
             raise SGOPDConfigError(
                 "`verifier_reward_func` must be a function that answers 1, 0 or None, got the reward model "
                 f"{self.name!r}. Its scores have no right and wrong. Put a verifier such as math_reward first, name "
-                "it "
-                "in verifier_reward_func, or set sign_gated_extrapolation=False and teacher_sampling_enable=False."
+                "it in verifier_reward_func, or set sign_gated_extrapolation=False and teacher_sampling_enable=False."
             )
 
     def verdicts(self, rewards: Tensor) -> Tensor:

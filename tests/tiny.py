@@ -1,10 +1,8 @@
 """Tiny models, tokenizer, data and trainers for the tests; nothing is downloaded."""
 
-import gc
 import random
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +78,9 @@ def save_pair(folder: Path, seed: int, **config: Any) -> str:
     return str(folder)
 
 
-@cache
-def _config_class() -> Any:
-    """The configuration, with all that training imports; every `train` collects garbage, which need not scan that."""
-    from sg_opd_trl import SGOPDConfig, SGOPDTrainer
-
-    assert SGOPDTrainer
-    gc.freeze()
-    return SGOPDConfig
-
-
 def tiny_config(folder: Path, **settings: Any) -> Any:
     """A configuration for 2 optimizer steps on the CPU."""
-    SGOPDConfig = _config_class()
+    from sg_opd_trl import SGOPDConfig
 
     defaults = {
         "output_dir": str(folder),

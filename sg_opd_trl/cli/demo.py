@@ -1,8 +1,8 @@
 """`sg-opd demo`: the built-in task from nothing to a measured student, through the code of `train`."""
 
-import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sg_opd_trl.cli.evaluate import CommandParser
@@ -36,7 +36,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     from rich.console import Console
 
     from sg_opd_trl.cli.measuring import results_table
-    from sg_opd_trl.cli.train import resolve_names, train, write_run_report
+    from sg_opd_trl.cli.train import resolve_names, train
 
     console = Console()
     console.print("[bold]1/4[/bold] Built-in teacher, student and problems")
@@ -44,15 +44,23 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     console.print("[bold]2/4[/bold] Accuracy of the student before and of the teacher")
     before, teacher = _measure(settings, settings.student), _measure(settings, _teacher(settings))
     console.print(f"[bold]3/4[/bold] Training, method {settings.script.method}")
-    student = train(settings)
-    console.print("[bold]4/4[/bold] Accuracy of the student after")
-    results = {"student before": before, "student after": _measure(settings, str(student)), "teacher": teacher}
+    results: dict[str, EvaluationResult] = {}
 
-    history = json.loads((student / "log_history.json").read_text(encoding="utf-8"))
-    report = write_run_report(settings, history, {name: result.to_dict() for name, result in results.items()})
+    def measure(student: Path) -> dict[str, Any]:
+        console.print("[bold]4/4[/bold] Accuracy of the student after")
+        results.update(
+            {"student before": before, "student after": _measure(settings, str(student)), "teacher": teacher}
+        )
+        return {name: result.to_dict() for name, result in results.items()}
+
+    student = train(settings, measure)
     console.print(results_table(results, f"{before.num_problems} held-out problems, percent right"))
     elapsed = time.perf_counter() - started
-    console.print(f"Student: {student}\nReport:  {report}\nElapsed: {elapsed:.0f} s", markup=False, soft_wrap=True)
+    console.print(
+        f"Student: {student}\nReport:  {student / 'report.html'}\nElapsed: {elapsed:.0f} s",
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 

@@ -40,11 +40,12 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     return 0
 
 
-def train(settings: TrainSettings) -> Path:
-    """Train as the settings say; save the student, its tokenizer, `log_history.json` and `report.html`.
+def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | None = None) -> Path:
+    """Train as the settings say; save the student, its tokenizer, its card, `log_history.json` and `report.html`.
 
     Args:
         settings: of the run; built-in names are resolved and written back.
+        measure: called with the student's folder once it is saved; returns evaluations by name for card and report.
 
     Returns:
         Folder of the student.
@@ -60,7 +61,9 @@ def train(settings: TrainSettings) -> Path:
     trainer.save_model(str(settings.output_dir))
     if trainer.accelerator.is_main_process:
         _say(f"Student saved to {settings.output_dir}")
-        _write_logs(settings, trainer.state.log_history)
+        evaluations = measure(settings.output_dir) if measure is not None else {}
+        _write_card(trainer, evaluations, dataset_name)
+        _write_logs(settings, trainer.state.log_history, evaluations)
     if settings.training.push_to_hub:
         _push(trainer, settings, dataset_name)
     trainer.end()
@@ -187,11 +190,24 @@ def _checkpoint(value: str | bool | None) -> str | bool | None:
     return value
 
 
-def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]]) -> None:
+def _write_card(trainer: "GRPOTrainer", evaluations: dict[str, Any], dataset_name: str | None) -> None:
+    from sg_opd_trl.trainer import SGOPDTrainer
+
+    if isinstance(trainer, SGOPDTrainer):
+        trainer.evaluations = evaluations or None
+    trainer.create_model_card(dataset_name=None if _is_local(dataset_name) else dataset_name)
+
+
+def _is_local(dataset_name: str | None) -> bool:
+    """Whether a data set is not on the Hub, so that a card does not name it."""
+    return dataset_name is None or dataset_name.startswith("builtin/") or Path(dataset_name).exists()
+
+
+def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], evaluations: Mapping[str, Any]) -> None:
     path = settings.output_dir / "log_history.json"
     path.write_text(json.dumps(log_history, indent=1) + "\n", encoding="utf-8")
     if settings.script.report:
-        _say(f"Report written to {write_run_report(settings, log_history, {})}")
+        _say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
 
 
 def _push(trainer: "GRPOTrainer", settings: TrainSettings, dataset_name: str | None) -> None:
@@ -200,8 +216,7 @@ def _push(trainer: "GRPOTrainer", settings: TrainSettings, dataset_name: str | N
         # The scheduler uploads every two minutes, and a shorter run would end before its first upload.
         trainer.commit_scheduler.trigger().result()
         trainer.commit_scheduler.stop()
-    local = dataset_name is None or dataset_name.startswith("builtin/") or Path(dataset_name).exists()
-    commit = trainer.push_to_hub(dataset_name=None if local else dataset_name)
+    commit = trainer.push_to_hub(dataset_name=None if _is_local(dataset_name) else dataset_name)
     if trainer.accelerator.is_main_process:
         _say(f"Student pushed: {commit.commit_url}")
 

@@ -128,8 +128,7 @@ def _check_one_source(role: str, given: Any, named: str | None, *, required: boo
     if given is not None and named is not None and given != named:
         raise SGOPDConfigError(
             f"The {role} must be given once, got `{role}_model` and `{role}_model_name_or_path={named!r}`. Which one "
-            "is "
-            "meant is not clear. Leave one of them out."
+            "is meant is not clear. Leave one of them out."
         )
     if required and given is None and named is None:
         raise SGOPDConfigError(
@@ -139,9 +138,9 @@ def _check_one_source(role: str, given: Any, named: str | None, *, required: boo
 
 
 def _check_not_the_student(trainer: Any, model: Any, argument: str) -> None:
-    if model is trainer.model or model is trainer.accelerator.unwrap_model(trainer.model):
+    own = set(map(id, trainer.model.parameters()))
+    if any(id(parameter) in own for parameter in model.parameters()):
         raise SGOPDConfigError(
-            f"`{argument}` must be another object than `model`, got the student itself. It would be frozen, or move "
-            "with "
-            "every update. Pass copy.deepcopy(model) or the model's path."
+            f"`{argument}` must be another object than `model`, got the student's own weights. They would be frozen, "
+            "or move with every update. Pass copy.deepcopy(model) or the model's path."
         )

@@ -48,8 +48,7 @@ def check_vocabulary_sizes(tokenizer: Any, vocab_size: int, role: str) -> None:
         )
     logger.warning(
         "The %s was given as a model, without a tokenizer: that its %d ids mean the student's tokens is taken on "
-        "trust. "
-        "Pass `teacher_processing_class`, or the model's path, to have it checked.",
+        "trust. Pass `teacher_processing_class`, or the model's path, to have it checked.",
         role,
         vocab_size,
     )

@@ -1,6 +1,5 @@
 """A frozen model in this process that scores token ids: the local teacher, or a reference of its own."""
 
-import copy
 import hashlib
 from typing import Any
 
@@ -60,13 +59,6 @@ class FrozenModel:
             options["device_map"] = None
         return cls(create_model_from_path(name, **options), role=role, name=name, **extra)
 
-    @classmethod
-    def copy_of(cls, model: PreTrainedModel, *, role: str) -> "FrozenModel":
-        """A deep copy of a model as it is now, for an initial student that exists in memory only."""
-        return cls(
-            copy.deepcopy(model), role=role, name=f"copy of {get_config_model_id(model.config) or 'the student'}"
-        )
-
     def prepare(self, accelerator: Any, *, temperature: float, cast_lm_head_to_fp32: bool) -> None:
         """Attach the fused head and place the model as TRL places its reference model."""
         add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
@@ -124,8 +116,7 @@ def check_scores(logps: Tensor, role: str) -> None:
         raise NonFiniteError(
             f"The {role} gave {int(bad.sum())} log-probs that are not finite or above 0, the first "
             f"{float(logps[row, position])} in row {row} at completion token {position}. Nothing was updated. Check "
-            "the "
-            f"{role}'s weights, or load it in float32 or bfloat16."
+            f"the {role}'s weights, or load it in float32 or bfloat16."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..errors import NonFiniteError
 from ..scoring import pad_rows, plan_batches
 from ..trl_seam import is_sharded, model_for_generation
 from .base import Sampling
@@ -73,13 +74,22 @@ class LocalTeacher(FrozenModel):
             pad_token_id=sampling.pad_token_id,
             disable_compile=True,
         )
-        with self.accelerator.autocast():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                synced_gpus=is_sharded(self.accelerator),
-            )
+        try:
+            with self.accelerator.autocast():
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    synced_gpus=is_sharded(self.accelerator),
+                )
+        except RuntimeError as error:
+            # The sampler's own words for logits that are NaN or infinite.
+            if "probability tensor" not in str(error):
+                raise
+            raise NonFiniteError(
+                f"The {self.role}'s logits are not finite while it writes a rollout. Nothing was updated. Check the "
+                f"{self.role}'s weights, or load it in float32 or bfloat16."
+            ) from error
         return [cut_after_eos(row, sampling.eos_token_ids) for row in output[:, ids.size(1) :].tolist()]
 
 

@@ -102,16 +102,23 @@ def add_reference_adapter(model: Any) -> None:
     Raises:
         SGOPDConfigError: the student carries several active adapters, or one of another kind named `ref`.
     """
-    active = model.active_adapter
-    if not isinstance(active, str) or active == REFERENCE_ADAPTER:
+    names = list(model.active_adapters)
+    active = names[0] if len(names) == 1 else REFERENCE_ADAPTER
+    if active == REFERENCE_ADAPTER:
         raise SGOPDConfigError(
-            f"`model` must carry one active adapter that is not named {REFERENCE_ADAPTER!r}, got {active!r}. Its "
-            "first "
+            f"`model` must carry one active adapter that is not named {REFERENCE_ADAPTER!r}, got {names}. Its first "
             "state is copied under that name as the reference. Rename or merge the adapters, or give "
             "`reference_model`."
         )
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
+        model.has_sg_opd_reference = True
+    elif not hasattr(model, "has_sg_opd_reference"):
+        raise SGOPDConfigError(
+            f"`model` must have no adapter named {REFERENCE_ADAPTER!r} of its own, got {list(model.peft_config)}. "
+            "The student's first state is copied under that name as the reference. Rename or delete that adapter, or "
+            "give `reference_model`."
+        )
     for name, parameter in model.named_parameters():
         if f".{active}." in name:
             copy = model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))

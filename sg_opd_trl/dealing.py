@@ -1,0 +1,59 @@
+"""Which prompts the teacher gets at which step, and which rank and micro-batch takes its rollouts.
+
+Pure functions of seed, step and sizes: nothing has to be remembered to resume.
+"""
+
+import torch
+
+
+class PromptStream:
+    """Endless seeded permutations of the training set, one after the other.
+
+    Args:
+        num_rows: rows of the training set.
+        seed: of the run.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+
+    def rows(self, step: int, count: int) -> list[int]:
+        """The rows of a 1-based step that draws `count` of them, the same on every rank."""
+        first = (step - 1) * count
+        permutations: dict[int, list[int]] = {}
+        chosen = []
+        for position in range(first, first + count):
+            epoch, offset = divmod(position, self.num_rows)
+            if epoch not in permutations:
+                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+                permutations[epoch] = torch.randperm(self.num_rows, generator=generator).tolist()
+            chosen.append(permutations[epoch][offset])
+        return chosen
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, the same on every machine."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def teacher_prompts_per_step(ratio: float, student_prompts: float) -> int:
+    """Number of teacher prompts that makes them the fraction `ratio` of all prompts; at least 1."""
+    return max(1, round(ratio / (1 - ratio) * student_prompts))
+
+
+def deal(slots: int, world_size: int, micro_batches: int, rank: int, together: int = 1) -> list[list[int]]:
+    """Slots of one rank by micro-batch: dealt round-robin over ranks first, then over micro-batches.
+
+    Runs of `together` slots stay on one rank and in one micro-batch.
+    """
+    dealt: list[list[int]] = [[] for _ in range(micro_batches)]
+    for slot in range(slots):
+        turn, owner = divmod(slot // together, world_size)
+        if owner == rank:
+            dealt[turn % micro_batches].append(slot)
+    return dealt

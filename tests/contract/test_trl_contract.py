@@ -1,0 +1,274 @@
+"""What the package leans on in TRL 1.16, name by name: a TRL that moves one must fail here and not in a run."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from tiny import parity_verifier, save_pair, tiny_data, tiny_model
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+
+from sg_opd_trl import SGOPDConfig, SGOPDTrainer
+from sg_opd_trl.trl_seam import GRPOSeam
+
+PACKAGE = Path(__file__).resolve().parents[2] / "sg_opd_trl"
+SEAM = PACKAGE / "trl_seam.py"
+OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path != SEAM)
+# Class attributes that TRL asks subclasses to set.
+DECLARED = {"_tag_names", "_name", "_paper", "_VALID_DICT_FIELDS"}
+# method -> parameters that the seam passes on by position or name
+SIGNATURES = {
+    "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+    "_generate": ["self", "prompts"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_get_output_dir": ["self", "trial"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "log": ["self", "logs", "start_time"],
+}
+OVERRIDABLE = set(dir(GRPOTrainer)) - set(dir(object))
+ATTRIBUTES = [
+    "_tokenizer", "_is_vlm", "_metrics", "_buffered_inputs", "_step", "accelerator", "num_generations",
+    "num_generations_eval", "max_completion_length", "reward_funcs", "reward_func_names", "processing_class",
+    "temperature", "eos_token_ids", "environment_factories", "ref_model", "callback_handler", "eval_dataset",
+]  # fmt: skip
+
+
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def private_names_of_trl() -> set[str]:
+    """Everything private that TRL's and transformers' trainers define or set on themselves."""
+    modules = [inspect.getmodule(kind) for kind in (GRPOTrainer, GRPOTrainer.__mro__[1], Trainer)]
+    assigned = {name for module in modules for name in re.findall(r"\bself\.(_[a-z]\w*)", inspect.getsource(module))}
+    return {name for name in assigned | set(dir(GRPOTrainer)) if re.match(r"_[a-zA-Z]", name)}
+
+
+def private_names_touched(path: Path) -> set[str]:
+    """Names of TRL's trainers that a file reads or writes, but for those of a class of its own (`self._step`)."""
+    nodes = list(ast.walk(syntax(path)))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    touched = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and not (node.attr in own and isinstance(node.value, ast.Name) and node.value.id == "self")
+    }
+    return touched & (private_names_of_trl() - DECLARED)
+
+
+def test_the_supported_version() -> None:
+    assert re.match(r"1\.16\.", trl.__version__), "read the release notes, run this file, then widen the pin"
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    parameters = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+    assert parameters[: len(SIGNATURES[name])] == SIGNATURES[name]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n, v in vars(GRPOSeam).items() if inspect.isfunction(v) and n in OVERRIDABLE)
+)
+def test_overrides_accept_what_trl_passes(name: str) -> None:
+    ours, theirs = (getattr(kind, name) for kind in (GRPOSeam, GRPOTrainer))
+    own, parent = (inspect.signature(method).parameters.values() for method in (ours, theirs))
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
+        return
+    assert [parameter.name for parameter in own] == [parameter.name for parameter in parent]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """TRL's own trainer after one step, with what its private steps were given and returned."""
+    seen: dict[str, Any] = {"forwards": 0}
+
+    class Watched(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+            seen["examples"], seen["rollouts"] = inputs, super()._generate_and_score_completions(inputs)
+            return seen["rollouts"]
+
+        def _calculate_rewards(self, *arguments: Any) -> torch.Tensor:
+            seen["rewards"] = super()._calculate_rewards(*arguments)
+            return seen["rewards"]
+
+        def _compute_loss(self, model: Any, inputs: dict) -> torch.Tensor:
+            before = seen["forwards"]
+            loss = super()._compute_loss(model, inputs)
+            seen["inputs"], seen["forwards_in_loss"] = inputs, seen["forwards"] - before
+            return loss
+
+        def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
+            seen["forwards"] += 1
+            seen["scores"] = super()._get_per_token_logps_and_entropies(*arguments, **named)
+            return seen["scores"]
+
+    trainer = Watched(
+        save_pair(tmp_path_factory.mktemp("student"), 0),
+        parity_verifier,
+        GRPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("plain")), per_device_train_batch_size=8, num_generations=4,
+            max_completion_length=6, max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+            gradient_checkpointing=False, beta=0.1, num_iterations=2, disable_tqdm=True,
+        ),
+        train_dataset=tiny_data(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.seen = seen
+    return trainer
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes(plain: Any, name: str) -> None:
+    assert hasattr(plain, name)
+
+
+def test_kinds_of_the_attributes(plain: Any) -> None:
+    assert isinstance(plain._metrics["train"]["a new name"], list)
+    assert isinstance(plain._buffered_inputs, list)
+    assert plain._step == 1
+    assert plain.eos_token_ids == [1]
+    assert isinstance(plain._tokenize_prompts([tiny_data()[0]["prompt"]])[0][0][0], int)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("prompt_ids", "BP"), ("prompt_mask", "BP"), ("completion_ids", "BT"), ("completion_mask", "BT"),
+        ("advantages", "B"), ("old_per_token_logps", "BT"), ("ref_per_token_logps", "BT"), ("num_items_in_batch", ""),
+    ],
+)  # fmt: skip
+def test_entries_of_the_rollouts(plain: Any, key: str, shape: str) -> None:
+    rollouts = plain.seen["rollouts"]
+    sizes = {"B": 8, "P": rollouts["prompt_ids"].size(1), "T": rollouts["completion_ids"].size(1)}
+    assert rollouts[key].shape == tuple(sizes[letter] for letter in shape)
+    assert len(plain.seen["examples"]) == 8
+
+
+def test_rewards_are_of_all_ranks_with_one_column_per_function(plain: Any) -> None:
+    assert plain.seen["rewards"].shape == (8, 1)
+
+
+def test_the_loss_runs_the_policy_once_and_gets_three_values(plain: Any) -> None:
+    assert plain.seen["forwards_in_loss"] == 1
+    logps, entropies, auxiliary_loss = plain.seen["scores"]
+    assert logps.shape == entropies.shape == plain.seen["rollouts"]["completion_ids"].shape
+    assert auxiliary_loss is None
+
+
+def test_the_loss_takes_advantages_per_token_and_reads_them_after_its_forward(plain: Any) -> None:
+    inputs = dict(plain.seen["inputs"])
+    plain.model.train()
+    per_row = plain._compute_loss(plain.model, dict(inputs)).item()
+    tokens = inputs["advantages"].unsqueeze(1).expand(inputs["completion_ids"].shape)
+    assert plain._compute_loss(plain.model, inputs | {"advantages": tokens.clone()}).item() == pytest.approx(per_row)
+    doubled = dict(inputs)
+    forward = plain._get_per_token_logps_and_entropies
+
+    def write_then_return(*arguments: Any, **named: Any) -> Any:
+        doubled["advantages"] = 2 * tokens
+        return forward(*arguments, **named)
+
+    plain._get_per_token_logps_and_entropies = write_then_return
+    late = plain._compute_loss(plain.model, doubled).item()
+    plain._get_per_token_logps_and_entropies = forward
+    assert late == pytest.approx(plain._compute_loss(plain.model, inputs | {"advantages": 2 * tokens}).item())
+    assert late != pytest.approx(per_row)
+
+
+def test_rows_of_added_entries_travel_through_shuffle_and_split() -> None:
+    from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+
+    rows = torch.arange(6)
+    batch = {"completion_ids": rows.unsqueeze(1), "example_index": rows, "teacher_logps": -rows.float().unsqueeze(1)}
+    scalar = {"stability_denominator": torch.tensor(2.0)}
+    parts = split_tensor_dict(shuffle_sequence_dict(batch | scalar), 3)
+    assert len(parts) == 3
+    assert sorted(int(i) for part in parts for i in part["example_index"]) == list(range(6))
+    for part in parts:
+        assert torch.equal(part["teacher_logps"].squeeze(1), -part["example_index"].float())
+        assert torch.equal(part["completion_ids"].squeeze(1), part["example_index"])
+        assert part["stability_denominator"] == 2.0
+
+
+def test_functions_around_models() -> None:
+    from trl.distributed import DistributedBackend
+    from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+    from trl.models.utils import disable_gradient_checkpointing
+    from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, is_async_callable
+
+    head = inspect.signature(add_fused_lm_head).parameters
+    assert {"temperature", "cast_lm_head_to_fp32", "outputs"} <= head.keys()
+    assert {"is_fsdp", "is_zero3", "summon_full_params"} <= set(dir(DistributedBackend)) | set(
+        re.findall(r"self\.(\w+)", inspect.getsource(DistributedBackend))
+    )
+    assert list(inspect.signature(prepare_deepspeed).parameters)[:2] == ["model", "accelerator"]
+    assert list(inspect.signature(prepare_fsdp).parameters)[:2] == ["model", "accelerator"]
+    assert list(inspect.signature(unwrap_model_for_generation).parameters)[:2] == ["model", "accelerator"]
+    assert next(iter(inspect.signature(disable_gradient_checkpointing).parameters)) == "model"
+    assert next(iter(inspect.signature(create_model_from_path).parameters)) == "model_id"
+    assert get_config_model_id(tiny_model(0).config) == ""
+    assert not is_async_callable(parity_verifier)
+
+
+# --- nobody else does -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_file_touches_private_names_of_trl(path: Path) -> None:
+    assert private_names_touched(path) == set()
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_file_imports_from_inside_trl(path: Path) -> None:
+    imports = [
+        node.module or "" for node in ast.walk(syntax(path)) if isinstance(node, ast.ImportFrom) and not node.level
+    ]
+    imports += [alias.name for node in ast.walk(syntax(path)) if isinstance(node, ast.Import) for alias in node.names]
+    inside = {name for name in imports if name.startswith("trl.") and not name.startswith("trl.scripts")}
+    assert inside == set()
+
+
+def test_the_seam_does_touch_them() -> None:
+    """The two tests above can fail: the same search finds the seam's names and imports."""
+    assert {"_metrics", "_buffered_inputs", "_step", "_is_vlm", "_tokenizer"} <= private_names_touched(SEAM)
+    assert {"_metrics", "_generate_and_score_completions", "_attn_implementation"} & private_names_of_trl() == {
+        "_metrics",
+        "_generate_and_score_completions",
+    }
+    modules = {node.module for node in ast.walk(syntax(SEAM)) if isinstance(node, ast.ImportFrom)}
+    assert "trl.trainer.utils" in modules
+
+
+def test_our_own_private_names_hide_none_of_trls() -> None:
+    above = set(SGOPDTrainer.__mro__[: SGOPDTrainer.__mro__.index(GRPOSeam)])
+    own = {name for kind in above for name in vars(kind) if re.match(r"_[a-z]", name)}
+    own |= {name for kind in above for name in re.findall(r"\bself\.(_[a-z]\w*) *[:=][^=]", inspect.getsource(kind))}
+    assert own
+    assert own & (private_names_of_trl() - DECLARED) == set()
+
+
+def test_fields_of_the_configuration_hide_none_of_trls() -> None:
+    """Seven defaults are the paper's on purpose; every other name of ours is new."""
+    overridden = {name for name in vars(SGOPDConfig)["__annotations__"] if name in GRPOConfig.__dataclass_fields__}
+    assert overridden == {
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
+        "loss_type",
+        "delta",
+        "vllm_importance_sampling_mode",
+        "vllm_importance_sampling_clip_max",
+    }

@@ -1,0 +1,300 @@
+"""`SGOPDConfig`: every refusal with its message, the defaults, and that each own field can be set from outside."""
+
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+from tiny import tiny_config
+from transformers import HfArgumentParser
+from trl import GRPOConfig, TrlParser
+
+from sg_opd_trl import SGOPDConfig, SGOPDConfigError
+
+PACKAGE = Path(__file__).resolve().parents[1] / "sg_opd_trl"
+INHERITED = {field.name for field in fields(GRPOConfig)}
+OWN = [field for field in fields(SGOPDConfig) if field.name not in INHERITED]
+CPU = ["--output_dir", "unused", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+
+NOT_NUMBERS = [math.nan, True, "1.8"]
+CHOICES = {
+    "disagree_mode": "'interp', 'interp_lambda', 'preserve', 'grpo', 'cells'",
+    "neutral_mode": "'base', 'conflict'",
+    "stability_norm": "'sequence', 'batch', 'none'",
+    "teacher_sampling_prompts": "'reserve', 'share'",
+    "teacher_sft_phi": "'chord', 'dft', 'none'",
+    "teacher_sft_reduction": "'token_mean', 'seq_mean', 'sum'",
+}
+# name -> (values refused beside those that are no numbers, values at the edge that are accepted)
+NUMBERS: dict[str, tuple[list[Any], list[Any]]] = {
+    "lambda_high": ([-0.1, math.inf, None], [0.0, 1]),
+    "lambda_base": ([-0.1, math.inf, None], [0.0, 1]),
+    "disagree_interp_beta": ([-0.1, math.inf, None], [0.0, 2]),
+    "gate_dead_zone": ([-1e-9, math.inf, None], [0.0]),
+    "stability_tau": ([0.0, -1.0, math.inf], [1e-6, None]),
+    "teacher_sampling_ratio": ([0.0, 1.0, -0.1, math.inf, None], [0.01, 0.99]),
+    "teacher_sampling_phase1_end_frac": ([-0.01, 1.01, math.inf, None], [0.0, 0.35]),
+    "teacher_sampling_phase2_end_frac": ([-0.01, 1.01, math.inf, None], [0.30, 1.0]),
+    "teacher_sft_alpha_start": ([-0.1, math.inf, None], [0.0, 1]),
+    "teacher_sft_alpha_end": ([-0.1, math.inf, None], [0.0, 1]),
+    "beta": ([-0.1, math.inf, None], [0.0, 0.04]),
+    "temperature": ([0.0, -1.0, math.inf, None], [0.7]),
+}
+COUNTS = ["teacher_num_generations", "teacher_max_completion_length", "max_tokens_per_scoring_batch"]
+# setting, value, a word of the reason, the way out
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"loss_type": "cispo"}, "one advantage per sequence", "Set loss_type to 'grpo', 'bnpo', 'dr_grpo' or 'dapo'"),
+    ({"loss_type": "luspo"}, "one advantage per sequence", "Set loss_type to"),
+    ({"importance_sampling_level": "sequence"}, "one ratio per sequence", "Set importance_sampling_level='token'"),
+    ({"off_policy_mask_threshold": 0.5}, "sign of one advantage", "Set it to None"),
+    (
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        "replace the mixed reward",
+        "Set multi_objective_aggregation='sum_then_normalize'",
+    ),
+    ({"num_generations": 1}, "group of one has no verifier advantage", "Set num_generations to at least 2"),
+    ({"scale_rewards": "groups"}, "verifier's advantage", "Set"),
+]
+
+
+def make(**settings: Any) -> SGOPDConfig:
+    return tiny_config(Path("unused"), **settings)
+
+
+def refusal(**settings: Any) -> str:
+    with pytest.raises(SGOPDConfigError) as caught:
+        make(**settings)
+    return str(caught.value)
+
+
+def check_form(message: str, name: str, value: Any) -> None:
+    """Setting, value, reason, way out: one line, the last two each a sentence of their own."""
+    assert "\n" not in message
+    assert f"`{name}" in message
+    assert repr(value) in message
+    assert re.search(r"\. [A-Z]", message), f"no reason: {message}"
+    assert re.search(r"\bSet\b", message), f"no way out: {message}"
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("value", ["nonsense", None, True, math.nan, ["base"]])
+def test_unknown_choice(name: str, value: Any) -> None:
+    message = refusal(**{name: value})
+    check_form(message, name, value)
+    assert CHOICES[name] in message
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, (bad, _) in NUMBERS.items() for v in bad + NOT_NUMBERS])
+def test_number_out_of_range(name: str, value: Any) -> None:
+    check_form(refusal(**{name: value}).splitlines()[0], name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, (_, good) in NUMBERS.items() for v in good])
+def test_number_at_the_edge(name: str, value: Any) -> None:
+    assert getattr(make(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 1.5, math.nan, math.inf, True, "4"])
+def test_count_that_counts_nothing(name: str, value: Any) -> None:
+    check_form(refusal(**{name: value}), name, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0, 1.0, 1.0],
+        [1.0] * 5,
+        [1, 1, 1, -0.1],
+        [1, 1, 1, math.nan],
+        [1, 1, 1, math.inf],
+        [1, 1, 1, True],
+        "1.5",
+        None,
+    ],
+)
+def test_cell_lambdas(value: Any) -> None:
+    check_form(refusal(disagree_cell_lambdas=value), "disagree_cell_lambdas", value)
+
+
+@pytest.mark.parametrize(("settings", "reason", "way_out"), REFUSED)
+def test_refused_combination(settings: dict[str, Any], reason: str, way_out: str) -> None:
+    ((name, value),) = settings.items()
+    message = refusal(**settings)
+    assert f"`{name}" in message
+    assert str(value) in message
+    assert reason in message
+    assert way_out in message
+
+
+def test_a_group_of_one_is_refused_without_the_gate_too() -> None:
+    """TRL refuses it in any case, so switching the gate off is no way out."""
+    message = refusal(num_generations=1, sign_gated_extrapolation=False)
+    assert "Set num_generations to at least 2" in message
+    assert "sign_gated_extrapolation" not in message
+
+
+def test_phase_1_after_phase_2() -> None:
+    message = refusal(teacher_sampling_phase1_end_frac=0.5, teacher_sampling_phase2_end_frac=0.4)
+    check_form(message, "teacher_sampling_phase1_end_frac", 0.5)
+    assert "0.4" in message
+    assert make(teacher_sampling_phase1_end_frac=0.5, teacher_sampling_phase2_end_frac=0.5)
+
+
+def test_all_problems_are_reported_together() -> None:
+    lines = refusal(lambda_high=-1.0, neutral_mode="x", teacher_num_generations=0, loss_type="cispo").splitlines()
+    assert sorted(re.match(r"`(\w+)", line).group(1) for line in lines) == [
+        "lambda_high",
+        "loss_type",
+        "neutral_mode",
+        "teacher_num_generations",
+    ]
+
+
+def test_defaults_are_the_papers() -> None:
+    """Appendix C of the paper, and `our choice` where it prints no value."""
+    expected = {
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "loss_type": "grpo",
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "delta": 3.0,
+        "beta": 0.0,
+        "num_generations": 8,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "scale_rewards": "group",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_max": 5.0,
+        "vllm_importance_sampling_clip_min": None,
+        "sign_gated_extrapolation": True,
+        "lambda_high": 1.8,
+        "lambda_base": 1.0,
+        "disagree_mode": "interp",
+        "disagree_interp_beta": 1.0,
+        "disagree_cell_lambdas": [1.5, 1.0, 1.0, 1.5],
+        "neutral_mode": "base",
+        "gate_dead_zone": 1e-4,
+        "verifier_reward_func": None,
+        "stability_tau": 5.0,
+        "stability_norm": "sequence",
+        "teacher_sampling_enable": True,
+        "teacher_sampling_ratio": 0.125,
+        "teacher_sampling_prompts": "reserve",
+        "teacher_num_generations": 1,
+        "teacher_sampling_filter_correct": True,
+        "teacher_sampling_phase1_end_frac": 0.30,
+        "teacher_sampling_phase2_end_frac": 0.35,
+        "teacher_sft_alpha_start": 0.2,
+        "teacher_sft_alpha_end": 0.0,
+        "teacher_sft_phi": "chord",
+        "teacher_sft_reduction": "token_mean",
+        "teacher_max_completion_length": None,
+        "eval_with_teacher": False,
+    }
+    config = SGOPDConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none")
+    assert {name: getattr(config, name) for name in expected} == expected
+    plain = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none")
+    for name in ("per_device_train_batch_size", "max_completion_length", "gradient_accumulation_steps"):
+        assert getattr(config, name) == getattr(plain, name), "sizes stay TRL's"
+
+
+@pytest.mark.parametrize("name", [field.name for field in OWN])
+def test_no_own_field_is_accepted_and_ignored(name: str) -> None:
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "config_checks.py"]
+    text = "".join(re.sub(rf"^    {name}: .*", "", path.read_text(encoding="utf-8"), flags=re.M) for path in files)
+    assert re.search(rf"\.{name}\b", text), f"nothing reads {name}"
+
+
+def test_help_names_its_source() -> None:
+    for field in OWN:
+        assert len(field.metadata["help"]) > 30, field.name
+    unsourced = [
+        field.name
+        for field in OWN
+        if not re.search(r"paper|our choice|arXiv", field.metadata["help"]) and "model" not in field.name
+    ]
+    assert unsourced == []
+
+
+# name -> (words on the command line, value)
+PARSED: dict[str, tuple[list[str], Any]] = {
+    "teacher_model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
+    "reference_model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
+    "disagree_cell_lambdas": (["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0]),
+    "disagree_mode": (["cells"], "cells"),
+    "neutral_mode": (["conflict"], "conflict"),
+    "stability_norm": (["batch"], "batch"),
+    "teacher_sampling_prompts": (["share"], "share"),
+    "teacher_sft_phi": (["dft"], "dft"),
+    "teacher_sft_reduction": (["sum"], "sum"),
+    "teacher_sampling_phase1_end_frac": (["0.2"], 0.2),
+    "teacher_sampling_phase2_end_frac": (["0.5"], 0.5),
+    "teacher_sampling_ratio": (["0.25"], 0.25),
+    **{name: (["3"], 3) for name in COUNTS},
+}
+
+
+def words_and_value(field: Any) -> tuple[list[str], Any]:
+    if field.name in PARSED:
+        return PARSED[field.name]
+    if isinstance(field.default, bool):
+        return [str(not field.default).lower()], not field.default
+    return (["0.75"], 0.75) if isinstance(field.default, float) else (["some-name"], "some-name")
+
+
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+@pytest.mark.parametrize("field", OWN, ids=lambda field: field.name)
+def test_every_field_can_be_set_on_the_command_line(parser: Any, field: Any) -> None:
+    words, value = words_and_value(field)
+    (config,) = parser([SGOPDConfig]).parse_args_into_dataclasses([*CPU, f"--{field.name}", *words])
+    assert getattr(config, field.name) == value
+    assert value != field.default
+
+
+def test_yaml_null_is_none(tmp_path: Path) -> None:
+    hints = get_type_hints(SGOPDConfig)
+    optional = [field.name for field in OWN if type(None) in get_args(hints[field.name])]
+    assert "stability_tau" in optional
+    recipe = tmp_path / "recipe.yaml"
+    basics = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    recipe.write_text(yaml.safe_dump(basics | dict.fromkeys(optional)), encoding="utf-8")
+    (config,) = TrlParser([SGOPDConfig]).parse_args_and_config(["--config", str(recipe)])
+    assert {name: getattr(config, name) for name in optional} == dict.fromkeys(optional)
+
+
+def test_yaml_values_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    basics = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    recipe.write_text(yaml.safe_dump(basics | {"lambda_high": math.nan}), encoding="utf-8")
+    with pytest.raises(SGOPDConfigError, match="lambda_high"):
+        TrlParser([SGOPDConfig]).parse_args_and_config(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({}, True),
+        ({"lambda_high": 1.0}, False),
+        ({"lambda_high": 1.0, "lambda_base": 1.25}, True),
+        ({"sign_gated_extrapolation": False}, False),
+        ({"sign_gated_extrapolation": False, "lambda_base": 1.25}, True),
+        ({"lambda_high": 1.0, "disagree_mode": "interp_lambda", "disagree_interp_beta": 0.5}, True),
+        ({"lambda_high": 1.0, "disagree_mode": "grpo"}, False),
+    ],
+)
+def test_the_reference_is_needed_only_where_a_lambda_is_not_1(settings: dict[str, Any], needed: bool) -> None:
+    assert make(**settings).needs_reference is needed
+
+
+def test_teacher_length_defaults_to_the_students() -> None:
+    assert make(max_completion_length=6).teacher_completion_length == 6
+    assert make(max_completion_length=6, teacher_max_completion_length=9).teacher_completion_length == 9
