@@ -23,7 +23,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, is_async_callable
 
-from .errors import NonFiniteError
+from .packing import packed_log_probs, packs_exactly
 
 __all__ = [
     "GRPOSeam",
@@ -78,6 +78,9 @@ class GRPOSeam(GRPOTrainer):
         """Called with the micro-batch that the loss is about to see; returns what is used."""
         return inputs
 
+    def on_grad_norm(self, grad_norm: Any) -> None:
+        """Called with the norm of the gradient, before the optimizer's step unless DeepSpeed has taken it already."""
+
     def checkpoint_state(self) -> dict:
         """JSON-ready facts that go into every checkpoint."""
         return {}
@@ -100,6 +103,11 @@ class GRPOSeam(GRPOTrainer):
     def citation(self) -> str:
         """BibTeX entry of the paper."""
         return self._paper["citation"]
+
+    @property
+    def event_loop(self) -> Any:
+        """TRL's running loop for async reward functions, None without any."""
+        return self.async_loop if self._has_async_funcs else None
 
     @property
     def is_multimodal(self) -> bool:
@@ -169,8 +177,16 @@ class GRPOSeam(GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        wants_entropy = bool(kwargs.get("compute_entropy"))
+        # Images, the auxiliary loss of experts and batches of TRL's own need its padded rows.
+        plain = not args and all(v is None or v is False for k, v in kwargs.items() if k != "compute_entropy")
+
         def run(ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
             with compact_head():
+                if plain and packs_exactly(model):
+                    with self.accelerator.autocast():
+                        logps, entropies = packed_log_probs(model, ids, mask, keep)
+                    return logps, entropies if wants_entropy else None, None
                 return super(GRPOSeam, self)._get_per_token_logps_and_entropies(
                     model, ids, mask, keep, *args, **kwargs
                 )
@@ -178,7 +194,7 @@ class GRPOSeam(GRPOTrainer):
         forward, self._loss_forward = self._loss_forward, None
         if forward is not None:
             return forward(run, input_ids, attention_mask, logits_to_keep)
-        if torch.is_grad_enabled() or args or kwargs.get("compute_entropy") or kwargs.get("pixel_values") is not None:
+        if torch.is_grad_enabled() or args or wants_entropy or kwargs.get("pixel_values") is not None:
             return run(input_ids, attention_mask, logits_to_keep)
         return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
 
@@ -205,13 +221,7 @@ class GRPOSeam(GRPOTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # With a float16 scaler, an infinite norm is expected now and then, and the scaler itself skips the step.
-        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(grad_norm)):
-            raise NonFiniteError(
-                f"The gradient norm of step {self.state.global_step + 1} is {float(grad_norm)}, and the optimizer "
-                "would spread it to every weight. The weights are as they were before this step. Lower "
-                "`learning_rate`, train in float32 or bfloat16, or look at the rollouts of this step."
-            )
+        self.on_grad_norm(grad_norm)
         return grad_norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -236,9 +246,11 @@ def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
 
 def fused_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
     """Log-probs of the last `completion_length` tokens, `(B, completion_length)` float32; 0 where the mask is 0."""
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, :-completion_length] = -100
     with compact_head():
+        if packs_exactly(model):
+            return packed_log_probs(model, input_ids, attention_mask, completion_length)[0]
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-completion_length] = -100
         outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     return outputs.log_probs[:, -completion_length:]
 

@@ -1,0 +1,120 @@
+"""Forwards without padding: the rows of a batch behind one another in one row.
+
+Exact for models whose tokens meet in attention alone, fast with a variable-length attention kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+_IGNORED = -100
+_NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
+_HUB_KERNELS = ("flash-attn", "flash_attn")
+_ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows without their padding, `N` tokens in all.
+
+    Attributes:
+        model_inputs: arguments of the model: `input_ids`, `position_ids` (from 0 in each row) and `shift_labels` (the
+            label that a position predicts, -100 = none), `(1, N)` each, and where the rows begin.
+        scored: `(N,)` bool, positions that predict a token of a completion.
+        targets: `(B, T)` bool, the tokens that they predict, in the same order.
+    """
+
+    model_inputs: dict[str, Any]
+    scored: Tensor
+    targets: Tensor
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Back to `(B, T)` from one value per packed position, `(1, N)`; 0 where nothing was predicted."""
+        # Not an indexed assignment: without any target the result stays connected to the model.
+        return values.new_zeros(self.targets.shape).masked_scatter(self.targets, values[0, self.scored])
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedRows:
+    """Put rows behind one another without their padding.
+
+    Args:
+        input_ids: `(B, P + T)` token ids; the tokens of a row have no padding between them.
+        attention_mask: `(B, P + T)`, 1 = token, 0 = padding; at least one token.
+        completion_length: T, the columns at the end whose tokens are scored.
+    """
+    present = attention_mask != 0
+    prompt_width = input_ids.size(1) - completion_length
+    labels = input_ids.masked_fill(~present, _IGNORED)
+    labels[:, :prompt_width] = _IGNORED
+    # A position predicts the next column of its own row; the last one predicts nothing.
+    shift_labels = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+    predicting = present & (shift_labels != _IGNORED)
+    packed_labels = shift_labels[present]
+    model_inputs = {
+        "input_ids": input_ids[present].unsqueeze(0),
+        "position_ids": (present.cumsum(dim=1) - 1)[present].unsqueeze(0),
+        "shift_labels": packed_labels.unsqueeze(0),
+        **_row_bounds(present.sum(dim=1)),
+    }
+    targets = functional.pad(predicting[:, :-1], (1, 0))[:, prompt_width:]
+    return PackedRows(model_inputs, scored=packed_labels != _IGNORED, targets=targets)
+
+
+def _row_bounds(lengths: Tensor) -> dict[str, Any]:
+    """What the kernels take; without it they would find the rows anew from `position_ids` in every layer."""
+    lengths = lengths[lengths > 0]
+    bounds = functional.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_log_probs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int
+) -> tuple[Tensor, Tensor | None]:
+    """One forward without padding of a model with a fused head, for arguments as in `pack`.
+
+    Returns:
+        Log-probs and entropies (None if the head gives none) of the last `completion_length` tokens,
+        `(B, completion_length)` float32; 0 where the mask is 0.
+    """
+    packed = pack(input_ids, attention_mask, completion_length)
+    outputs = model(**packed.model_inputs, fused_lm_head=True)
+    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+    return packed.unpack(outputs.log_probs), entropies
+
+
+def packs_exactly(model: nn.Module) -> bool:
+    """Whether packed rows cannot see one another in this model, and packing saves work.
+
+    That takes a variable-length attention kernel and layers that mix tokens through attention alone: recurrent states
+    and convolutions would run on from row to row, images bring positions of their own, and virtual tokens of prompt
+    tuning would stand before the first row only.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return _has_variable_length_kernel(module) and _mixes_within_rows(module)
+        if _adds_virtual_tokens(module):
+            return False
+    return False
+
+
+def _adds_virtual_tokens(module: Any) -> bool:
+    return hasattr(module, "peft_config") and any(c.is_prompt_learning for c in module.peft_config.values())
+
+
+def _has_variable_length_kernel(model: PreTrainedModel) -> bool:
+    # Not the `paged|...` names, under which transformers generates.
+    name = model.config._attn_implementation or ""
+    from_hub = any(kernel in name for kernel in _HUB_KERNELS) and "|" not in name
+    return name in _NATIVE_KERNELS or from_hub
+
+
+def _mixes_within_rows(model: PreTrainedModel) -> bool:
+    config: Any = model.config
+    if model._is_stateful or config.get_text_config() is not config:
+        return False
+    return not hasattr(config, "layer_types") or set(config.layer_types or ()) <= _ROW_LOCAL_LAYERS
