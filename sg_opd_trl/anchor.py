@@ -198,18 +198,16 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         ]
 
     def _counts(self, trainer: "SGOPDTrainer", micro_batches: list[list[TeacherRollout]]) -> list[Any]:
-        """Denominator of the anchor, rollouts, verified rollouts and generated tokens over all ranks."""
+        """Denominator of the anchor, rollouts, verified rollouts and kept tokens over all ranks."""
         rows = [row for rows in micro_batches for row in rows]
         verdicts = as_verdict_tensor([row.verdict for row in rows])
-        lengths = torch.tensor([len(row.completion_ids) for row in rows])
         counts = torch.tensor(
             [
                 float(self._denominator(trainer, rows)),
                 len(rows),
                 int((verdicts == 1).sum()),
-                int(lengths.sum()),
+                sum(len(row.completion_ids) for row in rows if row.kept),
             ],
-            dtype=torch.float64,
             device=trainer.accelerator.device,
         )
         return trainer.accelerator.gather(counts.unsqueeze(0)).sum(dim=0).tolist()

@@ -44,6 +44,10 @@ _RANGES = {
     ),
     "teacher_sft_alpha_end": (0.0, math.inf, True, False, "It weighs the anchor against the student's loss (Eq. 3)."),
     "beta": (0.0, math.inf, True, False, "It weighs the KL penalty to the initial student."),
+    "epsilon": (0.0, math.inf, True, False, "It is how far the probability ratio may fall below 1."),
+    "epsilon_high": (0.0, math.inf, True, False, "It is how far the probability ratio may rise above 1."),
+    "delta": (0.0, math.inf, False, False, "It bounds the probability ratio of negative advantages."),
+    "top_p": (0.0, 1.0, False, True, "It is the share of probability that rollouts are drawn from."),
     "temperature": (0.0, math.inf, False, False, "It divides the logits of every model that is compared."),
 }
 _WAY_OUT = {
@@ -51,7 +55,7 @@ _WAY_OUT = {
     "teacher_sampling_ratio": "Set teacher_sampling_enable=False for a run without teacher rollouts.",
     "gate_dead_zone": "Set it to 0 to let every non-zero log-ratio pass.",
 }
-_OPTIONAL = ("stability_tau",)
+_OPTIONAL = ("stability_tau", "epsilon_high", "delta")
 # name -> (whether None is allowed, what it counts)
 _COUNTS = {
     "teacher_num_generations": (False, "It counts the teacher's rollouts per prompt."),

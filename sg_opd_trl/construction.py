@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import IterableDataset
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig
 
 from . import __version__
@@ -17,11 +17,14 @@ from .anchor import TeacherAnchorCallback
 from .config import SGOPDConfig
 from .data import check_dataset
 from .errors import SGOPDConfigError
-from .teachers.build import check_reference_arguments, default_reference
+from .teachers.build import check_sources, default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
 from .trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)
+
+# What transformers calls tables of learned absolute positions.
+_ABSOLUTE_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed")
 
 
 def default_config(model: Any) -> SGOPDConfig:
@@ -32,6 +35,7 @@ def default_config(model: Any) -> SGOPDConfig:
 
 def check_arguments(
     args: Any,
+    teacher_model: Any,
     reference_model: Any,
     callbacks: Iterable | None,
     tools: Any,
@@ -49,7 +53,7 @@ def check_arguments(
             f"`args` must be an SGOPDConfig, got {type(args).__name__}. The gate and the anchor read their settings "
             "from it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
         )
-    check_reference_arguments(args, reference_model)
+    check_sources(args, teacher_model, reference_model)
     if args.teacher_sampling_enable:
         _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
     elif any(map(_is_anchor_callback, callbacks or [])):
@@ -92,6 +96,28 @@ def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_co
         add_reference_adapter(model)
         return None
     return copy.deepcopy(model)
+
+
+def _check_student(model: Any) -> None:
+    """Refuse students whose log-probs depend on how a batch is padded, and adapters that TRL cannot switch.
+
+    Raises:
+        SGOPDConfigError: learned absolute positions, or an adapter loaded into a plain model.
+    """
+    if isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False):
+        raise SGOPDConfigError(
+            f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
+            "into "
+            "it. They cannot be switched off for the reference. Load it with "
+            "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _ABSOLUTE_POSITIONS:
+            raise SGOPDConfigError(
+                f"`model` must not learn a vector per position, got {name!r} in {type(model).__name__}. Prompts are "
+                "padded on the left, which would move every token of a short row to other positions in student and "
+                "teacher. Use a model with rotary or relative positions."
+            )
 
 
 def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> None:
@@ -137,6 +163,8 @@ def check_run(trainer: Any) -> None:
         SGOPDConfigError: a student that takes images.
     """
     args = trainer.args
+    _check_student(trainer.accelerator.unwrap_model(trainer.model))
+    _warn_of_inexact_resume(args)
     if trainer.is_multimodal:
         raise SGOPDConfigError(
             f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
@@ -159,6 +187,21 @@ def check_run(trainer: Any) -> None:
             "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
             "student's log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
             _dropout(student),
+        )
+
+
+def _warn_of_inexact_resume(args: Any) -> None:
+    """Rollouts are not part of a checkpoint: one inside a generation batch resumes with new rollouts."""
+    block = args.steps_per_generation * args.num_iterations
+    between = args.save_steps * args.gradient_accumulation_steps
+    if args.save_strategy == "steps" and args.save_steps >= 1 and between % block:
+        logger.warning(
+            "`save_steps=%s` puts checkpoints inside a generation batch (%d micro-batches, used %d times): a run "
+            "resumed from one draws new rollouts and differs from an uninterrupted one. Make save_steps * "
+            "gradient_accumulation_steps a multiple of steps_per_generation * num_iterations.",
+            args.save_steps,
+            args.steps_per_generation,
+            args.num_iterations,
         )
 
 

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from . import core
 from .anchor import AnchorStep
 from .config import SGOPDConfig
 from .construction import card_arguments, checkpoint_facts, compare_checkpoint_facts
+from .errors import NonFiniteError
 from .metrics import TrainingMetrics
 from .reporting.model_card import build_model_card
 from .scoring import TokenBatch, longest, score_rows, sort_windows, trim_micro_batch
 from .teachers import LocalTeacher, Sampling
-from .teachers.reference import Reference
+from .teachers.reference import Reference, evaluating
 from .trl_seam import GRPOSeam, fused_log_probs, is_conversational
 from .verdicts import RunVerifier
 
@@ -47,6 +49,17 @@ class DistillationRuntime(GRPOSeam):
 
     _before_micro_batch: Callable[[], None] | None = None
     _examples: Sequence[dict] = ()
+
+    def build_verifier(self) -> RunVerifier:
+        """The verifier among the reward functions; it must be binary where something depends on its verdicts."""
+        args = self.args
+        return RunVerifier(
+            self.reward_funcs,
+            self.reward_func_names,
+            args.verifier_reward_func,
+            binary=args.sign_gated_extrapolation or args.teacher_sampling_enable,
+            event_loop=self.event_loop,
+        )
 
     # --- rollouts and micro-batches ------------------------------------------------------------------------------
     def remember_examples(self, examples: list[dict]) -> dict:
@@ -87,7 +100,9 @@ class DistillationRuntime(GRPOSeam):
         ids, mask = (x.tensor_split([split], dim=1) for x in (input_ids, attention_mask))
         batch = TokenBatch(ids[0], mask[0], ids[1], mask[1])
         score = partial(super().score_for_trl, model)
-        return score_rows(score, batch, mask[1].any(dim=1), self.scoring_budget(batch), self.agree_on_calls)
+        # Without dropout: the adapter that TRL scores as its reference may have some.
+        with evaluating(model):
+            return score_rows(score, batch, mask[1].any(dim=1), self.scoring_budget(batch), self.agree_on_calls)
 
     def agree_on_calls(self, calls: int) -> int:
         """The largest number of forwards over all ranks, where a forward is a collective operation."""
@@ -128,14 +143,15 @@ class DistillationRuntime(GRPOSeam):
         return self.args.max_tokens_per_scoring_batch or self.args.per_device_train_batch_size * width
 
     def generation_budget(self, prompt_ids: list[list[int]]) -> int:
-        """Tokens of one teacher generation batch, as for scoring."""
+        """Tokens of one teacher generation batch: all of this rank's teacher prompts of the step, unless set."""
         width = max([1, *map(len, prompt_ids)]) + self.args.teacher_completion_length
-        return self.args.max_tokens_per_scoring_batch or self.args.per_device_train_batch_size * width
+        return self.args.max_tokens_per_scoring_batch or max(1, len(prompt_ids)) * width
 
     def score_with_student(self, batch: TokenBatch, rows: Tensor) -> Tensor:
         """The student's own log-probs before an update, `(B, T)` float32, without gradient."""
         with self.student_scoring() as model, self.accelerator.autocast():
-            return score_rows(partial(fused_log_probs, model), batch, rows, self.scoring_budget(batch))
+            score = partial(fused_log_probs, model)
+            return score_rows(score, batch, rows, self.scoring_budget(batch), self.agree_on_calls)
 
     def stability_denominator(self, rollouts: dict, batch: TokenBatch, rows: Tensor, teacher_logps: Tensor) -> Tensor:
         """Mean stability weight of the global generation batch, 0-dim; it needs the student's scores beforehand."""
@@ -164,9 +180,27 @@ class DistillationRuntime(GRPOSeam):
             self.metrics.add("train", f"time/{part}", total, ranks.size(0))
         self.seconds.clear()
 
+    def on_grad_norm(self, grad_norm: Any) -> None:
+        """Stop before a gradient that is not finite reaches the optimizer.
+
+        Raises:
+            NonFiniteError: on every rank, as the norm is the same on all of them.
+        """
+        # A float16 scaler expects an infinite norm now and then, and skips the step itself.
+        if self.args.fp16 or grad_norm is None or torch.isfinite(torch.as_tensor(grad_norm)):
+            return
+        stepped = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        taken = "DeepSpeed took this step already: go back to a checkpoint."
+        now = taken if stepped else "The weights are as they were before."
+        raise NonFiniteError(
+            f"The gradient norm of step {self.state.global_step + 1} is {float(grad_norm)}, which the optimizer "
+            f"spreads to every weight. {now} Lower `learning_rate`, train in float32 or bfloat16, or look at the "
+            "rollouts of this step."
+        )
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the training run's random state is left as it was."""
-        with forked_random_state(), self._unchanged_times():
+        with forked_random_state(self.accelerator.device), self._unchanged_times():
             return super().evaluate(*args, **kwargs)
 
     @contextmanager
@@ -218,10 +252,10 @@ def loss_mask(inputs: dict) -> Tensor:
 
 
 @contextmanager
-def forked_random_state() -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch (all devices) after the block."""
+def forked_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch (the CPU's and the device's) after the block."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:

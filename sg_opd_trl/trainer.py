@@ -24,7 +24,6 @@ from .metrics import TrainingMetrics, reduce_over_ranks
 from .runtime import DistillationRuntime, loss_mask, token_batch
 from .scoring import TokenBatch
 from .teachers.build import build_reference, build_teacher, default_reference
-from .verdicts import RunVerifier
 
 
 class SGOPDTrainer(DistillationRuntime):
@@ -96,7 +95,9 @@ class SGOPDTrainer(DistillationRuntime):
         teacher_processing_class: Any = None,
     ) -> None:
         args = default_config(model) if args is None else args
-        check_arguments(args, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset)
+        check_arguments(
+            args, teacher_model, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset
+        )
         initial_student = prepare_student(model, args, reference_model, peft_config)
         self.metrics = TrainingMetrics()
         self.anchor: AnchorStep | None = None
@@ -118,10 +119,7 @@ class SGOPDTrainer(DistillationRuntime):
             environment_factory=environment_factory,
         )
         check_run(self)
-        binary = args.sign_gated_extrapolation or args.teacher_sampling_enable
-        self.verifier = RunVerifier(
-            self.reward_funcs, self.reward_func_names, args.verifier_reward_func, binary=binary
-        )
+        self.verifier = self.build_verifier()
         self.teacher = build_teacher(self, teacher_model, teacher_processing_class)
         initial = default_reference(args, reference_model)
         self.reuses_trl_reference = initial and args.beta != 0.0 and not args.sync_ref_model

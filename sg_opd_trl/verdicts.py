@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .errors import SGOPDConfigError, VerifierError
 from .trl_seam import is_async_callable
 
+# Columns that TRL does not pass on either: it passes its own.
+_NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
+
 
 class RunVerifier:
     """Picks the verifier among the reward functions, checks its verdicts and asks it about teacher rollouts.
@@ -19,12 +22,21 @@ class RunVerifier:
         names: their names, as logged.
         wanted: `verifier_reward_func`; None takes the first.
         binary: whether verdicts must be 1, 0 or None; off where nothing depends on them.
+        event_loop: running loop of another thread, where an async verifier is called; None without one.
 
     Raises:
         SGOPDConfigError: no reward function has the wanted name, or it is a reward model where verdicts are binary.
     """
 
-    def __init__(self, reward_funcs: Sequence[Any], names: Sequence[str], wanted: str | None, *, binary: bool) -> None:
+    def __init__(
+        self,
+        reward_funcs: Sequence[Any],
+        names: Sequence[str],
+        wanted: str | None,
+        *,
+        binary: bool,
+        event_loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         if wanted is not None and wanted not in names:
             raise SGOPDConfigError(
                 f"`verifier_reward_func` must name one of the reward functions {list(names)}, got {wanted!r}. Its "
@@ -33,6 +45,7 @@ class RunVerifier:
         self.index = 0 if wanted is None else list(names).index(wanted)
         self.name = names[self.index]
         self.binary = binary
+        self._event_loop = event_loop
         self._function: Callable[..., Any] = reward_funcs[self.index]
         if binary and isinstance(self._function, nn.Module):
             raise SGOPDConfigError(
@@ -68,7 +81,7 @@ class RunVerifier:
         Raises:
             VerifierError: the wrong number of verdicts, or a value other than 1, 0 and None.
         """
-        columns = {key: [example[key] for example in examples] for key in examples[0] if key != "prompt"}
+        columns = {key: [example[key] for example in examples] for key in examples[0] if key not in _NOT_PASSED_ON}
         verdicts = self._call(
             prompts=[example["prompt"] for example in examples],
             completions=completions,
@@ -88,9 +101,12 @@ class RunVerifier:
         return [None if verdict is None or verdict != verdict else float(verdict) for verdict in verdicts]
 
     def _call(self, **arguments: Any) -> list:
-        if is_async_callable(self._function):
-            return asyncio.run(self._function(**arguments))
-        return self._function(**arguments)
+        if not is_async_callable(self._function):
+            return self._function(**arguments)
+        if self._event_loop is not None:
+            # Not asyncio.run: a notebook's thread has a running loop, and sessions belong to the loop they met.
+            return asyncio.run_coroutine_threadsafe(self._function(**arguments), self._event_loop).result()
+        return asyncio.run(self._function(**arguments))
 
     def _refuse(self, value: float) -> None:
         raise VerifierError(

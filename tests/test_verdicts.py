@@ -1,6 +1,8 @@
 """The run's verifier: which function it is, what it may answer, and what it is asked."""
 
+import asyncio
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -113,3 +115,37 @@ def test_an_asynchronous_verifier() -> None:
 def test_verdicts_as_a_tensor() -> None:
     torch.testing.assert_close(as_verdict_tensor([1.0, None, 0.0]), torch.tensor([1.0, NAN, 0.0]), equal_nan=True)
     assert as_verdict_tensor([]).shape == (0,)
+
+
+def test_an_asynchronous_verifier_inside_a_running_loop() -> None:
+    """A notebook's thread runs a loop; the verifier is awaited on the trainer's own loop in another thread."""
+    used: list[asyncio.AbstractEventLoop] = []
+
+    async def judge(completions: list, **_: Any) -> list[float]:
+        used.append(asyncio.get_running_loop())
+        return [1.0] * len(completions)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    verifier = RunVerifier([judge], ["judge"], None, binary=True, event_loop=loop)
+
+    async def notebook() -> list[float | None]:
+        return verifier.judge([{"prompt": "1"}], ["x"], [[1]], None)
+
+    assert asyncio.run(notebook()) == [1.0]
+    assert used == [loop]
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(5)
+    loop.close()
+
+
+def test_columns_that_trl_passes_itself_are_left_out() -> None:
+    def judge(completion_ids: list, completions: list, **columns: Any) -> list[float]:
+        assert completion_ids == [[7]]
+        assert sorted(columns) == ["log_extra", "log_metric", "prompts", "solution", "trainer_state"]
+        return [1.0]
+
+    verifier = RunVerifier([judge], ["judge"], None, binary=True)
+    example = {"prompt": "1", "completion": "old", "completion_ids": [9], "solution": "1"}
+    assert verifier.judge([example], ["x"], [[7]], None) == [1.0]

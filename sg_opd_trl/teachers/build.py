@@ -28,7 +28,6 @@ def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: An
         TeacherError: its tokens are not the student's.
     """
     args = trainer.args
-    _check_one_source("teacher", teacher_model, args.teacher_model_name_or_path, required=True)
     source = args.teacher_model_name_or_path if teacher_model is None else teacher_model
     teacher: LocalTeacher
     if isinstance(source, str):
@@ -36,7 +35,7 @@ def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: An
             LocalTeacher, trainer, source, "teacher", args.teacher_model_revision, args.teacher_model_init_kwargs
         )
         if teacher_processing_class is None:
-            teacher_processing_class = AutoTokenizer.from_pretrained(source, revision=args.teacher_model_revision)
+            teacher_processing_class = _tokenizer(trainer, source, args.teacher_model_revision)
     else:
         _check_not_the_student(trainer, source, "teacher_model")
         teacher = LocalTeacher(source)
@@ -65,8 +64,7 @@ def build_reference(trainer: Any, reference_model: Any, initial_student: PreTrai
         reference = _load(
             FrozenModel, trainer, source, "reference", args.reference_model_revision, args.reference_model_init_kwargs
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=args.reference_model_revision)
-        check_tokenizers(trainer.tokenizer, tokenizer, "reference")
+        check_tokenizers(trainer.tokenizer, _tokenizer(trainer, source, args.reference_model_revision), "reference")
     elif source is not None:
         _check_not_the_student(trainer, source, "reference_model")
         reference = FrozenModel(source, role="reference")
@@ -77,18 +75,37 @@ def build_reference(trainer: Any, reference_model: Any, initial_student: PreTrai
     return reference
 
 
-def check_reference_arguments(args: "SGOPDConfig", reference_model: Any) -> None:
-    """Refuse two references, and one that nothing would use.
+def check_sources(args: "SGOPDConfig", teacher_model: Any, reference_model: Any) -> None:
+    """Refuse no teacher, two of a kind, loading options that nothing is loaded with, and a reference without a use.
 
     Raises:
-        SGOPDConfigError: names both sources, or the lambdas that leave the reference without a use.
+        SGOPDConfigError: names the sources, the option, or the lambdas that leave the reference without a use.
     """
+    _check_one_source("teacher", teacher_model, args.teacher_model_name_or_path, required=True)
     _check_one_source("reference", reference_model, args.reference_model_name_or_path, required=False)
+    for role, given in (("teacher", teacher_model), ("reference", reference_model)):
+        _check_loading_options(role, given, args)
     given = args.reference_model_name_or_path if reference_model is None else "reference_model"
     if given is not None and not args.needs_reference:
         raise SGOPDConfigError(
             f"A reference must have a use, got {given!r} with every lambda equal to 1: the extrapolation term is zero "
             "and the reference would never be run. Leave the reference out, or set lambda_base or lambda_high."
+        )
+
+
+def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
+    revision, init_kwargs = getattr(args, f"{role}_model_revision"), getattr(args, f"{role}_model_init_kwargs")
+    if given is not None and not isinstance(given, str) and (revision or init_kwargs):
+        name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
+        raise SGOPDConfigError(
+            f"`{role}_model_{name}` must go with a path, got {value!r} for a {role} given as a model. It is loaded "
+            f"already, the option would do nothing. Leave it out, or give the {role}'s path."
+        )
+    if role == "reference" and revision and given is None and args.reference_model_name_or_path is None:
+        raise SGOPDConfigError(
+            f"`reference_model_revision` must go with a reference of its own, got {revision!r} with the initial "
+            "student "
+            "as the reference. It would do nothing. Leave it out, or set reference_model_name_or_path."
         )
 
 
@@ -108,14 +125,19 @@ def _initial_student(trainer: Any, initial_student: PreTrainedModel | None) -> R
         reference = FrozenModel(initial_student, role="reference", name="initial student")
     else:
         path = get_config_model_id(trainer.model.config)
-        init_kwargs = dict(trainer.args.model_init_kwargs or {})
+        init_kwargs = dict(trainer.args.model_init_kwargs or {}) | dict(trainer.args.reference_model_init_kwargs or {})
         reference = _load(FrozenModel, trainer, path, "reference", init_kwargs.pop("revision", None), init_kwargs)
     _prepare(trainer, reference)
     return reference
 
 
 def _load(kind: type[FrozenModel], trainer: Any, name: str, role: str, revision: Any, init_kwargs: Any) -> Any:
-    return kind.from_pretrained(name, role=role, like=trainer.model, revision=revision, init_kwargs=init_kwargs)
+    options = {"trust_remote_code": trainer.args.trust_remote_code} | dict(init_kwargs or {})
+    return kind.from_pretrained(name, role=role, like=trainer.model, revision=revision, init_kwargs=options)
+
+
+def _tokenizer(trainer: Any, name: str, revision: str | None) -> Any:
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trainer.args.trust_remote_code)
 
 
 def _prepare(trainer: Any, model: FrozenModel) -> None:

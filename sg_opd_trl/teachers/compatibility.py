@@ -48,7 +48,7 @@ def check_vocabulary_sizes(tokenizer: Any, vocab_size: int, role: str) -> None:
         )
     logger.warning(
         "The %s was given as a model, without a tokenizer: that its %d ids mean the student's tokens is taken on "
-        "trust. Pass `teacher_processing_class`, or the model's path, to have it checked.",
+        "trust. Pass the model's path to have it checked; for a teacher, `teacher_processing_class` does it too.",
         role,
         vocab_size,
     )

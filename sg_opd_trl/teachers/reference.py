@@ -48,7 +48,7 @@ class AdapterReference:
 
     def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
         """Log-probs under the initial student, see `Teacher.score`."""
-        with self.student_scoring() as model, _evaluating(model), adapter_switched(model, self.adapter_name):
+        with self.student_scoring() as model, evaluating(model), adapter_switched(model, self.adapter_name):
             logps = score_rows(partial(self._forward, model), batch, rows, max_tokens, self._agree_on_calls)
         check_scores(logps, "reference")
         return logps
@@ -64,7 +64,7 @@ class AdapterReference:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Dropout off for the block: noise in the reference would move every extrapolated advantage."""
     was_training = model.training
     model.eval()
@@ -119,11 +119,13 @@ def add_reference_adapter(model: Any) -> None:
             "The student's first state is copied under that name as the reference. Rename or delete that adapter, or "
             "give `reference_model`."
         )
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=active)
+    set_peft_model_state_dict(model, state, adapter_name=REFERENCE_ADAPTER)
     for name, parameter in model.named_parameters():
-        if f".{active}." in name:
-            copy = model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
-            copy.data.copy_(parameter.data)
-            copy.requires_grad_(False)
+        if REFERENCE_ADAPTER in name.split("."):
+            parameter.requires_grad_(False)
 
 
 def save_without_reference(model: Any) -> None:
