@@ -49,13 +49,13 @@ class AnchorStep:
     total: float
     micro_batches: list[list[TeacherRollout]]
 
-    def take(self, pad_token_id: int, device: torch.device) -> TokenBatch | None:
+    def take(self, pad_token_id: int, device: torch.device, multiple: int = 1) -> TokenBatch | None:
         """The rows of the next micro-batch, or None if it has none."""
         rows = self.micro_batches.pop(0) if self.micro_batches else []
         if not rows:
             return None
         prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-        return TokenBatch.from_lists(prompts, completions, pad_token_id, device)
+        return TokenBatch.from_lists(prompts, completions, pad_token_id, device, multiple)
 
 
 class TeacherAnchorCallback(TrainerCallback, ExportableState):

@@ -98,7 +98,7 @@ class DistillationRuntime(GRPOSeam):
         """Old-policy and reference scores that TRL asks for, in trimmed batches; rows without a token stay 0."""
         split = input_ids.size(1) - completion_length
         ids, mask = (x.tensor_split([split], dim=1) for x in (input_ids, attention_mask))
-        batch = TokenBatch(ids[0], mask[0], ids[1], mask[1])
+        batch = TokenBatch(ids[0], mask[0], ids[1], mask[1], self.width_multiple)
         score = partial(super().score_for_trl, model)
         # Without dropout: the adapter that TRL scores as its reference may have some.
         with evaluating(model):
@@ -116,7 +116,12 @@ class DistillationRuntime(GRPOSeam):
         if self.mode == "train" and action is not None:
             self._before_micro_batch = None
             action()
-        return trim_micro_batch(inputs)
+        return trim_micro_batch(inputs, self.width_multiple)
+
+    @property
+    def width_multiple(self) -> int:
+        """What the widths of all batches are multiples of."""
+        return int(self.args.pad_to_multiple_of or 1)
 
     @property
     def rollouts_per_prompt(self) -> int:
@@ -234,13 +239,14 @@ class DistillationRuntime(GRPOSeam):
             card.save(f"{self.args.output_dir}/README.md")
 
 
-def token_batch(rollouts: dict) -> TokenBatch:
+def token_batch(rollouts: dict, multiple: int) -> TokenBatch:
     """The token ids and masks of TRL's rollouts."""
     return TokenBatch(
         prompt_ids=rollouts["prompt_ids"],
         prompt_mask=rollouts["prompt_mask"],
         completion_ids=rollouts["completion_ids"],
         completion_mask=rollouts["completion_mask"],
+        multiple=multiple,
     )
 
 

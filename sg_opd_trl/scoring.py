@@ -22,21 +22,32 @@ class TokenBatch:
         prompt_mask: `(B, P)`, 1 = token, 0 = padding.
         completion_ids: `(B, T)` token ids.
         completion_mask: `(B, T)`, 1 = the model sees the token, 0 = padding.
+        multiple: widths are trimmed to multiples of it.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    multiple: int = 1
 
     @classmethod
     def from_lists(
-        cls, prompts: list[list[int]], completions: list[list[int]], pad_token_id: int, device: torch.device
+        cls,
+        prompts: list[list[int]],
+        completions: list[list[int]],
+        pad_token_id: int,
+        device: torch.device,
+        multiple: int = 1,
     ) -> "TokenBatch":
         """Pad lists of token ids; every width is at least 1."""
-        prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, left=True)
-        completion_ids, completion_mask = pad_rows(completions, pad_token_id, left=False)
-        return cls(*(x.to(device) for x in (prompt_ids, prompt_mask, completion_ids, completion_mask)))
+        prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, left=True, multiple=multiple)
+        completion_ids, completion_mask = pad_rows(completions, pad_token_id, left=False, multiple=multiple)
+        left, right = (
+            (prompt_ids.to(device), prompt_mask.to(device)),
+            (completion_ids.to(device), completion_mask.to(device)),
+        )
+        return cls(*left, *right, multiple=multiple)
 
     def __len__(self) -> int:
         return self.prompt_ids.size(0)
@@ -44,12 +55,13 @@ class TokenBatch:
     def select(self, rows: Tensor) -> "TokenBatch":
         """The given rows, trimmed to their own longest prompt and completion."""
         prompt_mask, completion_mask = self.prompt_mask[rows], self.completion_mask[rows]
-        prompt_width, width = longest(prompt_mask), longest(completion_mask)
+        prompt_width, width = longest(prompt_mask, self.multiple), longest(completion_mask, self.multiple)
         return TokenBatch(
             prompt_ids=self.prompt_ids[rows][:, -prompt_width:],
             prompt_mask=prompt_mask[:, -prompt_width:],
             completion_ids=self.completion_ids[rows][:, :width],
             completion_mask=completion_mask[:, :width],
+            multiple=self.multiple,
         )
 
     def joined(self) -> tuple[Tensor, Tensor]:
@@ -58,13 +70,13 @@ class TokenBatch:
         return input_ids, torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
 
-def pad_rows(rows: list[list[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Pad lists of token ids to one width of at least 1.
+def pad_rows(rows: list[list[int]], padding: int, *, left: bool, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Pad lists of token ids to one width of at least 1, a multiple of `multiple`.
 
     Returns:
         Token ids and mask (1 = token), `(B, width)` int64 each.
     """
-    width = max([1, *map(len, rows)])
+    width = round_up(max([1, *map(len, rows)]), multiple)
     ids = torch.full((len(rows), width), padding, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -74,9 +86,14 @@ def pad_rows(rows: list[list[int]], padding: int, *, left: bool) -> tuple[Tensor
     return ids, mask
 
 
-def longest(mask: Tensor) -> int:
-    """Tokens of the longest row of a `(B, W)` mask; at least 1, so that no width is ever 0."""
-    return max(1, int(mask.sum(1).max())) if mask.numel() else 1
+def round_up(width: int, multiple: int) -> int:
+    """The smallest multiple that is not below the width."""
+    return -(-width // multiple) * multiple
+
+
+def longest(mask: Tensor, multiple: int = 1) -> int:
+    """Tokens of the longest row of a `(B, W)` mask, rounded up; at least 1, so that no width is ever 0."""
+    return round_up(max(1, int(mask.sum(1).max())) if mask.numel() else 1, multiple)
 
 
 def plan_batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
@@ -165,7 +182,7 @@ def _sorted(slices: list[dict]) -> list[dict]:
 _PROMPT_ENTRIES = ("prompt_ids", "prompt_mask")
 
 
-def trim_micro_batch(inputs: dict) -> dict:
+def trim_micro_batch(inputs: dict, multiple: int = 1) -> dict:
     """Trim every per-token entry of a micro-batch to its own longest prompt and completion.
 
     TRL pads all rows to the longest row of the whole generation batch, so that a micro-batch of short rows would pay
@@ -174,9 +191,11 @@ def trim_micro_batch(inputs: dict) -> dict:
     Args:
         inputs: TRL's micro-batch: `prompt_*` entries are `(B, P)`, other per-token entries `(B, T)`; entries of any
             other shape pass unchanged.
+        multiple: widths stay multiples of it.
     """
     full_width = inputs["completion_ids"].size(1)
-    prompt_width, width = longest(inputs["prompt_mask"]), longest(inputs["completion_mask"])
+    prompt_width = longest(inputs["prompt_mask"], multiple)
+    width = longest(inputs["completion_mask"], multiple)
 
     def trimmed(name: str, value: object) -> object:
         if name in _PROMPT_ENTRIES:

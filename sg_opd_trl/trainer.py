@@ -212,7 +212,7 @@ class SGOPDTrainer(DistillationRuntime):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         step = self.anchor if self.mode == "train" else None
-        rows = step.take(self.tokenizer.pad_token_id, self.accelerator.device) if step else None
+        rows = step.take(self.tokenizer.pad_token_id, self.accelerator.device, self.width_multiple) if step else None
         forward = JointForward(rows, partial(self._merge_signals, inputs))
         with self.policy_forward(forward):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -279,7 +279,7 @@ class SGOPDTrainer(DistillationRuntime):
         return rollouts | signals | self._scores(rollouts, signals["verifier_advantages"])
 
     def _scores(self, rollouts: dict, verifier_advantages: Tensor) -> dict:
-        batch = token_batch(rollouts)
+        batch = token_batch(rollouts, self.width_multiple)
         counted = loss_mask(rollouts).any(dim=1)
         with self.timed("teacher"):
             teacher_logps = self.score_with_teacher(batch, counted, rollouts)

@@ -250,3 +250,17 @@ def test_trimming_rows_without_a_counted_token_keeps_one_column() -> None:
     assert trimmed["completion_ids"].tolist() == [[8], [8]]
     assert trimmed["old_per_token_logps"].tolist() == [[0.0], [5.0]]
     assert trimmed["importance_sampling_ratio"] is inputs["importance_sampling_ratio"]
+
+
+def test_widths_stay_multiples() -> None:
+    """`pad_to_multiple_of` 4: five prompt tokens take eight columns, three completion tokens four."""
+    batch = TokenBatch.from_lists([[5] * 5, [5]], [[6] * 3, [6] * 7], 0, torch.device("cpu"), 4)
+    assert (batch.prompt_ids.size(1), batch.completion_ids.size(1)) == (8, 8)
+    part = batch.select(torch.tensor([0]))
+    assert (part.prompt_ids.size(1), part.completion_ids.size(1)) == (8, 4)
+    assert part.prompt_mask.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
+    inputs = {name: getattr(batch, name)[:1] for name in ("prompt_ids", "prompt_mask", "completion_ids")}
+    inputs["completion_mask"] = batch.completion_mask[:1]
+    trimmed = trim_micro_batch(inputs, 4)
+    assert trimmed["prompt_ids"].shape == (1, 8)
+    assert trimmed["completion_ids"].shape == (1, 4)

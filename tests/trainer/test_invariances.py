@@ -175,7 +175,8 @@ def test_padding_trimming_and_row_order_change_nothing(tmp_path: Path, anchor: s
     for other in (padded, trimmed, reordered):
         assert relative_difference(other, expected) < 1e-6
     assert {x["completion_ids"].size(1) for x in padded_inputs} == {16}
-    assert all((x["completion_mask"].sum(0) > 0).all() for x in trimmed_inputs)
+    assert all((x["completion_mask"].sum(0) > 0).all() for x in inputs)
+    assert {x["completion_ids"].size(1) % 16 for x in trimmed_inputs} == {0}, "`pad_to_multiple_of` is kept"
     orders = [torch.cat([x["example_index"] for x in seen]) for seen in (inputs, reordered_inputs)]
     assert not torch.equal(*orders)
 
