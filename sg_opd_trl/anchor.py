@@ -235,7 +235,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
 
 def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
     """How the teacher writes its rollouts: as the student does, with its own length."""
-    args = trainer.args
+    args: Any = trainer.args
     return Sampling(
         max_new_tokens=args.teacher_completion_length,
         eos_token_ids=tuple(trainer.eos_token_ids),
@@ -244,4 +244,6 @@ def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        generation_kwargs=dict(args.generation_kwargs or {}),
     )

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerState
 
 from .errors import DataError, SGOPDConfigError, VerifierError
+from .generation import generate_completions
 
 _NOT_PASSED_ON = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
@@ -134,17 +135,7 @@ class Sampler:
 
     def generate(self, prompt_ids: list[list[int]], config: GenerationConfig) -> list[list[int]]:
         """Completion ids of each prompt, the end-of-sequence id included, padding and prompt not."""
-        width = max(map(len, prompt_ids))
-        padded = [[config.pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
-        device = self.model.device
-        output = self.model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=config,
-        )
-        ends = set(config.eos_token_id or [])
-        return [_until_end(ids, ends) for ids in output[:, width:].tolist()]
+        return generate_completions(self.model, prompt_ids, config, role="model")
 
     def _pad_id(self, eos_ids: list[int]) -> int:
         """Any id will do: padding is masked on the left and cut off on the right."""
@@ -242,11 +233,6 @@ def _verdict(answer: Any) -> float | None:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for TRL's logging callbacks: an evaluation has no training log."""
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    length = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:length]
 
 
 def _generation_owner(model: Any) -> Any:

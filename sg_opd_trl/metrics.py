@@ -1,6 +1,9 @@
 """Metrics of one logging window: reduced over ranks as sums and counts, divided once when logged."""
 
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +35,16 @@ class TrainingMetrics:
         for statistics in self._tokens.pop(mode, []):
             values |= {name: float(value) for name, value in finalize(*statistics).items()}
         return values
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[part]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] += time.perf_counter() - start
 
 
 def reduce_over_ranks(

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from .anchor import AnchorStep
 from .config import SGOPDConfig
 from .construction import card_arguments, checkpoint_facts, compare_checkpoint_facts
 from .errors import NonFiniteError
-from .metrics import TrainingMetrics
+from .metrics import TrainingMetrics, timed
 from .reporting.model_card import build_model_card
 from .scoring import TokenBatch, longest, score_rows, sort_windows, trim_micro_batch
 from .teachers import LocalTeacher, Sampling
@@ -140,6 +140,10 @@ class DistillationRuntime(GRPOSeam):
         if is_conversational({"prompt": examples[0]["prompt"]}):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         return self.verifier.judge(examples, texts, completion_ids, self.state)
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Add the wall time of a block to one part of the step."""
+        return timed(self.seconds, part)
 
     # --- scoring -------------------------------------------------------------------------------------------------
     def scoring_budget(self, batch: TokenBatch) -> int:

@@ -5,7 +5,6 @@ fused head and model preparation. Supported: `trl>=1.16,<1.17`; `tests/contract`
 """
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, is_async_callable
 
+from .generation import generate_completions
+from .metrics import timed
 from .packing import packed_log_probs, packs_exactly
 
 __all__ = [
@@ -140,15 +141,6 @@ class GRPOSeam(GRPOTrainer):
         return torch.cat([self._buffered_inputs[i][name] for i in wanted])
 
     @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the wall time of the block to `seconds[part]`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.perf_counter() - start
-
-    @contextmanager
     def student_scoring(self) -> Iterator[Any]:
         """The student for scoring without gradient: gradient checkpointing off, otherwise as it is."""
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -198,12 +190,23 @@ class GRPOSeam(GRPOTrainer):
             return run(input_ids, attention_mask, logits_to_keep)
         return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            return generate_completions(model, prompt_ids, self.generation_config), None
+
     def _generate(self, prompts: list) -> Any:
-        with self.timed("rollout"):
+        with timed(self.seconds, "rollout"):
             return super()._generate(prompts)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        with self.timed("verify"):
+        with timed(self.seconds, "verify"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self.on_rewards(rewards)
         return rewards

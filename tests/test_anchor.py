@@ -137,8 +137,17 @@ def test_state_survives_a_round_trip() -> None:
 
 
 def test_the_teacher_writes_as_the_student_does() -> None:
-    args = SimpleNamespace(teacher_completion_length=9, temperature=0.7, top_p=0.9, top_k=4, min_p=0.1)
+    args = SimpleNamespace(
+        teacher_completion_length=9,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        generation_kwargs={"suppress_tokens": [3]},
+    )
     tokenizer = SimpleNamespace(pad_token_id=0)
     sampling = sampling_of(SimpleNamespace(args=args, eos_token_ids=[1, 5], tokenizer=tokenizer))  # type: ignore[arg-type]
     assert (sampling.max_new_tokens, sampling.eos_token_ids, sampling.pad_token_id) == (9, (1, 5), 0)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.7, 0.9, 4, 0.1)
+    assert (sampling.repetition_penalty, sampling.generation_kwargs) == (1.2, {"suppress_tokens": [3]})

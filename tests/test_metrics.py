@@ -180,7 +180,8 @@ def test_the_anchor_reports_means_per_step(run: Any) -> None:
     assert logged(run, "anchor/loss") == [pytest.approx(sum(run.anchors) / 2, rel=1e-5)]
     assert len(run.anchors) > 2, "several micro-batches of a step hold anchor rows"
     assert logged(run, "anchor/rollouts") == [len(judged) / 2] == [len(lengths) / 2]
-    assert logged(run, "anchor/tokens") == [sum(lengths) / 2]
+    kept = [length for length, verdict in zip(lengths, judged, strict=True) if verdict == 1]
+    assert logged(run, "anchor/tokens") == [sum(kept) / 2], "rollouts that were not kept enter no loss"
     assert logged(run, "anchor/verified_share") == [pytest.approx(mean([float(v == 1) for v in judged]))]
     assert 0 < logged(run, "anchor/verified_share")[0] < 1
 

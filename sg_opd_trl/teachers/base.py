@@ -1,7 +1,8 @@
 """The two verbs of every teacher."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class Sampling:
         top_p: nucleus, 1 = off.
         top_k: number of candidates, 0 = off.
         min_p: smallest probability relative to the largest, None = off.
+        repetition_penalty: 1 = off.
+        generation_kwargs: further fields of `transformers.GenerationConfig`; they win over the ones above.
     """
 
     max_new_tokens: int
@@ -29,6 +32,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Teacher(Protocol):

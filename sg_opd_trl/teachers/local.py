@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import NonFiniteError
-from ..scoring import pad_rows, plan_batches
+from ..generation import generate_completions
+from ..scoring import plan_batches
 from ..trl_seam import is_sharded, model_for_generation
 from .base import Sampling
 from .frozen import FrozenModel
@@ -62,40 +62,20 @@ class LocalTeacher(FrozenModel):
                 model.generation_config = own_config
 
     def _generate_batch(self, model: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        ids, mask = (x.to(self.accelerator.device) for x in pad_rows(prompts, sampling.pad_token_id, left=True))
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            eos_token_id=list(sampling.eos_token_ids),
-            pad_token_id=sampling.pad_token_id,
-            disable_compile=True,
-        )
-        try:
-            with self.accelerator.autocast():
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    synced_gpus=is_sharded(self.accelerator),
-                )
-        except RuntimeError as error:
-            # The sampler's own words for logits that are NaN or infinite.
-            if "probability tensor" not in str(error):
-                raise
-            raise NonFiniteError(
-                f"The {self.role}'s logits are not finite while it writes a rollout. Nothing was updated. Check the "
-                f"{self.role}'s weights, or load it in float32 or bfloat16."
-            ) from error
-        return [cut_after_eos(row, sampling.eos_token_ids) for row in output[:, ids.size(1) :].tolist()]
-
-
-def cut_after_eos(ids: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
-    """The completion up to and including its first end token."""
-    for position, token in enumerate(ids):
-        if token in eos_token_ids:
-            return ids[: position + 1]
-    return ids
+        settings = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "eos_token_id": list(sampling.eos_token_ids),
+            "pad_token_id": sampling.pad_token_id,
+            "disable_compile": True,
+        }
+        config = GenerationConfig(**(settings | dict(sampling.generation_kwargs)))
+        with self.accelerator.autocast():
+            return generate_completions(
+                model, prompts, config, role=self.role, synced_gpus=is_sharded(self.accelerator)
+            )

@@ -14,7 +14,6 @@ from sg_opd_trl import LocalTeacher, NonFiniteError, TeacherError
 from sg_opd_trl.scoring import TokenBatch
 from sg_opd_trl.teachers import Sampling
 from sg_opd_trl.teachers.frozen import check_ids, check_scores, fingerprint
-from sg_opd_trl.teachers.local import cut_after_eos
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 5, 6, 4], [3, 7, 4], [3, 9, 10, 11, 12, 4], [4]]
@@ -162,13 +161,6 @@ def test_a_teacher_that_is_not_finite_says_so() -> None:
         prepared(model).generate(PROMPTS, SAMPLING, 3, 100)
 
 
-@pytest.mark.parametrize(
-    ("ids", "cut"), [([5, 1, 6, 1], [5, 1]), ([5, 6], [5, 6]), ([1], [1]), ([], []), ([5, 2, 1], [5, 2])]
-)
-def test_cut_after_the_first_end_token(ids: list[int], cut: list[int]) -> None:
-    assert cut_after_eos(ids, (1, 2)) == cut
-
-
 # --- loading ---------------------------------------------------------------------------------------------------------
 def test_a_folder_is_loaded_as_the_student_is(tmp_path: Path) -> None:
     folder = save_pair(tmp_path, 1)
@@ -198,3 +190,11 @@ def test_a_fingerprint_tells_weights_apart() -> None:
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-3
     assert first != fingerprint(model)
+
+
+def test_generation_settings_of_the_run_reach_the_teacher() -> None:
+    """Every id but 7 suppressed: the teacher can write nothing else; the run's own settings win."""
+    teacher = prepared()
+    suppressed = [token for token in range(26) if token != 7]
+    sampling = Sampling(3, (1,), 0, generation_kwargs={"suppress_tokens": suppressed, "max_new_tokens": 2})
+    assert teacher.generate([[5, 6]], sampling, 0, 100) == [[7, 7]]

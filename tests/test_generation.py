@@ -1,0 +1,252 @@
+"""Completions: end tokens, options, adapters and batch layout against loops without cache, padding or sharing."""
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tiny import tiny_model
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from sg_opd_trl import NonFiniteError
+from sg_opd_trl.generation import cut_after_eos, generate_completions
+
+VOCABULARY, END = 26, 1
+SHORT, LONG, OTHER = [3, 7], [4, 9, 10, 11, 12, 4], [5, 5, 8]
+PROMPTS = [SHORT, SHORT, LONG, LONG, LONG, OTHER, SHORT]
+LEFT = "left to the decoding loop"
+
+
+def settings(**changes: Any) -> GenerationConfig:
+    defaults = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [END], "pad_token_id": 0}
+    return GenerationConfig(**(defaults | changes))
+
+
+def sampled(**changes: Any) -> GenerationConfig:
+    return settings(do_sample=True, **({"top_k": 0} | changes))
+
+
+def greedy_oracle(model: Any, prompt: list[int], limit: int, ends: tuple[int, ...] = (END,)) -> list[int]:
+    """One row, no cache, no padding: the whole sequence is run again for every token."""
+    completion: list[int] = []
+    while len(completion) < limit and not (completion and completion[-1] in ends):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits
+        completion.append(int(logits[0, -1].argmax()))
+    return completion
+
+
+def plain(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """The same through the loop of transformers, every row on its own padded place."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return [cut_after_eos(row, config.eos_token_id) for row in output[:, width:].tolist()]
+
+
+@pytest.fixture
+def own_loop(caplog: pytest.LogCaptureFixture) -> Any:
+    """The test fails if anything was left to the loop of transformers."""
+    caplog.set_level(logging.INFO, "sg_opd_trl")
+    yield
+    assert LEFT not in caplog.text
+
+
+@pytest.mark.usefixtures("own_loop")
+def test_the_seed_decides() -> None:
+    model = tiny_model(0, std=0.2)
+
+    def drawn(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return generate_completions(model, PROMPTS, sampled())
+
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
+# --- greedy: equal to one row at a time ------------------------------------------------------------------------------
+def small(kind: str) -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "pad_token_id": 0}
+    ends = {"eos_token_id": END, "bos_token_id": None}
+    if kind == "qwen3":
+        return tiny_model(0)
+    if kind == "gpt2":  # learned positions
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **shape, **ends)).eval()
+    if kind == "bloom":  # no positions at all
+        return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **shape, **ends)).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=5, **shape, **ends)).eval()
+
+
+@pytest.mark.usefixtures("own_loop")
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "bloom", "sliding window"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [OTHER, OTHER, OTHER]], ids=["padded", "one length"])
+def test_greedy_equals_one_row_at_a_time(kind: str, prompts: list[list[int]]) -> None:
+    """70 tokens: the key-value buffers grow several times."""
+    model = small(kind)
+    wanted = [greedy_oracle(model, prompt, 70) for prompt in prompts]
+    assert generate_completions(model, prompts, settings(max_new_tokens=70)) == wanted
+
+
+@pytest.mark.usefixtures("own_loop")
+@pytest.mark.parametrize("limit", [1, 2, 30])
+def test_rows_end_at_any_end_token_or_the_limit(limit: int) -> None:
+    model = tiny_model(0)
+    ends = (END, 13, 17, 24)
+    wanted = [greedy_oracle(model, prompt, limit, ends) for prompt in PROMPTS]
+    config = settings(max_new_tokens=limit, eos_token_id=list(ends))
+    assert generate_completions(model, PROMPTS, config) == wanted
+    cold = sampled(max_new_tokens=limit, eos_token_id=list(ends), temperature=1e-5)
+    assert generate_completions(model, PROMPTS, cold) == wanted
+    if limit == 30:
+        assert len({len(ids) for ids in wanted}) > 1
+        assert any(ids[-1] in ends for ids in wanted)
+
+
+@pytest.mark.usefixtures("own_loop")
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9},
+        {"suppress_tokens": [4, 9, 13]},
+        {"begin_suppress_tokens": [4, 9, 13]},
+        {"bad_words_ids": [[15], [22, 4]]},
+        {"sequence_bias": [[[END], 4.0]]},
+        {"forced_eos_token_id": END},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_are_those_of_transformers(option: dict[str, Any]) -> None:
+    model = tiny_model(2)
+    prompts = [[token, 5] for token in range(3, 26)] + PROMPTS
+    config = settings(max_new_tokens=16, **option)
+    wanted = plain(model, prompts, config)
+    assert generate_completions(model, prompts, config) == wanted
+    if "min_new_tokens" not in option:
+        assert wanted != plain(model, prompts, settings(max_new_tokens=16)), "the option must matter here"
+
+
+def test_nothing_is_left_out_of_a_short_list() -> None:
+    assert generate_completions(tiny_model(0), [], settings()) == []
+    assert generate_completions(tiny_model(0), [SHORT], settings()) == [greedy_oracle(tiny_model(0), SHORT, 12)]
+
+
+def test_under_autocast_and_in_training_mode() -> None:
+    model = tiny_model(0).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        completions = generate_completions(model, PROMPTS, sampled())
+    assert all(1 <= len(ids) <= 12 for ids in completions)
+    assert model.training
+
+
+# --- what is left to transformers ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"max_time": 60.0},
+        {"guidance_scale": 1.5},
+        {"prefill_chunk_size": 2},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_other_options_are_left_to_transformers(option: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sg_opd_trl")
+    config = settings(disable_compile=True, **option)
+    wanted = plain(tiny_model(2), PROMPTS, config)
+    assert generate_completions(tiny_model(2), PROMPTS, config) == wanted
+    assert LEFT in caplog.text
+
+
+def test_what_is_left_to_transformers_starts_from_an_untouched_random_state() -> None:
+    config = sampled(max_time=60.0)
+    model = tiny_model(2)
+    torch.manual_seed(3)
+    wanted = plain(model, PROMPTS, config)
+    torch.manual_seed(3)
+    assert generate_completions(model, PROMPTS, config) == wanted
+
+
+def test_a_sharded_model_keeps_the_loop_that_ranks_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(0)
+    seen: list[dict[str, Any]] = []
+
+    def generate(input_ids: Tensor, **arguments: Any) -> Tensor:
+        seen.append(arguments)
+        return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert generate_completions(model, PROMPTS, settings(), synced_gpus=True) == [[prompt[-1]] for prompt in PROMPTS]
+    assert [(x["synced_gpus"], "custom_generate" in x) for x in seen] == [(True, False)]
+
+
+# --- adapters and errors ---------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("own_loop")
+def test_a_lora_student() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(0), config).eval()
+    wanted = [greedy_oracle(model, prompt, 12) for prompt in PROMPTS]
+    assert generate_completions(model, PROMPTS, settings()) == wanted
+    assert wanted != [greedy_oracle(tiny_model(0), prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, alora_invocation_tokens=[11]
+        ),
+    ],
+    ids=["prompt", "prefix", "activated LoRA"],
+)
+def test_adapters_that_prepare_every_row_are_left_to_transformers(config: PeftConfig) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(0), config).eval()
+    wanted = plain(model, PROMPTS, settings())
+    assert generate_completions(model, PROMPTS, settings()) == wanted
+    assert wanted != [greedy_oracle(tiny_model(0), prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_time": 60.0}], ids=["own loop", "transformers"])
+def test_logits_that_are_not_finite(options: dict[str, Any]) -> None:
+    model = tiny_model(0)
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"The student's logits are not finite.*Check the student's weights"):
+        generate_completions(model, PROMPTS, sampled(**options))
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends", "cut"),
+    [
+        ([5, 1, 6, 1], (1, 2), [5, 1]),
+        ([5, 6], (1, 2), [5, 6]),
+        ([1], 1, [1]),
+        ([], (1,), []),
+        ([5, 2, 1], [1, 2], [5, 2]),
+        ([5, 2, 1], None, [5, 2, 1]),
+    ],
+)
+def test_cut_after_the_first_end_token(ids: list[int], ends: Any, cut: list[int]) -> None:
+    assert cut_after_eos(ids, ends) == cut
