@@ -19,6 +19,10 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 # PASSIVE: threads that spin while they wait make two busy cores several times slower.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 CODE := sg_opd_trl tests benchmarks docs notebooks
+# Further flags of one benchmark: make bench step_time_flags="--longest 766 --repeats 5". Without a GPU, the last one
+# says so and ends.
+BENCHMARKS := step_time overhead memory scaling rollouts end_to_end gpu_step
+rollouts_flags ?= --limit 64 --repeats 2
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +65,8 @@ check: ## what CI runs: lint, type, test
 	@$(MAKE) --no-print-directory type
 	@$(MAKE) --no-print-directory test
 
-bench: $(VENV)/.installed-dev ## run the benchmarks
-	@for script in benchmarks/*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script" || exit 1; done
+bench: $(VENV)/.installed-dev ## measure speed and memory: ten minutes on two cores
+	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name)"; $(OFFLINE) $(BIN)/python benchmarks/$(name).py $($(name)_flags);)
 
 clean: ## remove build and tool leftovers
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,133 +1,121 @@
-"""Time of one optimizer step on the same long-tailed rows: ours against TRL's trainers.
+"""Time of one optimizer step on the same rows: ours against TRL's trainers.
 
-    python benchmarks/step_time.py [--repeats 5] [--longest 766] [--hidden 256] [--layers 4] [--vocab 8192]
+    python benchmarks/step_time.py [--case all|long-tailed|fixed|large-vocabulary] [--repeats 3] [--longest 384]
+        [--hidden 256] [--layers 4] [--vocab 8192]
 
-Ratios above 1 mean that ours is faster. Rollouts are injected: generation is not part of any time.
+Cases, in micro-batches of 4 rows:
+
+- `long-tailed`: 32 rows of log-normal lengths. Also our own step on as many tokens in rows of one length, where
+  nothing is padded: the limit of what trimming and ordering can reach.
+- `fixed`: 32 completions of one length, so that there is no padding to save.
+- `large-vocabulary`: 16 long-tailed rows, vocabulary 151,936, against TRL's DistillationTrainer alone.
+
+A ratio above 1 means that the one named last is faster. Generation is not part of any time. Every trainer takes the
+same rows through its own code, see `trainers.py`. GKD's collator needs chats and is left out; its step takes the
+tensors that it would make. IW-OPD and GKD have no verifier and no reference model, and pad each micro-batch to its own
+longest row. `padded_tokens` says how many tokens, padding included, one pass over the rows costs in our order.
 """
 
-from typing import Any
+from harness import Ratio, Shape, arguments, completion_lengths, interleaved_medians, make_rollouts, show, versus
+from harness import without_padding as fixed_layout
+from trainers import Setup, bare_scoring, distillation, gkd, grpo, iw_opd, opd, ours
 
-import torch
-from harness import (
-    ROLLOUTS_PER_PROMPT,
-    Rollouts,
-    Shape,
-    Stepper,
-    alternating_verifier,
-    arguments,
-    build_model,
-    build_tokenizer,
-    common_settings,
-    completion_lengths,
-    interleaved_medians,
-    make_rollouts,
-    show,
-    synchronise,
-)
-from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
-
-from sg_opd_trl import SGOPDConfig, SGOPDTrainer
-
-MICRO_BATCH, MICRO_BATCHES = 4, 8
-ROWS = MICRO_BATCH * MICRO_BATCHES
+SG_OPD, OPD, ZERO_PADDING = "SG-OPD", "OPD", "SG-OPD without padding"
+GRPO, GRPO_SCORED = "TRL GRPO", "TRL GRPO + teacher + reference"
+DISTILLATION, IW_OPD, GKD = "TRL Distillation", "TRL IW-OPD", "TRL GKD"
 
 
-def ours(shape: Shape, rollouts: Rollouts, **settings: Any) -> Stepper:
-    args = SGOPDConfig(
-        **common_settings(MICRO_BATCH, MICRO_BATCHES),
-        num_generations=ROLLOUTS_PER_PROMPT,
-        teacher_sampling_enable=False,
-        **settings,
-    )
-    trainer = SGOPDTrainer(
-        build_model(shape, 0),
-        alternating_verifier,
-        args,
-        rollouts.dataset(),
-        processing_class=build_tokenizer(shape.vocab_size),
-        teacher_model=build_model(shape, 1),
-        teacher_processing_class=build_tokenizer(shape.vocab_size),
-    )
-    return Stepper(trainer, rollouts)
+def measure(case: str, setup: Setup, repeats: int) -> dict[str, float]:
+    """Median seconds by trainer."""
+    steps = {SG_OPD: ours(setup), OPD: opd(setup)}
+    if case == "long-tailed":
+        limit = fixed_layout(setup.rollouts, setup.shape.vocab_size)
+        steps[ZERO_PADDING] = ours(Setup(setup.shape, limit, setup.micro_batch))
+    if case == "fixed":
+        steps[GRPO_SCORED] = bare_scoring(grpo(setup), setup)
+    if case != "large-vocabulary":
+        steps |= {GRPO: grpo(setup), IW_OPD: iw_opd(setup), GKD: gkd(setup)}
+    steps[DISTILLATION] = distillation(setup)
+    return interleaved_medians(steps, repeats, case)
 
 
-def grpo(shape: Shape, rollouts: Rollouts) -> Stepper:
-    args = GRPOConfig(**common_settings(MICRO_BATCH, MICRO_BATCHES), num_generations=ROLLOUTS_PER_PROMPT)
-    trainer = GRPOTrainer(
-        build_model(shape, 0),
-        alternating_verifier,
-        args,
-        rollouts.dataset(),
-        processing_class=build_tokenizer(shape.vocab_size),
-    )
-    return Stepper(trainer, rollouts)
-
-
-def distillation(shape: Shape, rollouts: Rollouts) -> Stepper:
-    args = DistillationConfig(**common_settings(MICRO_BATCH, MICRO_BATCHES, beta=1.0))
-    trainer = DistillationTrainer(
-        build_model(shape, 0),
-        build_model(shape, 1),
-        args,
-        rollouts.dataset(),
-        processing_class=build_tokenizer(shape.vocab_size),
-    )
-    return Stepper(trainer, rollouts)
-
-
-def bare_scoring(stepper: Stepper) -> Any:
-    """GRPO's step plus a plain teacher and reference forward over its own micro-batches."""
-    from sg_opd_trl.trl_seam import add_fused_head, fused_log_probs
-
-    trainer = stepper.trainer
-    config = trainer.model.config
-    shape = Shape(config.hidden_size, config.num_hidden_layers, config.vocab_size)
-    models = [build_model(shape, seed) for seed in (1, 0)]
-    for model in models:
-        add_fused_head(model, 1.0, False)
-
-    def step() -> float:
-        import time
-
-        synchronise()
-        start = time.perf_counter()
-        stepper()
-        with torch.no_grad():
-            for model in models:
-                for batch in trainer._buffered_inputs:
-                    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-                    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-                    fused_log_probs(model, ids, mask, batch["completion_ids"].size(1))
-        synchronise()
-        return time.perf_counter() - start
-
-    return step
-
-
-def compare(kind: str, shape: Shape, longest: int, repeats: int) -> None:
-    rollouts = make_rollouts(completion_lengths(kind, ROWS, longest), shape.vocab_size)
-    base = grpo(shape, rollouts)
-    steps = {
-        "ours: SG-OPD": ours(shape, rollouts),
-        "ours: OPD": ours(shape, rollouts, sign_gated_extrapolation=False),
-        "TRL GRPO": base,
-        "TRL GRPO + teacher + reference": bare_scoring(grpo(shape, rollouts)),
-        "TRL Distillation": distillation(shape, rollouts),
-    }
-    seconds = interleaved_medians(steps, repeats)
-    rows = [
-        [name, f"{value * 1000:.0f}", f"{value / seconds['ours: SG-OPD']:.2f}", f"{value / seconds['ours: OPD']:.2f}"]
-        for name, value in seconds.items()
+def ratios(case: str, seconds: dict[str, float]) -> list[Ratio]:
+    """What is compared, and with which target."""
+    prefix = f"{case}: "
+    if case == "large-vocabulary":
+        return [versus(seconds, DISTILLATION, name, prefix, ">= 2") for name in (SG_OPD, OPD)]
+    others = [versus(seconds, slow, fast, prefix) for slow in (DISTILLATION, IW_OPD, GKD) for fast in (SG_OPD, OPD)]
+    if case == "fixed":
+        return [
+            versus(seconds, SG_OPD, GRPO_SCORED, prefix, "<= 1.05"),
+            versus(seconds, GRPO, SG_OPD, prefix),
+            versus(seconds, GRPO, OPD, prefix),
+            *others,
+        ]
+    return [
+        versus(seconds, GRPO, SG_OPD, prefix, ">= 1.5"),
+        versus(seconds, GRPO, OPD, prefix, ">= 1.8"),
+        versus(seconds, SG_OPD, ZERO_PADDING, prefix, "<= 1.2"),
+        *others,
     ]
-    title = f"Step time, {kind}: {ROWS} rows, {rollouts.tokens} tokens, {rollouts.padding:.0%} padding in TRL's layout"
-    show(title, rows, ["trainer", "ms", "/ SG-OPD", "/ OPD"], {"seconds": seconds, "shape": vars(shape), "kind": kind})
+
+
+def padded_tokens(setup: Setup) -> int:
+    """Tokens of a pass over the rows, ordered by length, each micro-batch trimmed to its own longest rows."""
+    rollouts = setup.rollouts
+    rows = sorted(zip(rollouts.prompt_tokens, map(len, rollouts.completion_ids), strict=True), key=sum)
+    total = 0
+    for start in range(0, len(rows), setup.micro_batch):
+        prompts, completions = zip(*rows[start : start + setup.micro_batch], strict=True)
+        total += len(prompts) * (max(prompts) + max(completions))
+    return total
+
+
+def setups(args: object) -> dict[str, Setup]:
+    """Rows and models of every case."""
+    shape = Shape(args.hidden, args.layers, args.vocab)
+    large = Shape(args.large_hidden, args.layers, args.large_vocab)
+    chosen = {
+        "long-tailed": (shape, "long-tailed", 32, args.longest),
+        "fixed": (shape, "fixed", 32, args.longest),
+        "large-vocabulary": (large, "long-tailed", 16, args.large_longest),
+    }
+    return {
+        case: Setup(shape, make_rollouts(completion_lengths(kind, rows, longest), shape.vocab_size))
+        for case, (shape, kind, rows, longest) in chosen.items()
+        if args.case in (case, "all")
+    }
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", repeats=5, longest=766, hidden=256, layers=4, vocab=8192)
-    shape = Shape(args.hidden, args.layers, args.vocab)
-    for kind in ("long-tailed", "fixed"):
-        compare(kind, shape, args.longest, args.repeats)
+    args = arguments(
+        __doc__ or "",
+        case=("all", "long-tailed", "fixed", "large-vocabulary"),
+        repeats=3,
+        longest=384,
+        hidden=256,
+        layers=4,
+        vocab=8192,
+        large_vocab=151_936,
+        large_hidden=128,
+        large_longest=96,
+    )
+    lines: list[Ratio] = []
+    data: dict = {"seconds": {}, "rows": {}}
+    for case, setup in setups(args).items():
+        seconds = measure(case, setup, args.repeats)
+        lines += ratios(case, seconds)
+        rollouts = setup.rollouts
+        data["seconds"][case] = seconds
+        data["rows"][case] = {
+            "rows": len(rollouts.completion_ids),
+            "completion_tokens": rollouts.tokens,
+            "prompt_tokens": sum(rollouts.prompt_tokens),
+            "padding": rollouts.padding,
+            "padded_tokens": padded_tokens(setup),
+            "shape": vars(setup.shape),
+        }
+    show("step_time", lines, data | {"settings": vars(args)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Peak memory of one optimizer step above the models, at growing completion length: ours against TRL's trainers.
+
+    python benchmarks/memory.py [--lengths 64 128 256] [--vocab 151936] [--hidden 128] [--layers 2]
+
+Each case runs in a fresh process: 8 long-tailed rows of one prompt in micro-batches of 4. Models and optimizer state
+are there before the step and do not count; gradients, activations and whatever the loss builds do. On the CPU it is
+the growth of the resident memory (sampled every two milliseconds, and exact where the process passes its highest
+mark), on a GPU that of the allocator's peak. Large blocks go back to the system at once, so that resident memory
+follows use.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, completion_lengths, make_rollouts, progress, show
+from trainers import Setup, distillation, grpo, opd, ours
+
+TRAINERS = {"SG-OPD": ours, "OPD": opd, "TRL GRPO": grpo, "TRL Distillation": distillation}
+MEGABYTE = 2**20
+# glibc raises its threshold for blocks of their own with every block that is freed, unless it is set.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MEGABYTE), "MALLOC_TRIM_THRESHOLD_": str(MEGABYTE)}
+
+
+class ResidentPeak:
+    """Samples the resident memory of this process in a thread."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.done = threading.Event()
+        self.peak = 0
+
+    def measure(self, step: Callable[[], Any]) -> int:
+        """Growth in bytes at the step's peak."""
+        before, mark = self.process.memory_info().rss, highest_mark()
+        thread = threading.Thread(target=self._sample)
+        thread.start()
+        step()
+        self.done.set()
+        thread.join()
+        # The kernel's own mark misses nothing, but only tells of a peak above all earlier ones.
+        passed = highest_mark() if highest_mark() > mark else 0
+        return max(self.peak, passed) - before
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+
+def highest_mark() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_peak(step: Callable[[], Any]) -> int:
+    """Growth in bytes at the step's peak, of what torch has allocated on the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_one(args: Any) -> None:
+    """Worker: one trainer, one length; prints megabytes."""
+    shape = Shape(args.hidden, args.layers, args.vocab)
+    lengths = completion_lengths("long-tailed", ROLLOUTS_PER_PROMPT, args.lengths[0])
+    stepper = TRAINERS[args.only](Setup(shape, make_rollouts(lengths, shape.vocab_size)))
+    stepper.create_optimizer_state()
+    grown = device_peak(stepper) if torch.cuda.is_available() else ResidentPeak().measure(stepper)
+    gradients = sum(p.numel() * p.element_size() for p in stepper.trainer.model.parameters() if p.requires_grad)
+    print(json.dumps({"peak": grown / MEGABYTE, "gradients": gradients / MEGABYTE}))
+
+
+def run_case(args: Any, name: str, length: int) -> dict[str, float]:
+    """Megabytes of one case, measured in its own process."""
+    flags = {name: getattr(args, name) for name in ("hidden", "layers", "vocab", "threads")}
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    command = [sys.executable, __file__, "--only", name, "--lengths", str(length), *words]
+    done = subprocess.run(command, env=os.environ | ALLOCATOR, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    args = arguments(__doc__ or "", lengths=[64, 128, 256], vocab=151_936, hidden=128, layers=2, only="")
+    if args.only:
+        measure_one(args)
+        return
+    cases = [(length, name) for length in args.lengths for name in TRAINERS]
+    megabytes: dict[int, dict[str, float]] = {length: {} for length in args.lengths}
+    gradients = 0.0
+    for length, name in progress(cases, "memory"):
+        result = run_case(args, name, length)
+        megabytes[length][name], gradients = result["peak"], result["gradients"]
+    ratios = [
+        Ratio(f"{length} tokens: {name} / {other}", used[name] / used[other], target, detail(used[name], used[other]))
+        for other, target in (("TRL Distillation", "<= 1"), ("TRL GRPO", ""))
+        for length, used in megabytes.items()
+        for name in ("SG-OPD", "OPD")
+    ]
+    show("memory", ratios, {"megabytes": megabytes, "of_which_gradients": gradients, "settings": vars(args)})
+
+
+def detail(above: float, below: float) -> str:
+    """Both sides of a ratio."""
+    return f"{above:.0f} MB / {below:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()
