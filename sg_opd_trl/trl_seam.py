@@ -191,7 +191,9 @@ class GRPOSeam(GRPOTrainer):
         return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded:
+        other = self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded
+        # TRL cuts at its own end tokens even where the settings name others; with tools it writes turn by turn.
+        if other or self.tools or "eos_token_id" in (self.args.generation_kwargs or {}):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with unwrap_model_for_generation(
             self.model_wrapped,
