@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 import torch
 from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, completion_lengths, make_rollouts, progress, show
-from trainers import Setup, distillation, grpo, opd, ours
+from trainers import Setup, distillation, grpo, ours
 
-TRAINERS = {"SG-OPD": ours, "OPD": opd, "TRL GRPO": grpo, "TRL Distillation": distillation}
+TRAINERS = {"SG-OPD": ours, "TRL GRPO": grpo, "TRL Distillation": distillation}
 MEGABYTE = 2**20
 # glibc raises its threshold for blocks of their own with every block that is freed, unless it is set.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MEGABYTE), "MALLOC_TRIM_THRESHOLD_": str(MEGABYTE)}
@@ -102,17 +102,16 @@ def main() -> None:
         result = run_case(args, name, length)
         megabytes[length][name], gradients = result["peak"], result["gradients"]
     ratios = [
-        Ratio(f"{length} tokens: {name} / {other}", used[name] / used[other], target, detail(used[name], used[other]))
+        Ratio(f"{length} tokens: SG-OPD / {other}", used["SG-OPD"] / used[other], target, detail(used, other))
         for other, target in (("TRL Distillation", "<= 1"), ("TRL GRPO", ""))
         for length, used in megabytes.items()
-        for name in ("SG-OPD", "OPD")
     ]
     show("memory", ratios, {"megabytes": megabytes, "of_which_gradients": gradients, "settings": vars(args)})
 
 
-def detail(above: float, below: float) -> str:
+def detail(used: dict[str, float], other: str) -> str:
     """Both sides of a ratio."""
-    return f"{above:.0f} MB / {below:.0f} MB"
+    return f"{used['SG-OPD']:.0f} MB / {used[other]:.0f} MB"
 
 
 if __name__ == "__main__":
