@@ -1,0 +1,9 @@
+"""The fields of `SGOPDConfig`, one file per group; `config.py` puts them together."""
+
+from .anchor import AnchorFields
+from .gate import GateFields
+from .running import RunningFields
+from .teacher import TeacherFields
+from .weights import WeightFields
+
+__all__ = ["AnchorFields", "GateFields", "RunningFields", "TeacherFields", "WeightFields"]
