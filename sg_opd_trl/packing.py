@@ -1,8 +1,9 @@
 """Forwards without padding: the rows of a batch behind one another in one row.
 
-Exact for models whose tokens meet in attention alone, fast with a variable-length attention kernel.
+Exact for models whose tokens meet in attention alone. Attention is a variable-length kernel, or SDPA row by row.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from .head_request import HeadRequest
+from .row_attention import rows_apart
+
 _IGNORED = -100
+# Share of padding from which packing on the CPU pays for its bookkeeping.
+_WORTHWHILE = 0.05
 _NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
 _HUB_KERNELS = ("flash-attn", "flash_attn")
 _ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
@@ -36,6 +42,15 @@ class PackedRows:
         """Back to `(B, T)` from one value per packed position, `(1, N)`; 0 where nothing was predicted."""
         # Not an indexed assignment: without any target the result stays connected to the model.
         return values.new_zeros(self.targets.shape).masked_scatter(self.targets, values[0, self.scored])
+
+    def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """`(N, ...)` values `(1, W, ...)` of the positions that predict the chosen tokens, `(B, T)` bool.
+
+        A token that nothing predicts, the first one without a prompt, gets those of position 0.
+        """
+        scored = self.scored.nonzero().flatten()
+        positions = scored.new_zeros(self.targets.shape).masked_scatter(self.targets, scored)
+        return values[0, positions[chosen]]
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedRows:
@@ -73,33 +88,68 @@ def _row_bounds(lengths: Tensor) -> dict[str, Any]:
 
 
 def packed_log_probs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    request: HeadRequest | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One forward without padding of a model with a fused head, for arguments as in `pack`.
+    """One forward without padding of a model with a fused head, for arguments as in `pack`; answers a request.
 
     Returns:
         Log-probs and entropies (None if the head gives none) of the last `completion_length` tokens,
         `(B, completion_length)` float32; 0 where the mask is 0.
     """
     packed = pack(input_ids, attention_mask, completion_length)
-    outputs = model(**packed.model_inputs, fused_lm_head=True)
+    with _attention(model, input_ids.device):
+        asked: Any = request.asked_of(model, packed.targets.shape, packed.pick) if request else model
+        outputs = asked(**packed.model_inputs, fused_lm_head=True)
     entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
     return packed.unpack(outputs.log_probs), entropies
 
 
-def packs_exactly(model: nn.Module) -> bool:
-    """Whether packed rows cannot see one another in this model, and packing saves work.
+def should_pack(model: nn.Module, attention_mask: Tensor) -> bool:
+    """Whether packed rows cannot see one another in this model, and packing these rows saves work.
 
-    That takes a variable-length attention kernel and layers that mix tokens through attention alone: recurrent states
-    and convolutions would run on from row to row, images bring positions of their own, and virtual tokens of prompt
-    tuning would stand before the first row only.
+    That takes layers that mix tokens through attention alone (recurrent states and convolutions would run on from row
+    to row, images bring positions of their own, virtual tokens of prompt tuning would stand before the first row only)
+    and attention that keeps rows apart: a variable-length kernel, or SDPA on the CPU, row by row.
+
+    Args:
+        model: plain or wrapped, with a fused head.
+        attention_mask: `(B, W)`, 1 = token, 0 = padding.
     """
+    base = _base(model)
+    if base is None or not _mixes_within_rows(base):
+        return False
+    if _has_variable_length_kernel(base):
+        return True
+    if not _attends_by_rows(base, attention_mask.device):
+        return False
+    padding = attention_mask.numel() - int(attention_mask.sum())
+    return padding >= _WORTHWHILE * attention_mask.numel()
+
+
+def _base(model: nn.Module) -> PreTrainedModel | None:
+    """The model inside its wrappers; None where virtual tokens come in between."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            return _has_variable_length_kernel(module) and _mixes_within_rows(module)
+            return module
         if _adds_virtual_tokens(module):
-            return False
-    return False
+            return None
+    return None
+
+
+def _attends_by_rows(base: PreTrainedModel, device: torch.device) -> bool:
+    if device.type != "cpu" or base.config._attn_implementation != "sdpa":
+        return False
+    checkpointing = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
+    return not (torch.is_grad_enabled() and any(checkpointing))
+
+
+def _attention(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    base = _base(model)
+    return rows_apart(base) if base is not None and _attends_by_rows(base, device) else nullcontext()
 
 
 def _adds_virtual_tokens(module: Any) -> bool:

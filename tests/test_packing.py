@@ -8,7 +8,7 @@ from tiny import tiny_model
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from sg_opd_trl.packing import pack, packs_exactly
+from sg_opd_trl.packing import pack, should_pack
 from sg_opd_trl.scoring import TokenBatch
 
 CPU = torch.device("cpu")
@@ -85,13 +85,21 @@ IMPLEMENTATIONS = {
     "kernels-community/flash-attn3@main": True,
     "kernels-community/vllm-flash-attn3": True,
     "someone/flash_attn:flash_attn_varlen_func": True,
-    "sdpa": False,
+    "sdpa": True,
     "eager": False,
     "flex_attention": False,
     "paged|flash_attention_2": False,
     "paged|kernels-community/flash-attn2": False,
     "kernels-community/metal-flash-sdpa": False,
 }
+
+
+MASK = torch.tensor([[0, 1, 1], [1, 1, 1]])
+
+
+def packs_exactly(model: nn.Module) -> bool:
+    """For rows with padding."""
+    return should_pack(model, MASK)
 
 
 def with_kernel(model: Any, name: str | None = "flash_attention_2") -> Any:
@@ -104,8 +112,26 @@ def test_attention_implementations(name: str) -> None:
     assert packs_exactly(with_kernel(tiny_model(0), name)) is IMPLEMENTATIONS[name]
 
 
-def test_the_default_attention_does_not_pack() -> None:
-    assert not packs_exactly(tiny_model(0))
+def test_on_the_cpu_the_default_attention_packs_where_padding_is_saved() -> None:
+    model, dense = tiny_model(0), torch.ones(4, 10, dtype=torch.long)
+    assert should_pack(model, MASK)
+    assert not should_pack(model, dense)
+    assert should_pack(with_kernel(model), dense), "a kernel keeps rows apart at no cost"
+
+
+def test_checkpointing_needs_a_kernel_with_gradient_only() -> None:
+    """Its second forward would run with the model's own attention, where packed rows see one another."""
+    model = tiny_model(0).train()
+    model.gradient_checkpointing_enable()
+    assert not should_pack(model, MASK)
+    with torch.no_grad():
+        assert should_pack(model, MASK)
+    assert should_pack(with_kernel(model), MASK)
+
+
+def test_other_devices_need_a_kernel() -> None:
+    with torch.device("meta"):
+        assert not should_pack(tiny_model(0), MASK.to("meta").new_ones(2, 3))
 
 
 def test_wrappers_do_not_hide_the_model() -> None:

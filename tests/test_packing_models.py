@@ -24,7 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 from varlen_attention import count_tokens, use_kernel
 
 from sg_opd_trl import trl_seam
-from sg_opd_trl.packing import pack, packed_log_probs, packs_exactly
+from sg_opd_trl.packing import pack, packed_log_probs, should_pack
 from sg_opd_trl.scoring import TokenBatch, score_rows
 from sg_opd_trl.trl_seam import compact_head, fused_log_probs
 
@@ -117,10 +117,11 @@ def test_packed_is_padded(monkeypatch: pytest.MonkeyPatch, name: str, batch: str
     expected_gradient = gradient(model, *padded)
     if kernel == "flash_attention_2":
         calls = use_kernel(monkeypatch, model)
-        assert packs_exactly(model)
+        assert should_pack(model, rows.joined()[1])
     else:
         model.set_attn_implementation(kernel)
-        assert not packs_exactly(model)
+        padded_rows = bool((rows.joined()[1] == 0).any())
+        assert should_pack(model, rows.joined()[1]) is (kernel == "sdpa" and padded_rows)
     seen = count_tokens(model)
     packed = packed_log_probs(model, *rows.joined(), width)
     for ours, theirs, alone in zip(packed, padded, expected, strict=True):
@@ -171,7 +172,7 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch, reentrant: bool
 def test_without_any_counted_token_gradients_are_zero_and_reach_every_weight() -> None:
     """All rows were cut off and masked: data parallel training waits for a gradient of every weight."""
     model, rows = build("qwen3"), TokenBatch.from_lists([[5, 6, 7], [8]], [[], []], 0, CPU)
-    with compact_head():
+    with compact_head(CPU):
         logps, entropies = packed_log_probs(model, *rows.joined(), 1)
     assert logps.tolist() == entropies.tolist() == [[0.0], [0.0]]
     gradients = gradient(model, logps, entropies)
@@ -213,6 +214,7 @@ def test_scoring_runs_on_tokens_only(monkeypatch: pytest.MonkeyPatch, budget: in
 
 def test_without_the_kernel_scoring_is_padded() -> None:
     model, batch = build("qwen3"), batch_of("ragged")
+    model.set_attn_implementation("eager")
     seen = count_tokens(model)
     scores = fused_log_probs(model, *batch.joined(), 7)
     assert (scores - rows_alone(model, batch)[0]).abs().max() < 1e-5
