@@ -84,6 +84,23 @@ def check_mask(name: str, mask: Tensor, other: str, shape: Sequence[int]) -> Ten
     return mask != 0
 
 
+def check_whole(name: str, value: Tensor, other: str | None = None, shape: Sequence[int] = ()) -> None:
+    """Require a tensor of whole numbers, of the shape of another argument where that is named.
+
+    Raises:
+        TypeError: `value` is not a tensor, or not of an integer dtype.
+        ValueError: The shape differs.
+    """
+    check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must have an integer dtype, got {value.dtype}. It holds whole numbers. Set it to "
+            f"`{name}.long()`."
+        )
+    if other is not None:
+        check_shape(name, value, other, shape)
+
+
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, reason: str) -> None:
     """Require a finite number in `[low, high]`.
 

@@ -23,9 +23,17 @@ _RATIOS = {
     "teacher/kl_k3": ("kl_k3", "tokens"),
     "teacher/abs_advantage_mean": ("abs_advantage", "tokens"),
     "teacher/phi_mean": ("phi", "tokens"),
+    "weights/prefix_mean": ("prefix_weights", "prefix_tokens"),
+    "weights/drift_mean": ("drift_gates", "drift_tokens"),
 }
 METRIC_NAMES = tuple(name + group for group in ROW_GROUPS for name in _RATIOS)
-MAXIMUM_NAMES = tuple("teacher/abs_advantage_max" + group for group in ROW_GROUPS)
+#: Metric -> (the ratio that says whether there is a token, the sign under which it is a maximum).
+_EXTREMES = {
+    "teacher/abs_advantage_max": ("teacher/kl_k1", 1.0),
+    "weights/drift_max": ("weights/drift_mean", 1.0),
+    "weights/drift_min": ("weights/drift_mean", -1.0),
+}
+MAXIMUM_NAMES = tuple(name + group for name in _EXTREMES for group in ROW_GROUPS)
 #: exp(20) is 5e8: beyond it one token would drown the mean, and float32 overflows at 88.
 _K3_LIMIT = 20.0
 
@@ -35,7 +43,8 @@ class TokenStatistics(NamedTuple):
 
     Attributes:
         totals: `(2 * len(METRIC_NAMES),)` float32, (sum, count) of each metric in turn; reduce by summing.
-        maxima: `(3,)` float32, in the order of `MAXIMUM_NAMES`, 0 in a group without tokens; reduce by the maximum.
+        maxima: `(len(MAXIMUM_NAMES),)` float32, least values with their sign turned; in a group without tokens 0 for
+            the largest and -1 for the least values, which are of numbers in [0, 1]; reduce by the maximum.
     """
 
     totals: Tensor
@@ -52,8 +61,11 @@ def token_statistics(
     mask: Tensor,
     right: Tensor,
     wrong: Tensor,
+    taught: Tensor | None = None,
+    prefix_weights: Tensor | None = None,
+    drift_gates: Tensor | None = None,
 ) -> TokenStatistics:
-    """Sums and counts of every `gate/` and `teacher/` metric, over all rows, right rows and wrong rows.
+    """Sums and counts of every `gate/`, `teacher/` and `weights/` metric, over all rows, right rows and wrong rows.
 
         kl_k1 = -a2;  kl_k3 = exp(a2) - a2 - 1, a2 cut at 20;  sign flip: consensus with sign(A) sign(a2) < 0
 
@@ -68,6 +80,10 @@ def token_statistics(
         mask: `(B, T)`, 1 = counts; the other tensors may hold anything, NaN too, where it is 0.
         right: `(B,)`, 1 = judged right.
         wrong: `(B,)`, 1 = judged wrong; an abstention is neither.
+        taught: `(B,)`, 1 = the teacher's scores of the row are known; the others are only in `weights/drift_*`. None:
+            all of them.
+        prefix_weights: `(B, T)` from `prefix_importance_weight`; None leaves `weights/prefix_mean` out.
+        drift_gates: `(B, T)` g from `drift_gate`, in [0, 1]; None leaves `weights/drift_*` out.
 
     Returns:
         The statistics, on the device of the inputs.
@@ -79,20 +95,24 @@ def token_statistics(
     check_floating(
         2, teacher_advantages=teacher_advantages, advantages=advantages, stability_weights=stability_weights
     )
-    valid = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
+    counted = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
     rows = teacher_advantages.shape[:1]
     is_right = check_mask("right", right, "the rows of mask", rows)
     is_wrong = check_mask("wrong", wrong, "the rows of mask", rows)
+    valid = counted
+    if taught is not None:
+        valid = counted & check_mask("taught", taught, "the rows of mask", rows).unsqueeze(1)
     a2 = torch.where(valid, detached(teacher_advantages).float(), 0.0)
     features = _teacher_features(a2, stability_weights, valid) | _gate_features(gate, advantages, a2, valid)
-    names = list(features)
-    row_sums = torch.stack([features[name].float() for name in names]).sum(dim=-1)
+    features |= _weight_features("prefix_weights", "prefix_tokens", prefix_weights, valid)
+    features |= _weight_features("drift_gates", "drift_tokens", drift_gates, counted)
     # Not a matmul with the groups: autocast and TF32 would round the counts.
     groups = torch.stack([torch.ones_like(is_right), is_right, is_wrong])
-    sums = torch.where(groups.unsqueeze(1), row_sums, 0.0).sum(dim=-1)
-    order = [names.index(name) for pair in _RATIOS.values() for name in pair]
-    maxima = torch.where(groups.unsqueeze(-1), a2.abs(), 0.0).flatten(1).amax(dim=1)
-    return TokenStatistics(torch.stack([sums[:, index] for index in order], dim=1).flatten(), maxima)
+    gates = torch.where(features["drift_tokens"], features["drift_gates"], 1.0)
+    extremes = torch.stack(
+        [_maxima(a2.abs(), groups, 0.0), _maxima(features["drift_gates"], groups, 0.0), _maxima(-gates, groups, -1.0)]
+    )
+    return TokenStatistics(_totals(features, groups), extremes.flatten())
 
 
 def combine(statistics: Sequence[TokenStatistics]) -> TokenStatistics:
@@ -121,7 +141,7 @@ def finalize(totals: Tensor, maxima: Tensor | None = None) -> dict[str, Tensor]:
 
     Args:
         totals: `(2 * len(METRIC_NAMES),)` (sum, count) pairs, already reduced over micro-batches and ranks.
-        maxima: `(3,)`, already reduced; None leaves the maxima out.
+        maxima: `(len(MAXIMUM_NAMES),)`, already reduced; None leaves the largest and least values out.
 
     Returns:
         Metric name -> 0-dim float32 tensor on the CPU; names without a single token are absent.
@@ -139,9 +159,33 @@ def finalize(totals: Tensor, maxima: Tensor | None = None) -> dict[str, Tensor]:
     metrics = {name: means[index] for index, name in enumerate(METRIC_NAMES) if present[name]}
     if maxima is not None:
         check_shape("maxima", maxima, "MAXIMUM_NAMES", (len(MAXIMUM_NAMES),))
-        largest = zip(MAXIMUM_NAMES, ROW_GROUPS, values[totals.numel() :], strict=True)
-        metrics |= {name: value for name, group, value in largest if present["teacher/kl_k1" + group]}
+        shown = [(present[seen + group], sign) for seen, sign in _EXTREMES.values() for group in ROW_GROUPS]
+        largest = zip(MAXIMUM_NAMES, shown, values[totals.numel() :], strict=True)
+        metrics |= {name: sign * value for name, (there, sign), value in largest if there}
     return metrics
+
+
+def _totals(features: dict[str, Tensor], groups: Tensor) -> Tensor:
+    """(sum, count) pairs in the order of `METRIC_NAMES`; `groups` `(3, B)`."""
+    names = list(features)
+    row_sums = torch.stack([features[name].float() for name in names]).sum(dim=-1)
+    sums = torch.where(groups.unsqueeze(1), row_sums, 0.0).sum(dim=-1)
+    order = [names.index(name) for pair in _RATIOS.values() for name in pair]
+    return torch.stack([sums[:, index] for index in order], dim=1).flatten()
+
+
+def _maxima(values: Tensor, groups: Tensor, without_tokens: float) -> Tensor:
+    """Largest entry of each row group, `(3,)`."""
+    return torch.where(groups.unsqueeze(-1), values, without_tokens).flatten(1).amax(dim=1)
+
+
+def _weight_features(name: str, count: str, weights: Tensor | None, valid: Tensor) -> dict[str, Tensor]:
+    """`(B, T)` summands of a weight's mean; zero without it, so that every rank sends the same vector."""
+    if weights is None:
+        return {name: torch.zeros_like(valid, dtype=torch.float32), count: torch.zeros_like(valid)}
+    check_floating(2, **{name: weights})
+    check_shape(name, weights, "mask", valid.shape)
+    return {name: torch.where(valid, detached(weights).float(), 0.0), count: valid}
 
 
 def _teacher_features(a2: Tensor, stability_weights: Tensor, valid: Tensor) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def sign_consistency_gate(verifier_advantages: Tensor, teacher_advantages: Tenso
     check_floating(2, teacher_advantages=teacher_advantages)
     check_number("dead_zone", dead_zone, low=0.0, reason="It is a magnitude on |a2|. Set it to 0 to disable.")
     teacher = detached(teacher_advantages)
-    verifier = _per_token(verifier_advantages, teacher)
+    verifier = verifier_per_token(verifier_advantages, teacher)
     decided = (verifier.abs() > VERIFIER_ZERO) & (teacher.abs() > dead_zone)
     agree = (verifier > 0) == (teacher > 0)
     return torch.where(decided, 2 * agree.to(torch.int8) - 1, 0).to(torch.int8)
@@ -148,14 +148,14 @@ def route_gated_advantages(
         TypeError: An argument is not a tensor of the right kind.
         ValueError: A shape, a number or a name is out of range, or a route needs the reference and it is None.
     """
-    lambdas = _route_lambdas(
+    lambdas = lambdas_of_routes(
         True, lambda_high, lambda_base, disagree_mode, disagree_interp_beta, neutral_mode, cell_lambdas
     )
     _check_reference(reference_logps, lambdas)
     teacher = reverse_kl_advantage(student_logps, teacher_logps)
     check_tensor("gate", gate)
     check_shape("gate", gate, "student_logps", teacher.shape)
-    verifier = _per_token(verifier_advantages, teacher)
+    verifier = verifier_per_token(verifier_advantages, teacher)
     extrapolate = partial(extrapolated_advantage, student_logps, teacher_logps, reference_logps)
     if disagree_mode == "cells":
         consensus, conflict = _cell_advantages(teacher, verifier, extrapolate, cell_lambdas)
@@ -193,13 +193,13 @@ def routes_need_reference(
     Raises:
         ValueError: A number or a name is out of range.
     """
-    lambdas = _route_lambdas(
+    lambdas = lambdas_of_routes(
         sign_gated, lambda_high, lambda_base, disagree_mode, disagree_interp_beta, neutral_mode, cell_lambdas
     )
     return RouteReferences(**{route: any(lam != 1 for lam in named.values()) for route, named in lambdas.items()})
 
 
-def _route_lambdas(
+def lambdas_of_routes(
     sign_gated: bool,
     lambda_high: float,
     lambda_base: float,
@@ -271,7 +271,7 @@ def _cell_advantages(
     return torch.where(upwards, both_up, both_down), torch.where(upwards, teacher_up, verifier_up)
 
 
-def _per_token(verifier_advantages: Tensor, teacher_advantages: Tensor) -> Tensor:
+def verifier_per_token(verifier_advantages: Tensor, teacher_advantages: Tensor) -> Tensor:
     """a1 as `(B, T)` in the dtype of a2; an abstention (NaN) becomes 0."""
     check_tensor("verifier_advantages", verifier_advantages)
     check_floating(2 if verifier_advantages.dim() == 2 else 1, verifier_advantages=verifier_advantages)

@@ -1,4 +1,6 @@
-"""Non-negative token weights that multiply the advantages; no gradient runs through them."""
+"""Non-negative token weights that multiply the advantages, and the masks that go with them; all detached."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from sg_opd_trl.core._checks import (
     check_mask,
     check_number,
     check_positive,
+    check_rank,
     check_tensor,
+    check_whole,
     detached,
 )
 
@@ -66,7 +70,15 @@ def stability_weight(
 
 
 def drift_gate(
-    behavior_logps: Tensor, current_logps: Tensor, mask: Tensor, tau: float, block_size: int = 64
+    behavior_logps: Tensor,
+    current_logps: Tensor,
+    mask: Tensor,
+    tau: float,
+    block_size: int = 64,
+    *,
+    span_ids: Tensor | None = None,
+    mean: str = "signed",
+    norm: str = "sequence",
 ) -> Tensor:
     """Weight that damps blocks of tokens on which the policy has drifted since the rollout.
 
@@ -74,31 +86,103 @@ def drift_gate(
         g_b = exp(-tau |mean_{t in b} delta_t|);  w_t = g_{b(t)} / mean(g over the row's valid tokens)
 
     Blockwise policy-drift gating (arXiv:2606.24084) Eq. 1, known at second hand. The mean is signed, so opposite
-    drifts inside a block cancel. A row of a single block has w = 1.
+    drifts inside a block cancel; mean="absolute" takes |delta_t| instead (our choice). A row of a single block has
+    w = 1.
 
     Args:
         behavior_logps: `(B, T)` log-probs in nats under the policy that made the rollout, recomputed by the trainer.
         current_logps: `(B, T)` log-probs in nats under the policy being updated.
         mask: `(B, T)`, 1 = counts; both log-probs may hold anything, NaN too, where it is 0.
         tau: Decay per nat, >= 0.
-        block_size: Columns per block, counted from the first column; the last block may be short.
+        block_size: Columns per block, counted from the first column; the last block may be short. Not read where
+            `span_ids` are given.
+        span_ids: `(B, T)` whole numbers in [0, T), the block of each token in its row; see `span_numbers`.
+        mean: `signed` or `absolute`.
+        norm: `sequence` gives w, `none` gives g.
 
     Returns:
-        `(B, T)` weights, detached, float32 or wider, mean 1 over each row's valid tokens and 0 where the mask is 0.
+        `(B, T)` weights, detached, float32 or wider, 0 where the mask is 0; w has mean 1 over each row's valid
+        tokens, g is in [0, 1].
 
     Raises:
-        TypeError: A log-prob is not a floating tensor.
-        ValueError: A shape, `tau` or `block_size` is out of range.
+        TypeError: A log-prob is not a floating tensor, or `span_ids` does not hold whole numbers.
+        ValueError: A shape, a number or a name is out of range.
     """
     check_floating(2, behavior_logps=behavior_logps, current_logps=current_logps)
     valid = check_mask("mask", mask, "behavior_logps", behavior_logps.shape)
     check_number("tau", tau, low=0.0, reason="It is a decay rate. Set it to 0 for equal weights.")
     check_number("block_size", block_size, low=1, reason="It is a number of tokens. Set it to 64.")
+    check_choice("mean", mean, ("signed", "absolute"))
+    check_choice("norm", norm, ("sequence", "none"))
+    if span_ids is not None:
+        check_whole("span_ids", span_ids, "behavior_logps", behavior_logps.shape)
     drift = torch.where(valid, detached(behavior_logps) - detached(current_logps), 0.0)
-    decay = tau * _block_mean(drift, valid, block_size).abs()
+    drift = drift.abs() if mean == "absolute" else drift
+    means = _block_mean(drift, valid, block_size) if span_ids is None else _span_mean(drift, valid, span_ids)
+    decay = tau * means.abs()
+    if norm == "none":
+        return torch.where(valid, (-decay).exp(), 0.0)
     # A common factor cancels in the mean: starting at the row's least decay keeps exp from flushing a row to zero.
     least = decay.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
     return _unit_mean(torch.where(valid, (least - decay).exp(), 0.0), valid, dims=(1,))
+
+
+def span_numbers(completion_ids: Tensor, ending_ids: Tensor) -> Tensor:
+    """Number of each token's span, where a span ends with every token out of a set, for instance those with a newline.
+
+    The second granularity of blockwise policy-drift gating (arXiv:2606.24084); the token that ends a span is in it.
+
+    Args:
+        completion_ids: `(B, T)` token ids.
+        ending_ids: `(N,)` token ids that end a span.
+
+    Returns:
+        `(B, T)` int64, from 0 in each row.
+
+    Raises:
+        TypeError: An argument does not hold whole numbers.
+        ValueError: An argument has another number of dimensions.
+    """
+    check_whole("completion_ids", completion_ids)
+    check_whole("ending_ids", ending_ids)
+    check_rank("completion_ids", completion_ids, 2)
+    check_rank("ending_ids", ending_ids, 1)
+    ends = torch.isin(completion_ids, ending_ids).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def without_special_tokens(
+    completion_ids: Tensor, mask: Tensor, special_ids: Sequence[int], scope: str = "first"
+) -> Tensor:
+    """Mask without the tokens on which the chat templates of teacher and student differ.
+
+        m'_t = m_t [y_t is not a special token, or not its first occurrence in the row]
+
+    Revisiting OPD (arXiv:2603.25562), whose code masks the first occurrence of each id. Tokens that leave the mask
+    leave the loss and the counts it is divided by.
+
+    Args:
+        completion_ids: `(B, T)` token ids.
+        mask: `(B, T)`, 1 = counts; occurrences where it is 0 are not occurrences.
+        special_ids: Token ids, each on its own.
+        scope: `first` occurrence of each id in each row, or `all`.
+
+    Returns:
+        `(B, T)` mask of the dtype of `mask`.
+
+    Raises:
+        TypeError: `completion_ids` does not hold whole numbers, or `mask` is not a tensor.
+        ValueError: The shapes differ, or `scope` is unknown.
+    """
+    check_whole("completion_ids", completion_ids)
+    check_rank("completion_ids", completion_ids, 2)
+    valid = check_mask("mask", mask, "completion_ids", completion_ids.shape)
+    check_choice("scope", scope, ("first", "all"))
+    left_out = torch.zeros_like(valid)
+    for special in special_ids:
+        found = valid & (completion_ids == special)
+        left_out |= found if scope == "all" else found & (found.cumsum(dim=1) == 1)
+    return mask.masked_fill(left_out, 0)
 
 
 def prefix_importance_weight(teacher_advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -137,6 +221,14 @@ def _block_mean(values: Tensor, valid: Tensor, block_size: int) -> Tensor:
     sums = pad(values, (0, missing)).unflatten(1, blocks).sum(dim=2)
     counts = pad(valid, (0, missing)).unflatten(1, blocks).sum(dim=2).clamp(min=1)
     return (sums / counts).repeat_interleave(block_size, dim=1)[:, :columns]
+
+
+def _span_mean(values: Tensor, valid: Tensor, span_ids: Tensor) -> Tensor:
+    """Mean of each span's valid entries, on every column of the span; `values` is 0 off the mask."""
+    spans = span_ids.long()
+    sums = torch.zeros_like(values).scatter_add(1, spans, values)
+    counts = torch.zeros_like(values).scatter_add(1, spans, valid.to(values.dtype)).clamp(min=1)
+    return (sums / counts).gather(1, spans)
 
 
 def _unit_mean(weights: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -45,14 +45,22 @@ def test_nothing_reads_a_value_back() -> None:
     ]
     phi = [core.stability_weight(a2, logps, 5.0, norm=norm) for norm in ("sequence", "batch", "none")]
     drift = core.drift_gate(logps, logps, logps, tau=1.0, block_size=4)
+    ids = torch.zeros(4, 6, device="meta", dtype=torch.long)
+    spans = core.span_numbers(ids, ids[0])
+    by_line = core.drift_gate(logps, logps, logps, tau=1.0, span_ids=spans, mean="absolute", norm="none")
+    kept = core.without_special_tokens(ids, logps, [1, 2])
+    dealt = core.random_gate(gate, logps, logps)
+    fixed = core.fixed_on_rows(logps, a1, -1.0)
+    others = [spans, by_line, kept, dealt, fixed]
     prefix = core.prefix_importance_weight(a2, logps, 0.5)
     weights = [core.anchor_token_weights(logps, logps, kind) for kind in core.ANCHOR_WEIGHTS]
     for reduction in core.ANCHOR_REDUCTIONS:
         total = core.anchor_denominator(logps, a1, reduction)
         assert core.anchor_cross_entropy(logps, logps, a1, logps, reduction=reduction, total=total).shape == ()
     assert core.verifier_group_advantages(a1, 2).shape == (4,)
-    assert all(tensor.shape == (4, 6) for tensor in [gate, drift, prefix, *routed, *phi, *weights])
+    assert all(tensor.shape == (4, 6) for tensor in [gate, drift, prefix, *others, *routed, *phi, *weights])
     statistics = core.token_statistics(
-        gate=gate, advantages=a2, teacher_advantages=a2, stability_weights=a2, mask=logps, right=a1, wrong=a1
-    )
+        gate=gate, advantages=a2, teacher_advantages=a2, stability_weights=a2, mask=logps, right=a1, wrong=a1,
+        taught=a1, prefix_weights=a2, drift_gates=a2,
+    )  # fmt: skip
     assert statistics.totals.device.type == "meta"

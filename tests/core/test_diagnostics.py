@@ -22,7 +22,13 @@ def batch(rows: int = 6, columns: int = 8, seed: int = 0) -> dict[str, Any]:
         "mask": mask,
         "right": verdict == 1,
         "wrong": verdict == 0,
+        "taught": torch.tensor([1, 1, 1, 1, 0, 1])[:rows] == 1,
+        "prefix_weights": 1 + torch.rand(rows, columns, generator=generator),
+        "drift_gates": torch.rand(rows, columns, generator=generator),
     }
+
+
+OPTIONAL = {"gate": None, "taught": None, "prefix_weights": None, "drift_gates": None}
 
 
 def mean(values: list[float]) -> float | None:
@@ -32,9 +38,17 @@ def mean(values: list[float]) -> float | None:
 def slow_metrics(b: dict[str, Any]) -> dict[str, float]:
     metrics: dict[str, float | None] = {}
     for suffix, chosen in (("", torch.ones_like(b["right"])), ("/right", b["right"]), ("/wrong", b["wrong"])):
-        tokens = [
+        counted = [
             (i, t) for i in range(len(chosen)) for t in range(b["mask"].shape[1]) if chosen[i] and b["mask"][i, t]
         ]
+        tokens = [(i, t) for i, t in counted if b["taught"] is None or b["taught"][i]]
+        if b["prefix_weights"] is not None:
+            metrics["weights/prefix_mean" + suffix] = mean([b["prefix_weights"][key].item() for key in tokens])
+        if b["drift_gates"] is not None:
+            gates = [b["drift_gates"][key].item() for key in counted]
+            metrics["weights/drift_mean" + suffix] = mean(gates)
+            metrics["weights/drift_max" + suffix] = max(gates, default=None)
+            metrics["weights/drift_min" + suffix] = min(gates, default=None)
         a2 = {key: b["teacher_advantages"][key].item() for key in tokens}
         metrics["teacher/kl_k1" + suffix] = mean([-a for a in a2.values()])
         metrics["teacher/kl_k3" + suffix] = mean([math.exp(c) - c - 1 for c in (min(a, 20.0) for a in a2.values())])
@@ -96,23 +110,33 @@ def test_by_hand() -> None:
 def test_against_loop(seed: int, gated: bool) -> None:
     b = batch(seed=seed)
     if not gated:
-        b["gate"] = None
+        b |= OPTIONAL
     metrics = finalize(*token_statistics(**b))
     assert_metrics(metrics, slow_metrics(b))
-    assert any(name.startswith("gate/") for name in metrics) == gated
+    for group in ("gate/", "weights/"):
+        assert any(name.startswith(group) for name in metrics) == gated
 
 
 def test_layout_is_fixed_whatever_the_gate() -> None:
     expected = {f"gate/{n}" for n in ("consensus", "conflict", "neutral", "sign_flips")}
     expected |= {f"gate/advantage_{n}" for n in ("consensus", "conflict", "neutral")}
-    expected |= {f"teacher/{n}" for n in TEACHER}
+    expected |= {f"teacher/{n}" for n in TEACHER} | {"weights/prefix_mean", "weights/drift_mean"}
     assert set(METRIC_NAMES) == {name + group for name in expected for group in GROUPS}
-    assert len(METRIC_NAMES) == len(set(METRIC_NAMES)) == 33
-    assert tuple("teacher/abs_advantage_max" + group for group in GROUPS) == MAXIMUM_NAMES
-    for gate in (batch()["gate"], None):
-        statistics = token_statistics(**batch() | {"gate": gate})
-        assert statistics.totals.shape == (66,) and statistics.totals.dtype == torch.float32
-        assert statistics.maxima.shape == (3,) and statistics.maxima.dtype == torch.float32
+    assert len(METRIC_NAMES) == len(set(METRIC_NAMES)) == 39
+    extremes = ("teacher/abs_advantage_max", "weights/drift_max", "weights/drift_min")
+    assert tuple(name + group for name in extremes for group in GROUPS) == MAXIMUM_NAMES
+    for changes in ({}, OPTIONAL):
+        statistics = token_statistics(**batch() | changes)
+        assert statistics.totals.shape == (78,) and statistics.totals.dtype == torch.float32
+        assert statistics.maxima.shape == (9,) and statistics.maxima.dtype == torch.float32
+
+
+def test_rows_without_a_teacher_are_in_the_drift_only() -> None:
+    b = batch()
+    b["taught"], b["teacher_advantages"] = torch.zeros(6), torch.full((6, 8), math.nan)
+    assert {name.partition("/")[0] + "/" + name.split("/")[1] for name in finalize(*token_statistics(**b))} == {
+        "weights/drift_mean", "weights/drift_max", "weights/drift_min"
+    }  # fmt: skip
 
 
 def test_combined_parts_equal_the_whole() -> None:
@@ -132,7 +156,7 @@ def test_combined_parts_equal_the_whole() -> None:
 def test_masked_positions_may_hold_anything() -> None:
     b = batch()
     whole = token_statistics(**b)
-    for name in ("advantages", "teacher_advantages", "stability_weights"):
+    for name in ("advantages", "teacher_advantages", "stability_weights", "prefix_weights", "drift_gates"):
         b[name] = torch.where(b["mask"], b[name], math.nan)
     torch.testing.assert_close(token_statistics(**b), whole)
 
@@ -169,7 +193,8 @@ def test_empty_groups_are_dropped() -> None:
     assert not any(name.endswith("/right") for name in metrics)
     assert "teacher/abs_advantage_max/wrong" in metrics
     empty = token_statistics(**b | {"mask": torch.zeros_like(b["mask"])})
-    assert torch.equal(empty.totals, torch.zeros(66)) and torch.equal(empty.maxima, torch.zeros(3))
+    assert torch.equal(empty.totals, torch.zeros(78))
+    assert empty.maxima.tolist() == [0.0] * 6 + [-1.0] * 3
     assert finalize(*empty) == {}
 
 
@@ -207,10 +232,14 @@ def test_refusals() -> None:
         token_statistics(**b | {"right": b["right"][:5]})
     with pytest.raises(ValueError, match=r"`stability_weights` must have the shape of `teacher_advantages`"):
         token_statistics(**b | {"stability_weights": b["stability_weights"][:, :1]})
+    with pytest.raises(ValueError, match=r"`drift_gates` must have the shape of `mask`"):
+        token_statistics(**b | {"drift_gates": b["drift_gates"][:, :1]})
+    with pytest.raises(ValueError, match=r"`taught` must have the shape of `the rows of mask`"):
+        token_statistics(**b | {"taught": b["taught"][:5]})
     with pytest.raises(ValueError, match=r"`statistics` must hold at least one entry"):
         combine([])
-    with pytest.raises(ValueError, match=r"`totals` must have the shape of .* \(66,\), got \(65,\)"):
+    with pytest.raises(ValueError, match=r"`totals` must have the shape of .* \(78,\), got \(65,\)"):
         finalize(torch.zeros(65))
     with pytest.raises(ValueError, match=r"`maxima` must have the shape of"):
-        finalize(torch.zeros(66), torch.zeros(2))
+        finalize(torch.zeros(78), torch.zeros(2))
     assert isinstance(combine([token_statistics(**b)]), TokenStatistics)

@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 
-from sg_opd_trl.core import anchor_schedule
+from sg_opd_trl.core import anchor_schedule, separated_prompts, separated_schedule
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,51 @@ def test_refusals() -> None:
         anchor_schedule(1, 10, 0.3, 0.4, -0.1, 0.0)
     with pytest.raises(ValueError, match=r"`alpha_end` must be"):
         anchor_schedule(1, 10, 0.3, 0.4, 0.1, math.nan)
+
+
+def test_separated_in_time_is_a_constant_and_then_nothing() -> None:
+    assert [separated_schedule(step, 10, 0.3, 0.2) for step in range(1, 11)] == [0.2] * 3 + [0.0] * 7
+    assert separated_schedule(29, 100, 0.29, 0.5) == 0.5  # .29 * 100 is a hair below 29 in binary
+    assert separated_schedule(30, 100, 0.29, 0.5) == 0.0
+
+
+def test_separated_prompts_by_hand() -> None:
+    # 30/35 of 100 steps: alpha is 0 in step 35, so 34 steps with 2 prompts are 68 prompts over 30 steps.
+    drawn = [separated_prompts(step, 100, 0.30, 0.35, 0.2, 0.0, 2) for step in range(1, 101)]
+    assert drawn[:4] == [(0, 2), (2, 4), (4, 6), (6, 9)]  # floor(68 k / 30) = 2.27, 4.53, 6.8, 9.07
+    assert drawn[29] == (65, 68)
+    assert set(drawn[30:]) == {(68, 68)}
+    # With alpha_end above 0 step 35 counts too: 70.
+    assert separated_prompts(30, 100, 0.30, 0.35, 0.2, 0.02, 2)[1] == 70
+
+
+@pytest.mark.parametrize("ends", [(0.3, 0.35), (0.5, 0.5), (1.0, 1.0), (0.13, 0.9), (0.05, 0.05)])
+@pytest.mark.parametrize("alpha_end", [0.0, 0.1])
+@pytest.mark.parametrize("total", [7, 20, 100])
+def test_separated_prompts_are_sg_opds_in_number_and_order(ends: tuple, alpha_end: float, total: int) -> None:
+    per_step = 3
+    anchored = sum(anchor_schedule(step, total, *ends, 0.2, alpha_end) > 0 for step in range(1, total + 1))
+    drawn = [
+        position
+        for step in range(1, total + 1)
+        if separated_schedule(step, total, ends[0], 0.2) > 0
+        for position in range(*separated_prompts(step, total, *ends, 0.2, alpha_end, per_step))
+    ]
+    stage = [step for step in range(1, total + 1) if separated_schedule(step, total, ends[0], 0.2) > 0]
+    assert drawn == (list(range(per_step * anchored)) if stage else [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (0, 10, 0.3, 0.4, 0.2, 0.0, 1),
+        (1, 10, 0.3, 0.2, 0.2, 0.0, 1),
+        (1, 10, 0.3, 0.4, 0.0, 0.0, 1),
+        (1, 10, 0.3, 0.4, 0.2, -0.1, 1),
+        (1, 10, 0.3, 0.4, 0.2, 0.0, 0),
+        (1, 10, math.nan, 0.4, 0.2, 0.0, 1),
+    ],
+)
+def test_separated_prompts_refuse_what_is_out_of_range(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        separated_prompts(*arguments)

@@ -4,7 +4,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sg_opd_trl.core import drift_gate, prefix_importance_weight, stability_weight
+from sg_opd_trl.core import (
+    drift_gate,
+    prefix_importance_weight,
+    span_numbers,
+    stability_weight,
+    without_special_tokens,
+)
 
 
 def ragged(rows: int = 5, columns: int = 11, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +131,67 @@ def test_drift_gate_survives_drift_beyond_the_range_of_exp() -> None:
     torch.testing.assert_close(weights, torch.tensor([[math.e * share, share]], dtype=torch.float64))
 
 
+def test_drift_gate_before_its_norm_and_with_absolute_drift() -> None:
+    # Signed means 0 and .2 as above; absolute means .5 and .2: g = [e^-.5, e^-.2], mean .7126, w = [.8511, 1.1489].
+    current, ones = torch.full((1, 4), -1.0), torch.ones(1, 4)
+    behaviour = current + torch.tensor([[0.5, -0.5, 0.2, 0.2]])
+    signed = drift_gate(behaviour, current, ones, 1.0, 2, norm="none")
+    torch.testing.assert_close(signed, torch.tensor([[1.0, 1.0, 0.8187, 0.8187]]), atol=5e-5, rtol=0)
+    absolute = drift_gate(behaviour, current, ones, 1.0, 2, mean="absolute", norm="none")
+    torch.testing.assert_close(absolute, torch.tensor([[0.6065, 0.6065, 0.8187, 0.8187]]), atol=5e-5, rtol=0)
+    weights = drift_gate(behaviour, current, ones, 1.0, 2, mean="absolute")
+    torch.testing.assert_close(weights, torch.tensor([[0.8511, 0.8511, 1.1489, 1.1489]]), atol=5e-5, rtol=0)
+
+
+def test_spans_end_with_their_newline() -> None:
+    ids = torch.tensor([[5, 9, 5, 5, 8, 9], [9, 9, 1, 1, 1, 8]])
+    assert span_numbers(ids, torch.tensor([8, 9])).tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]]
+    assert span_numbers(ids, torch.tensor([7])).tolist() == [[0] * 6] * 2
+    assert span_numbers(ids, torch.tensor([], dtype=torch.long)).tolist() == [[0] * 6] * 2
+
+
+@pytest.mark.parametrize("mean", ["signed", "absolute"])
+def test_drift_gate_on_spans_against_loop(mean: str) -> None:
+    drift, mask = ragged()
+    ids = torch.randint(0, 4, drift.shape, generator=torch.Generator().manual_seed(3))
+    raw = []
+    for row in range(drift.shape[0]):
+        gates, start = [], 0
+        for column in range(drift.shape[1]):
+            end = column == drift.shape[1] - 1 or ids[row, column] == 2
+            if end:
+                inside = [drift[row, k].item() for k in range(start, column + 1) if mask[row, k]]
+                inside = [abs(x) for x in inside] if mean == "absolute" else inside
+                gates += [math.exp(-0.3 * abs(sum(inside) / max(1, len(inside))))] * (column + 1 - start)
+                start = column + 1
+        raw.append(gates)
+    spans, behaviour = span_numbers(ids, torch.tensor([2])), torch.rand_like(drift)
+    assert spans.max() >= 3
+    current = (behaviour - drift).masked_fill(~mask, math.nan)
+    weights = drift_gate(behaviour, current, mask, 0.3, span_ids=spans, mean=mean)
+    expected = torch.tensor(slow_unit_mean(raw, mask.tolist(), batch=False), dtype=torch.float64)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_spans_of_equal_length_are_blocks() -> None:
+    drift, mask = ragged()
+    spans = (torch.arange(11) // 3).expand(5, 11)
+    by_span = drift_gate(drift, 0 * drift, mask, 0.3, span_ids=spans)
+    torch.testing.assert_close(by_span, drift_gate(drift, 0 * drift, mask, 0.3, 3))
+
+
+def test_special_tokens_leave_the_mask_at_their_first_occurrence() -> None:
+    ids = torch.tensor([[7, 3, 7, 3, 4], [3, 3, 4, 4, 7]])
+    mask = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    # Row 0: the 3 in column 1 does not count, so that in column 3 is the first. Row 1: 7 does not count.
+    first = without_special_tokens(ids, mask, [3, 7])
+    assert first.tolist() == [[0, 0, 1, 0, 1], [0, 1, 1, 1, 0]]
+    assert first.dtype == mask.dtype
+    assert without_special_tokens(ids, mask, [3, 7], "all").tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 1, 0]]
+    assert torch.equal(without_special_tokens(ids, mask, []), mask)
+    assert torch.equal(without_special_tokens(ids, mask, [99], "all"), mask)
+
+
 def test_prefix_weight_by_hand() -> None:
     # |A| = [1, 1, 2], prefix sums [0, 1, 2] of 4: 1 + .5 (1 - [0, .25, .5]).
     weights = prefix_importance_weight(torch.tensor([[1.0, -1.0, 2.0]]), torch.ones(1, 3), 0.5)
@@ -156,6 +223,8 @@ WEIGHTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "batch": lambda a, m: stability_weight(a, m, 1.0, norm="batch"),
     "raw": lambda a, m: stability_weight(a, m, 1.0, norm="none"),
     "drift": lambda a, m: drift_gate(a, 0.5 * a, m, tau=1.0, block_size=3),
+    "raw drift": lambda a, m: drift_gate(a, 0.5 * a, m, tau=1.0, block_size=3, mean="absolute", norm="none"),
+    "spans": lambda a, m: drift_gate(a, 0.5 * a, m, 1.0, span_ids=torch.arange(a.shape[1]).expand(a.shape) // 3),
     "prefix": lambda a, m: prefix_importance_weight(a, m, 0.5),
 }
 
@@ -204,3 +273,21 @@ def test_refusals() -> None:
         drift_gate(a2, a2, mask, tau=1.0, block_size=0)
     with pytest.raises(ValueError, match=r"`gamma` must be >= 0.0 and finite, got nan"):
         prefix_importance_weight(a2, mask, math.nan)
+    with pytest.raises(ValueError, match=r"`mean` must be one of signed, absolute, got 'median'"):
+        drift_gate(a2, a2, mask, 1.0, mean="median")
+    with pytest.raises(ValueError, match=r"`norm` must be one of sequence, none, got 'batch'"):
+        drift_gate(a2, a2, mask, 1.0, norm="batch")
+    with pytest.raises(TypeError, match=r"`span_ids` must have an integer dtype, got torch.float64"):
+        drift_gate(a2, a2, mask, 1.0, span_ids=a2)
+    with pytest.raises(
+        ValueError, match=r"`span_ids` must have the shape of `behavior_logps` \(5, 11\), got \(5, 10\)"
+    ):
+        drift_gate(a2, a2, mask, 1.0, span_ids=mask[:, :10].long())
+    with pytest.raises(TypeError, match=r"`completion_ids` must have an integer dtype, got torch.bool"):
+        span_numbers(mask, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"`ending_ids` must have 1 dimension"):
+        span_numbers(mask.long(), torch.tensor(1))
+    with pytest.raises(ValueError, match=r"`mask` must have the shape of `completion_ids`"):
+        without_special_tokens(mask.long(), mask[:, :4], [1])
+    with pytest.raises(ValueError, match=r"`scope` must be one of first, all, got 'last'"):
+        without_special_tokens(mask.long(), mask, [1], "last")
