@@ -1,7 +1,8 @@
 """Data set rows -> `prompt` and `solution`, and the checks that run before a model is asked for anything.
 
 A training row needs `prompt` (a string or a chat, the list of messages up to the question) and whatever columns the
-reward functions ask for by name; the built-in verifiers ask for `solution`, the bare gold answer.
+reward functions ask for by name; the built-in verifiers ask for `solution`, the bare gold answer. `teacher_id` and
+`teacher_prompt` are kept where they exist; their checks are in `teachers.rows`.
 """
 
 import inspect
@@ -10,12 +11,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from sg_opd_trl.data_rows import as_gold, as_prompt, is_empty_gold, is_empty_prompt
 from sg_opd_trl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 HEAVY_COLUMN_CHARACTERS = 1000
 """A column nobody asked for is dropped above this mean length (our choice): worked solutions fill most of a disk."""
+TEACHER_ID = "teacher_id"
+"""Column that names a row's teacher, where there are several."""
+TEACHER_PROMPT = "teacher_prompt"
+"""Column with the prompt that the teacher reads in place of `prompt`, e.g. with privileged context."""
 ROWS_CHECKED = 1000
 STREAMED_ROWS_CHECKED = 8
 PROVIDED_BY_TRAINER = frozenset(
@@ -43,7 +49,8 @@ def prepare_dataset(
         answer_column: column that becomes `solution`. Golds are kept as given, numbers become strings. Without it an
             existing `solution` is used; without either, rows have no `solution`.
         instruction: appended to the user's message on a new line, e.g. how to mark the final answer.
-        system_prompt: first message of every chat that has no system message.
+        system_prompt: first message of every chat that has no system message. `teacher_prompt`, where it exists,
+            becomes a chat and gets the instruction and the system message as the prompt does.
         difficulty_column: numeric column that `min_difficulty` refers to.
         min_difficulty: rows below it, or without a value, are dropped.
         keep_columns: columns kept whatever their size, e.g. those that a reward function needs.
@@ -69,22 +76,29 @@ def prepare_dataset(
     with_gold = answer in columns
     dataset = _filter(
         dataset,
-        lambda row: not is_empty_prompt(row[question]) and not (with_gold and _is_empty_gold(row[answer])),
+        lambda row: not is_empty_prompt(row[question]) and not (with_gold and is_empty_gold(row[answer])),
         name,
         "no prompt or no solution",
     )
     read = {question, answer} & set(columns)
-    unused = read - set(keep_columns) | _heavy_columns(dataset, columns, read | set(keep_columns), name)
+    kept = {*keep_columns, TEACHER_ID, TEACHER_PROMPT}
+    unused = read - set(keep_columns) | _heavy_columns(dataset, columns, read | kept, name)
     # Written under a new name and renamed at the end: a column that is written again keeps its old type.
-    written = {column: f"{column} for {question}" for column in ("prompt", "solution")}
-    unused |= set(written) & set(columns)
+    sources = {"prompt": question} | ({"solution": answer} if with_gold else {})
+    sources |= {TEACHER_PROMPT: TEACHER_PROMPT} if TEACHER_PROMPT in columns else {}
+    written = {column: f"{column} for {question}" for column in sources}
+    unused |= {"prompt", "solution", TEACHER_PROMPT} & set(columns)
+
+    def value(column: str, given: Any) -> Any:
+        if column == "solution":
+            return as_gold(given)
+        return as_prompt(given, instruction, system_prompt, always_chat=question_column is not None)
 
     def to_row(row: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = _as_prompt(row[question], instruction, system_prompt, always_chat=question_column is not None)
-        return {written["prompt"]: prompt} | ({written["solution"]: _as_gold(row[answer])} if with_gold else {})
+        return {written[column]: value(column, row[source]) for column, source in sources.items()}
 
     mapped = dataset.map(to_row, remove_columns=sorted(unused))
-    return mapped.rename_columns({new: column for column, new in written.items() if column == "prompt" or with_gold})
+    return mapped.rename_columns({new: column for column, new in written.items()})
 
 
 def filter_long_prompts(
@@ -143,7 +157,7 @@ def check_dataset(
         DataError: empty, too small, a missing column, empty prompts among the first 1000 rows (8 of a stream), or
             chats for a tokenizer without a chat template.
     """
-    rows = _first_rows(dataset)
+    rows = first_rows(dataset)
     if not rows:
         raise DataError(f"`{name}` must have rows, got none. Check `dataset_name`, the split and the filters.")
     if not is_stream(dataset) and len(dataset) < prompts_per_generation_batch:
@@ -166,6 +180,15 @@ def check_dataset(
     _check_prompts([row["prompt"] for row in rows], processing_class, name)
 
 
+def datasets_of(trainer: Any) -> list[tuple[str, Any]]:
+    """The data sets of a trainer with the names that messages use."""
+    evaluation = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    found = [(f"eval_dataset {key}".strip(), dataset) for key, dataset in named.items() if dataset is not None]
+    # An environment that owns the data brings its own prompts; TRL then drives it with placeholder rows.
+    return found if trainer.environment_factories is not None else [("train_dataset", trainer.train_dataset), *found]
+
+
 def column_names(dataset: Any) -> list[str]:
     """Columns of a map-style or streamed data set; a stream that does not declare them is asked for its first row."""
     if dataset.column_names is not None:
@@ -178,13 +201,6 @@ def is_stream(dataset: Any) -> bool:
     from datasets import IterableDataset
 
     return isinstance(dataset, IterableDataset)
-
-
-def is_empty_prompt(prompt: Any) -> bool:
-    """Whether a prompt (string or chat) is missing or says nothing."""
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    return not prompt or all(not message.get("content") for message in prompt if isinstance(message, Mapping))
 
 
 def _check_prompts(prompts: list[Any], processing_class: Any, name: str) -> None:
@@ -227,7 +243,8 @@ def required_columns(reward_funcs: Sequence[Any]) -> list[str]:
     return list(names)
 
 
-def _first_rows(dataset: Any) -> list[dict[str, Any]]:
+def first_rows(dataset: Any) -> list[dict[str, Any]]:
+    """The rows that are checked before the run: the first 1000, or the first 8 of a stream."""
     if is_stream(dataset):
         return list(islice(dataset, STREAMED_ROWS_CHECKED))
     return [dict(row) for row in dataset.select(range(min(ROWS_CHECKED, len(dataset))))]
@@ -267,33 +284,3 @@ def _filter(dataset: Any, keep: Callable[[Any], bool], name: str, reason: str) -
 
 def _at_least(value: Any, limit: float) -> bool:
     return value is not None and float(value) >= limit
-
-
-def _is_empty_gold(gold: Any) -> bool:
-    return gold is None or (isinstance(gold, str) and not gold.strip()) or gold == []
-
-
-def _as_gold(gold: Any) -> Any:
-    return str(gold) if isinstance(gold, (int, float)) else gold
-
-
-def _as_prompt(question: Any, instruction: str | None, system_prompt: str | None, always_chat: bool) -> Any:
-    if isinstance(question, str):
-        text = _with_instruction(question, instruction) if instruction else question
-        if not always_chat and system_prompt is None:
-            return text
-        messages = [{"role": "user", "content": text}]
-    else:
-        messages = [dict(message) for message in question]
-        if instruction:
-            messages[-1]["content"] = _with_instruction(messages[-1]["content"], instruction)
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _with_instruction(content: Any, instruction: str) -> Any:
-    """Content is a string, or a list of typed parts as multimodal templates have it."""
-    return (
-        f"{content}\n{instruction}" if isinstance(content, str) else [*content, {"type": "text", "text": instruction}]
-    )

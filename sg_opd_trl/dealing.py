@@ -20,10 +20,13 @@ class PromptStream:
 
     def rows(self, step: int, count: int) -> list[int]:
         """The rows of a 1-based step that draws `count` of them, the same on every rank."""
-        first = (step - 1) * count
+        return self.between((step - 1) * count, step * count)
+
+    def between(self, first: int, last: int) -> list[int]:
+        """The rows at positions `first` up to `last`, not included, of the endless stream."""
         permutations: dict[int, list[int]] = {}
         chosen = []
-        for position in range(first, first + count):
+        for position in range(first, last):
             epoch, offset = divmod(position, self.num_rows)
             if epoch not in permutations:
                 generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))

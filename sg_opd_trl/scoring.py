@@ -3,7 +3,7 @@
 A model is never run on columns that are padding for a whole batch, nor on rows whose scores nobody uses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 ScoreFunction = Callable[[Tensor, Tensor, int], Tensor]
 """`(input_ids, attention_mask, completion_length) -> log-probs` of the last `completion_length` tokens."""
+PartScore = Callable[["TokenBatch", Tensor], tuple[Tensor, ...]]
+"""`(batch, numbers of its rows (n,)) -> scores (n, T, ...)` of its completions."""
 
 
 @dataclass(frozen=True)
@@ -121,32 +123,77 @@ def score_rows(
     Args:
         score: the model's forward on one trimmed batch.
         batch: all rows.
-        rows: `(B,)` bool, the rows whose scores are used.
-        max_tokens: budget of one forward, padding included.
-        agree_on_calls: number of forwards over all ranks, for a model whose shards must run the same number of times.
-            The missing calls are run on one token, and their result is dropped.
+        rows: as in `score_parts`, as for the arguments that follow.
+        max_tokens: as there.
+        agree_on_calls: as there.
 
     Returns:
         `(B, T)` float32; 0 in rows and at positions that were not scored.
     """
     result = torch.zeros(batch.completion_ids.shape, dtype=torch.float32, device=batch.completion_ids.device)
+
+    def score_part(part: TokenBatch, chosen: Tensor) -> tuple[Tensor, ...]:
+        return (score(*part.joined(), part.completion_ids.size(1)),)
+
+    score_parts(score_part, (result,), batch, rows, max_tokens, agree_on_calls)
+    return result
+
+
+def score_parts(
+    score: PartScore,
+    results: Sequence[Tensor],
+    batch: TokenBatch,
+    rows: Tensor,
+    max_tokens: int,
+    agree_on_calls: Callable[[int], int] = lambda calls: calls,
+) -> None:
+    """Fill in the scores of some rows, where the completion mask is 1.
+
+    Args:
+        score: scores of one trimmed batch.
+        results: `(B, T, ...)` each, what `score` returns, for all rows; changed in place.
+        batch: all rows.
+        rows: `(B,)` bool, the rows whose scores are used.
+        max_tokens: budget of one forward, padding included.
+        agree_on_calls: number of forwards over all ranks, for a model whose shards must run the same number of times.
+            The missing calls are run on one token, and their result is dropped.
+    """
     indices = rows.nonzero().flatten()
     lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum(1))[indices].tolist()
     groups = list(plan_batches(lengths, max_tokens))
     for group in groups:
         chosen = indices[group]
         part = batch.select(chosen)
-        width = part.completion_ids.size(1)
-        scores = score(*part.joined(), width).float()
-        result[chosen, :width] = scores.masked_fill(part.completion_mask == 0, 0.0)
+        counted = part.completion_mask != 0
+        for result, scores in zip(results, score(part, chosen), strict=True):
+            kept = counted.view(*counted.shape, *[1] * (scores.dim() - 2))
+            result[chosen, : counted.size(1)] = scores.to(result.dtype).masked_fill(~kept, 0)
     for _ in range(agree_on_calls(len(groups)) - len(groups)):
-        score(*_one_token(batch), 1)
-    return result
+        score(_one_token(batch), indices.new_zeros(1))
 
 
-def _one_token(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    input_ids = torch.cat([batch.prompt_ids[:1, -1:], batch.completion_ids[:1, :1]], dim=1)
-    return input_ids, torch.ones_like(input_ids)
+def _one_token(batch: TokenBatch) -> TokenBatch:
+    input_ids = batch.prompt_ids[:1, -1:], batch.completion_ids[:1, :1]
+    one = torch.ones_like(input_ids[0])
+    return TokenBatch(input_ids[0], one, input_ids[1], one)
+
+
+def token_batch(rollouts: dict, multiple: int) -> TokenBatch:
+    """The token ids and masks of TRL's rollouts."""
+    return TokenBatch(
+        prompt_ids=rollouts["prompt_ids"],
+        prompt_mask=rollouts["prompt_mask"],
+        completion_ids=rollouts["completion_ids"],
+        completion_mask=rollouts["completion_mask"],
+        multiple=multiple,
+    )
+
+
+def loss_mask(inputs: dict) -> Tensor:
+    """Tokens that count, `(B, T)`: the completion's, without those that tools wrote."""
+    if "tool_mask" in inputs:
+        return inputs["completion_mask"] * inputs["tool_mask"]
+    return inputs["completion_mask"]
 
 
 def sort_windows(slices: list[dict], window: int) -> list[dict]:

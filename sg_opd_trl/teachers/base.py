@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..heads import OutputHead
 from ..scoring import TokenBatch
 
 
@@ -36,6 +37,35 @@ class Sampling:
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+class SupportScores(NamedTuple):
+    """Scores of the completions' own tokens and of further tokens at each position; 0 where nothing was scored.
+
+    Attributes:
+        logps: `(B, T)` float32, of the completions' own tokens.
+        support_ids: `(B, T, K)` int64, tokens of the support, the likeliest first where the scorer chose them.
+        support_logps: `(B, T, K)` float32, their log-probs under the whole vocabulary.
+    """
+
+    logps: Tensor
+    support_ids: Tensor
+    support_logps: Tensor
+
+
+class HiddenScores(NamedTuple):
+    """Scores of the completions' own tokens, and what the whole distribution can be computed from.
+
+    Attributes:
+        logps: `(B, T)` float32, of the completions' own tokens; 0 where nothing was scored.
+        hidden_states: `(B, T, H)` in the model's dtype, what the head projects; 0 where nothing was scored. H is the
+            widest of several models'; narrower ones are filled up with zeros.
+        heads: `(B,)` int64, which of `Teacher.output_heads()` a row belongs to.
+    """
+
+    logps: Tensor
+    hidden_states: Tensor
+    heads: Tensor
+
+
 class Teacher(Protocol):
     """What the trainer asks of a teacher.
 
@@ -46,6 +76,22 @@ class Teacher(Protocol):
 
     identity: dict
     vocab_size: int
+
+    @property
+    def distillation_modes(self) -> frozenset[str]:
+        """The values of `distillation_mode` that it can serve.
+
+        `sampled_token` takes `score`, `topk_logits` and `asymmetric` take `score_support`, `full_logits` takes
+        `score_hidden` and `output_heads`.
+        """
+
+    @property
+    def tokens_scored(self) -> int:
+        """Completion tokens scored so far by this process, dummies left out."""
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens generated so far by this process, dummies left out."""
 
     def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
         """Log-probs of the completions' own tokens.
@@ -62,6 +108,32 @@ class Teacher(Protocol):
             TeacherError: an id the teacher lacks.
             NonFiniteError: a score that is NaN, infinite or positive.
         """
+
+    def score_support(
+        self, batch: TokenBatch, rows: Tensor, max_tokens: int, size: int, vocab_size: int
+    ) -> SupportScores:
+        """Log-probs of the completions' own tokens and of the likeliest tokens at their positions.
+
+        Args:
+            batch: as in `score`, as for `rows` and `max_tokens`.
+            rows: as there.
+            max_tokens: as there.
+            size: K, number of tokens at each position.
+            vocab_size: ids from here on are not chosen (another model lacks them).
+
+        Returns:
+            The K likeliest tokens of each position, see `SupportScores`.
+
+        Raises:
+            TeacherError: as in `score`.
+            NonFiniteError: as there.
+        """
+
+    def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
+        """Log-probs of the completions' own tokens and the hidden states that predict them, see `score`."""
+
+    def output_heads(self) -> list[OutputHead]:
+        """The heads that turn the hidden states of `score_hidden` into logits."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> list[list[int]]:
         """One completion per prompt, as token ids; the caller's random state is left alone."""

@@ -1,50 +1,140 @@
 """The trainer's arguments -> its teacher and its reference, checked before anything is trained."""
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..data import TEACHER_PROMPT, first_rows
 from ..errors import SGOPDConfigError
-from ..trl_seam import get_config_model_id
-from .compatibility import check_tokenizers, check_vocabulary_sizes
+from ..trl_seam import get_config_model_id, is_conversational
+from .adapter import AdapterTeacher, adapter_config, fits_student, is_adapter, load_with_base
+from .base import Teacher
+from .compatibility import check_chat_templates, check_tokenizers, check_vocabulary_sizes
 from .frozen import FrozenModel
 from .local import LocalTeacher
 from .reference import REFERENCE_ADAPTER, AdapterReference, Reference
+from .routed import RoutedTeacher
+from .rows import check_teacher_columns
 
 if TYPE_CHECKING:
     from ..config import SGOPDConfig
 
+logger = logging.getLogger(__name__)
 
-def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: Any) -> LocalTeacher:
+_TEACHER_NAMES = (*Teacher.__annotations__, "score", "generate", "stop_generating")
+_PROMPTS_RENDERED = 8
+"""Prompts whose rendering is compared before the run (our choice)."""
+
+
+def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: Any) -> Teacher | RoutedTeacher:
     """The teacher given to the trainer or named in the configuration.
 
     Args:
         trainer: whose student sets dtype, attention and temperature.
-        teacher_model: a path or Hub id, a model, or None to use `teacher_model_name_or_path`.
-        teacher_processing_class: tokenizer of a teacher given as a model; None skips the token-by-token check.
+        teacher_model: a path or Hub id, a model, a teacher, a mapping from `teacher_id` to any of these, or None for
+            `teacher_model_name_or_path`.
+        teacher_processing_class: tokenizer of teachers given as models, or a mapping from `teacher_id` to it; None
+            skips the token-by-token check.
 
     Raises:
         SGOPDConfigError: there is no teacher, there are two, or it is the student itself.
+        DataError: the data set does not say which row has which teacher.
         TeacherError: its tokens are not the student's.
     """
+    source = trainer.args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    source = source.teachers if isinstance(source, RoutedTeacher) else source
+    if not isinstance(source, Mapping):
+        check_teacher_columns(trainer, None)
+        return _build_one(trainer, source, teacher_processing_class, "teacher")
+    sources = {str(label): part for label, part in source.items()}
+    check_teacher_columns(trainer, list(sources))
+    tokenizers = teacher_processing_class
+    if not isinstance(tokenizers, Mapping):
+        tokenizers = dict.fromkeys(sources, teacher_processing_class)
+    _check_labels(tokenizers, sources)
+    built: dict[Any, Teacher] = {}
+    for label, part in sources.items():
+        # Names that share a path or a model share the teacher.
+        key = part if isinstance(part, str) else id(part)
+        if key not in built:
+            built[key] = _build_one(trainer, part, tokenizers.get(label), f"teacher {label}")
+    teachers = {label: built[part if isinstance(part, str) else id(part)] for label, part in sources.items()}
+    return RoutedTeacher(teachers)
+
+
+def _build_one(trainer: Any, source: Any, tokenizer: Any, role: str) -> Teacher:
+    """A teacher from a path, a model or a teacher, its tokens checked, ready to score."""
     args = trainer.args
-    source = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    teacher: LocalTeacher
+    teacher: Any = source
     if isinstance(source, str):
-        teacher = _load(
-            LocalTeacher, trainer, source, "teacher", args.teacher_model_revision, args.teacher_model_init_kwargs
-        )
-        if teacher_processing_class is None:
-            teacher_processing_class = _tokenizer(trainer, source, args.teacher_model_revision)
-    else:
+        teacher = _load_teacher(trainer, source)
+        tokenizer = _tokenizer(trainer, source, args.teacher_model_revision) if tokenizer is None else tokenizer
+    elif isinstance(source, nn.Module):
+        # Before it is frozen.
         _check_not_the_student(trainer, source, "teacher_model")
-        teacher = LocalTeacher(source)
-    if teacher_processing_class is None:
-        check_vocabulary_sizes(trainer.tokenizer, teacher.vocab_size, "teacher")
+        teacher = LocalTeacher(teacher)
+    if isinstance(teacher, AdapterTeacher):
+        teacher.bind(trainer)
+        tokenizer = _tokenizer_beside(trainer, teacher) if tokenizer is None else tokenizer
+    elif isinstance(teacher, LocalTeacher):
+        _check_not_the_student(trainer, teacher.model, "teacher_model")
+        _prepare(trainer, teacher)
     else:
-        check_tokenizers(trainer.tokenizer, teacher_processing_class, "teacher")
-    _prepare(trainer, teacher)
+        _check_methods(teacher, role)
+    if tokenizer is not None:
+        _check_tokenizer(trainer, tokenizer, role)
+    elif not isinstance(teacher, AdapterTeacher):
+        check_vocabulary_sizes(trainer.tokenizer, teacher.vocab_size, role)
     return teacher
+
+
+def _load_teacher(trainer: Any, path: str) -> LocalTeacher:
+    args = trainer.args
+    revision, init_kwargs = args.teacher_model_revision, args.teacher_model_init_kwargs
+    if not is_adapter(path, revision):
+        return _load(LocalTeacher, trainer, path, "teacher", revision, init_kwargs)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    # Loading options are for a model of its own.
+    if not init_kwargs and fits_student(path, revision, student):
+        logger.info("The teacher %s is an adapter on the student's base: it shares the student's weights.", path)
+        return AdapterTeacher(path, revision=revision)
+    options = {"trust_remote_code": args.trust_remote_code} | dict(init_kwargs or {})
+    return load_with_base(path, like=trainer.model, revision=revision, init_kwargs=options)
+
+
+def _check_tokenizer(trainer: Any, tokenizer: Any, role: str) -> None:
+    """Ids, special ids and, where the data set has chats, what the chat template makes of them."""
+    check_tokenizers(trainer.tokenizer, tokenizer, role)
+    if trainer.environment_factories is not None:
+        return
+    rows = first_rows(trainer.train_dataset)[:_PROMPTS_RENDERED]
+    column = TEACHER_PROMPT if role.startswith("teacher") else "prompt"
+    prompts = [row["prompt"] if row.get(column) is None else row[column] for row in rows]
+    if is_conversational({"prompt": prompts[0]}):
+        rendered = trainer.tokenize_prompts(prompts)
+        kwargs = trainer.chat_template_kwargs
+        check_chat_templates(prompts, rendered, tokenizer, role, tools=trainer.tools, template_kwargs=kwargs)
+
+
+def _check_labels(tokenizers: Mapping, sources: Mapping) -> None:
+    odd = sorted(map(str, tokenizers.keys() - sources.keys()))
+    if odd:
+        raise SGOPDConfigError(
+            f"`teacher_processing_class` must have the names of the teachers {sorted(sources)}, got {odd}. They would "
+            "be used by nobody. Correct them."
+        )
+
+
+def _check_methods(teacher: Any, role: str) -> None:
+    lacking = [name for name in _TEACHER_NAMES if not hasattr(teacher, name)]
+    if lacking:
+        raise SGOPDConfigError(
+            f"The {role} must be a path, a Hub id, a model or a `sg_opd_trl.teachers.Teacher`, got "
+            f"{type(teacher).__name__} without {lacking}. It could not be asked. Pass one of these."
+        )
 
 
 def build_reference(trainer: Any, reference_model: Any, initial_student: PreTrainedModel | None) -> Reference | None:
@@ -64,7 +154,7 @@ def build_reference(trainer: Any, reference_model: Any, initial_student: PreTrai
         reference = _load(
             FrozenModel, trainer, source, "reference", args.reference_model_revision, args.reference_model_init_kwargs
         )
-        check_tokenizers(trainer.tokenizer, _tokenizer(trainer, source, args.reference_model_revision), "reference")
+        _check_tokenizer(trainer, _tokenizer(trainer, source, args.reference_model_revision), "reference")
     elif source is not None:
         _check_not_the_student(trainer, source, "reference_model")
         reference = FrozenModel(source, role="reference")
@@ -81,6 +171,8 @@ def check_sources(args: "SGOPDConfig", teacher_model: Any, reference_model: Any)
     Raises:
         SGOPDConfigError: names the sources, the option, or the lambdas that leave the reference without a use.
     """
+    _check_mapping("teacher_model", teacher_model, paths_only=False)
+    _check_mapping("teacher_model_name_or_path", args.teacher_model_name_or_path, paths_only=True)
     _check_one_source("teacher", teacher_model, args.teacher_model_name_or_path, required=True)
     _check_one_source("reference", reference_model, args.reference_model_name_or_path, required=False)
     for role, given in (("teacher", teacher_model), ("reference", reference_model)):
@@ -95,7 +187,7 @@ def check_sources(args: "SGOPDConfig", teacher_model: Any, reference_model: Any)
 
 def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
     revision, init_kwargs = getattr(args, f"{role}_model_revision"), getattr(args, f"{role}_model_init_kwargs")
-    if given is not None and not isinstance(given, str) and (revision or init_kwargs):
+    if given is not None and not _names_a_path(given) and (revision or init_kwargs):
         name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
         raise SGOPDConfigError(
             f"`{role}_model_{name}` must go with a path, got {value!r} for a {role} given as a model. It is loaded "
@@ -106,6 +198,24 @@ def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
             f"`reference_model_revision` must go with a reference of its own, got {revision!r} with the initial "
             "student "
             "as the reference. It would do nothing. Leave it out, or set reference_model_name_or_path."
+        )
+
+
+def _names_a_path(given: Any) -> bool:
+    return any(isinstance(part, str) for part in (given.values() if isinstance(given, Mapping) else [given]))
+
+
+def _check_mapping(setting: str, value: Any, *, paths_only: bool) -> None:
+    """Several teachers: at least one, each with a name."""
+    if not isinstance(value, Mapping):
+        return
+    odd = [label for label, part in value.items() if not str(label) or (paths_only and not isinstance(part, str))]
+    if not value or odd:
+        what = "paths or Hub ids" if paths_only else "teachers"
+        raise SGOPDConfigError(
+            f"`{setting}` must map the names in the column `teacher_id` to {what}, got {str(dict(value))[:200]}. "
+            "Every row is scored by the teacher it names. Set for example {'math': 'path/of/one', 'code': "
+            "'path/of/another'}."
         )
 
 
@@ -120,7 +230,8 @@ def _initial_student(trainer: Any, initial_student: PreTrainedModel | None) -> R
         return None
     if adapters is not None:
         name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None
-        return AdapterReference(trainer.student_scoring, trainer.accelerator, name)
+        size = trainer.model.config.get_text_config().vocab_size
+        return AdapterReference(trainer.student_scoring, trainer.accelerator, name, size)
     if initial_student is not None:
         reference = FrozenModel(initial_student, role="reference", name="initial student")
     else:
@@ -136,8 +247,26 @@ def _load(kind: type[FrozenModel], trainer: Any, name: str, role: str, revision:
     return kind.from_pretrained(name, role=role, like=trainer.model, revision=revision, init_kwargs=options)
 
 
+def _tokenizer_beside(trainer: Any, teacher: AdapterTeacher) -> Any:
+    """The tokenizer in an adapter's folder, or None: on the student's base, the base's own is the student's."""
+    trusted = trainer.args.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(teacher.path, revision=teacher.revision, trust_remote_code=trusted)
+    except (OSError, ValueError):
+        return None
+
+
 def _tokenizer(trainer: Any, name: str, revision: str | None) -> Any:
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trainer.args.trust_remote_code)
+    """A model's tokenizer; an adapter without one of its own has its base's."""
+    trusted = trainer.args.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+    except (OSError, ValueError):
+        if not is_adapter(name, revision):
+            raise
+    config = adapter_config(name, revision)
+    base = config.base_model_name_or_path
+    return AutoTokenizer.from_pretrained(base, revision=config.revision, trust_remote_code=trusted)
 
 
 def _prepare(trainer: Any, model: FrozenModel) -> None:
@@ -146,7 +275,7 @@ def _prepare(trainer: Any, model: FrozenModel) -> None:
     )
 
 
-def _check_one_source(role: str, given: Any, named: str | None, *, required: bool) -> None:
+def _check_one_source(role: str, given: Any, named: Any, *, required: bool) -> None:
     if given is not None and named is not None and given != named:
         raise SGOPDConfigError(
             f"The {role} must be given once, got `{role}_model` and `{role}_model_name_or_path={named!r}`. Which one "

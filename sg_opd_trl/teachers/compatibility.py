@@ -1,19 +1,24 @@
 """Whether two models mean the same thing by a token id."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from ..errors import TeacherError
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+_CONTEXT = 4
 
 
 def check_tokenizers(student: Any, other: Any, role: str) -> None:
-    """Refuse a model whose tokenizer maps tokens to other ids than the student's, or ends a turn with another token.
+    """Refuse a model whose tokenizer maps tokens to other ids than the student's, or begins or ends with others.
 
-    Only token ids are ever exchanged, so that different vocabularies would be compared without any error.
+    Only token ids are ever exchanged, so that different vocabularies would be compared without any error. Padding is
+    never scored, so that its id may differ.
 
     Raises:
         TeacherError: lists the first differences.
@@ -33,6 +38,79 @@ def check_tokenizers(student: Any, other: Any, role: str) -> None:
             f"{student.eos_token!r} ({student.eos_token_id}). The {role} would call every finished rollout wrong. Use "
             "two models of one kind (both base or both chat), or set `eos_token` of the tokenizer you pass."
         )
+    if student.bos_token_id != other.bos_token_id:
+        raise TeacherError(
+            f"The {role}'s first token must be the student's, got {other.bos_token!r} ({other.bos_token_id}) and "
+            f"{student.bos_token!r} ({student.bos_token_id}). The {role} would read prompts that begin as it never "
+            "saw them. Use two models of one kind, or set `bos_token` of the tokenizer you pass."
+        )
+
+
+def check_chat_templates(
+    prompts: Sequence[Any],
+    rendered: Sequence[list[int]],
+    other: Any,
+    role: str,
+    *,
+    tools: Any = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse a model that was trained on other renderings of the chats than those that it will read.
+
+    Templates may differ in what these prompts do not use; only the token ids that come out are compared.
+
+    Args:
+        prompts: chats, some of the data set's.
+        rendered: the student's token ids of each of them.
+        other: tokenizer of the teacher or reference, whose vocabulary is the student's.
+        role: what messages call the model.
+        tools: of the trainer.
+        template_kwargs: of both templates.
+
+    Raises:
+        TeacherError: shows the first difference.
+    """
+    if other.chat_template is None:
+        logger.warning(
+            "The %s's tokenizer has no chat template, so that it was hardly trained on chats. It reads the student's.",
+            role,
+        )
+        return
+    for row, (prompt, ids) in enumerate(zip(prompts, rendered, strict=True)):
+        theirs = _render(other, prompt, tools, template_kwargs or {})
+        if theirs != ids:
+            raise TeacherError(
+                f"The {role}'s chat template must render the prompts as the student's does, got a difference in row "
+                f"{row} (student and {role}): {_first_difference(other, ids, theirs)}. The {role} would score prompts "
+                f"of a form that it does not know. Set `chat_template_kwargs` so that both agree, or save the "
+                f"template that fits both with the {role}'s tokenizer. To have the {role} read the student's form "
+                f"anyway, {_WAYS_OUT[role.split()[0]]}."
+            )
+
+
+_WAYS_OUT = {
+    "teacher": "pass the student's tokenizer as `teacher_processing_class`",
+    "reference": "pass the reference as a model",
+}
+
+
+def _render(tokenizer: Any, prompt: Any, tools: Any, template_kwargs: Mapping[str, Any]) -> list[int] | str:
+    """Token ids, or what the template says against the prompt."""
+    try:
+        return tokenizer.apply_chat_template(
+            prompt, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+        )["input_ids"]
+    except TemplateError as error:
+        return f"the error {error}"
+
+
+def _first_difference(tokenizer: Any, own: list[int], theirs: list[int] | str) -> str:
+    if isinstance(theirs, str):
+        return f"{tokenizer.decode(own)!r} and {theirs}"
+    pairs = enumerate(zip(own, theirs, strict=False))
+    at = next((i for i, (left, right) in pairs if left != right), min(len(own), len(theirs)))
+    around = slice(max(0, at - _CONTEXT), at + _CONTEXT)
+    return f"{tokenizer.decode(own[around])!r} and {tokenizer.decode(theirs[around])!r} from token {around.start} on"
 
 
 def check_vocabulary_sizes(tokenizer: Any, vocab_size: int, role: str) -> None:

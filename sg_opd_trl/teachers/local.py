@@ -20,7 +20,12 @@ class LocalTeacher(FrozenModel):
     Args:
         model: causal language model that shares the student's token ids.
         name: where it came from; default: the path in its config.
+
+    Attributes:
+        tokens_generated: tokens generated so far by this process.
     """
+
+    tokens_generated: int = 0
 
     def __init__(self, model: PreTrainedModel, *, role: str = "teacher", name: str | None = None) -> None:
         super().__init__(model, role=role, name=name)
@@ -41,6 +46,7 @@ class LocalTeacher(FrozenModel):
                     completions[i] = ids
             for _ in range(self._agree_on_calls(len(groups)) - len(groups)):
                 self._generate_batch(model, [[sampling.pad_token_id]], sampling)
+        self.tokens_generated += sum(map(len, completions))
         return completions
 
     def stop_generating(self) -> None:

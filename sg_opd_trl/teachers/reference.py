@@ -5,34 +5,49 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import SGOPDConfigError
-from ..scoring import TokenBatch, score_rows
-from ..trl_seam import fused_log_probs, is_sharded
-from .frozen import check_scores
+from ..heads import OutputHead
+from ..scoring import TokenBatch
+from .base import HiddenScores, SupportScores
+from .model_scoring import ModelScorer
 
 REFERENCE_ADAPTER = "ref"
 
 
 class Reference(Protocol):
-    """What the trainer asks of a reference: log-probs of the completions' own tokens."""
+    """What the trainer asks of a reference."""
 
     identity: dict
+    vocab_size: int
+
+    @property
+    def distillation_modes(self) -> frozenset[str]:
+        """The values of `distillation_mode` that it can serve, see `Teacher.distillation_modes`."""
 
     def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
         """`(B, T)` float32 log-probs of the chosen rows, see `Teacher.score`."""
 
+    def score_on_support(self, batch: TokenBatch, rows: Tensor, max_tokens: int, support_ids: Tensor) -> SupportScores:
+        """Log-probs of the completions' own tokens, and of the teacher's `support_ids` `(B, T, K)`."""
 
-class AdapterReference:
+    def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
+        """The hidden states that predict the completions, see `Teacher.score_hidden`."""
+
+    def output_heads(self) -> list[OutputHead]:
+        """The head that turns them into logits."""
+
+
+class AdapterReference(ModelScorer):
     """The student with its adapters switched off, or with a frozen copy of its first adapter.
 
     Args:
         student_scoring: context manager that lends the student for scoring.
         accelerator: of the trainer.
         adapter_name: the frozen copy, or None for no adapter at all.
+        vocab_size: rows of the student's embedding.
     """
 
     def __init__(
@@ -40,27 +55,25 @@ class AdapterReference:
         student_scoring: Callable[[], AbstractContextManager[PreTrainedModel]],
         accelerator: Any,
         adapter_name: str | None,
+        vocab_size: int,
     ) -> None:
         self.student_scoring = student_scoring
         self.accelerator = accelerator
         self.adapter_name = adapter_name
+        self.vocab_size = vocab_size
+        self.role = "reference"
+        self.model = None
         self.identity: dict = {"name": "initial student", "adapter": adapter_name, "fingerprint": None}
 
-    def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
-        """Log-probs under the initial student, see `Teacher.score`."""
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The initial student for the block."""
         with self.student_scoring() as model, evaluating(model), adapter_switched(model, self.adapter_name):
-            logps = score_rows(partial(self._forward, model), batch, rows, max_tokens, self._agree_on_calls)
-        check_scores(logps, "reference")
-        return logps
-
-    def _forward(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-        with self.accelerator.autocast():
-            return fused_log_probs(model, input_ids, attention_mask, completion_length)
-
-    def _agree_on_calls(self, calls: int) -> int:
-        if not is_sharded(self.accelerator):
-            return calls
-        return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
+            self.model = model
+            try:
+                yield
+            finally:
+                self.model = None
 
 
 @contextmanager

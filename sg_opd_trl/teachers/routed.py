@@ -1,0 +1,156 @@
+"""Several teachers, one per row: G-OPD's multi-teacher distillation (arXiv:2602.12125)."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..dealing import mixed_seed
+from ..errors import DataError
+from ..heads import OutputHead
+from ..scoring import TokenBatch
+from .base import HiddenScores, Sampling, SupportScores, Teacher
+
+
+class RoutedTeacher:
+    """Teachers by name; every row of the data set names its own in the column `teacher_id`.
+
+    The reference is shared. Every teacher is asked on every rank the same number of times, with no rows where none of
+    the rank's rows are its own, so that sharded teachers stay in step.
+
+    Args:
+        teachers: name -> teacher; several names may share one.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        self.teachers = dict(teachers)
+
+    @property
+    def identity(self) -> dict:
+        """Facts of every teacher by name; the fingerprint is None where one of theirs is."""
+        parts = {label: teacher.identity for label, teacher in self.teachers.items()}
+        prints = {label: part["fingerprint"] for label, part in sorted(parts.items())}
+        joint = None if None in prints.values() else hashlib.sha256(repr(prints).encode()).hexdigest()[:16]
+        return {
+            "name": {label: part["name"] for label, part in parts.items()},
+            "fingerprint": joint,
+            "teachers": parts,
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that all teachers can score."""
+        return min(teacher.vocab_size for teacher in self.teachers.values())
+
+    @property
+    def distillation_modes(self) -> frozenset[str]:
+        """What all teachers can serve."""
+        return frozenset.intersection(*(teacher.distillation_modes for teacher in self.distinct))
+
+    @property
+    def tokens_scored(self) -> int:
+        """Tokens that all teachers have scored on this rank."""
+        return sum(teacher.tokens_scored for teacher in self.distinct)
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens that all teachers have generated on this rank."""
+        return sum(teacher.tokens_generated for teacher in self.distinct)
+
+    @cached_property
+    def distinct(self) -> list[Teacher]:
+        """Every teacher once, in the order of the names."""
+        return list({id(teacher): teacher for teacher in self.teachers.values()}.values())
+
+    def for_rows(self, teacher_ids: Sequence[Any]) -> "TeachersOfRows":
+        """The teacher of a batch whose rows name theirs.
+
+        Raises:
+            DataError: a name that no teacher has.
+        """
+        unknown = [label for label in map(str, teacher_ids) if label not in self.teachers]
+        if unknown:
+            raise DataError(
+                f"`teacher_id` must name one of the teachers {sorted(self.teachers)}, got {unknown[0]!r}. A row is "
+                "never given to another teacher than its own. Correct the column, or add the teacher."
+            )
+        places = {id(teacher): place for place, teacher in enumerate(self.distinct)}
+        return TeachersOfRows(self.distinct, [places[id(self.teachers[str(label)])] for label in teacher_ids])
+
+    def output_heads(self) -> list[OutputHead]:
+        """The heads of all teachers, in their order."""
+        return [head for teacher in self.distinct for head in teacher.output_heads()]
+
+    def stop_generating(self) -> None:
+        """No teacher will be asked for a rollout any more."""
+        for teacher in self.distinct:
+            teacher.stop_generating()
+
+
+class TeachersOfRows:
+    """A `Teacher` for one batch: every row goes to its own.
+
+    Args:
+        teachers: every teacher once.
+        places: of each row, its teacher's place among them.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], places: Iterable[int]) -> None:
+        self.teachers = teachers
+        self.places = list(places)
+
+    def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
+        """Each row's log-probs under its own teacher, see `Teacher.score`."""
+        return self._routed(rows, lambda teacher, own: teacher.score(batch, own, max_tokens))
+
+    def score_support(
+        self, batch: TokenBatch, rows: Tensor, max_tokens: int, size: int, vocab_size: int
+    ) -> SupportScores:
+        """Each row's scores under its own teacher, see `Teacher.score_support`."""
+        return self._routed(rows, lambda teacher, own: teacher.score_support(batch, own, max_tokens, size, vocab_size))
+
+    def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
+        """Each row's scores and hidden states under its own teacher, see `Teacher.score_hidden`."""
+        first_head = 0
+
+        def ask(teacher: Teacher, own: Tensor) -> HiddenScores:
+            nonlocal first_head
+            scores = teacher.score_hidden(batch, own, max_tokens)
+            scores = scores._replace(heads=scores.heads + first_head)
+            first_head += len(teacher.output_heads())
+            return scores
+
+        return self._routed(rows, ask)
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> list[list[int]]:
+        """Each prompt's completion by its own teacher, see `Teacher.generate`."""
+        completions: list[list[int]] = [[] for _ in prompts]
+        for place, teacher in enumerate(self.teachers):
+            own = [i for i, chosen in enumerate(self.places) if chosen == place]
+            # One seed for all would give teachers the same random numbers.
+            written = teacher.generate([prompts[i] for i in own], sampling, mixed_seed(seed, place), max_tokens)
+            for i, ids in zip(own, written, strict=True):
+                completions[i] = ids
+        return completions
+
+    def _routed(self, rows: Tensor, ask: Callable[[Teacher, Tensor], Any]) -> Any:
+        """Ask every teacher for its rows; a tensor or a named tuple of tensors with one entry per row."""
+        places = torch.tensor(self.places, device=rows.device)
+        answers = [ask(teacher, rows & (places == place)) for place, teacher in enumerate(self.teachers)]
+        if isinstance(answers[0], Tensor):
+            return _of_own_rows(answers, places)
+        return type(answers[0])(*(_of_own_rows(parts, places) for parts in zip(*answers, strict=True)))
+
+
+def _of_own_rows(answers: Sequence[Tensor], places: Tensor) -> Tensor:
+    """From each teacher's answer for all rows, `(B, ...)`, the rows that are its own; hidden states to one width."""
+    width = max(answer.size(-1) for answer in answers)
+    result = functional.pad(answers[0], (0, width - answers[0].size(-1)))
+    for place, answer in enumerate(answers[1:], start=1):
+        own = (places == place).view(-1, *[1] * (answer.dim() - 1))
+        result = torch.where(own, functional.pad(answer, (0, width - answer.size(-1))), result)
+    return result
