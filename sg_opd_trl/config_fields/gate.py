@@ -60,3 +60,19 @@ class GateFields:
             "(our choice)."
         },
     )
+    gate_signal: str = field(
+        default="verifier",
+        metadata={
+            "help": "What tells consensus from conflict: the 'verifier' (paper, Eq. 4), or 'random', a control (our "
+            "choice): as many consensus tokens in each micro-batch, dealt out at random among those that are not "
+            "neutral."
+        },
+    )
+    wrong_rollout_advantage: float | None = field(
+        default=None,
+        metadata={
+            "help": "Advantage of every token of a wrong rollout in place of the teacher's, 0 or below, e.g. -1: a "
+            "control (arXiv:2608.31046). Such rollouts are not scored by the teacher. None leaves them to the teacher "
+            "(our choice)."
+        },
+    )
