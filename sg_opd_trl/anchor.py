@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .core import anchor_denominator, anchor_schedule
+from .core import anchor_denominator, anchor_schedule, separated_prompts, separated_schedule
 from .dealing import PromptStream, deal, mixed_seed, teacher_prompts_per_step
 from .scoring import TokenBatch
 from .teachers import Sampling
+from .teachers.rows import teacher_of, teacher_prompt_ids
 from .verdicts import as_verdict_tensor
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,13 @@ class AnchorStep:
         alpha: its weight.
         total: kept teacher tokens (or rollouts, for `seq_mean`) of the step over all ranks.
         micro_batches: kept rollouts of this rank, by micro-batch; taken from the front.
+        alone: whether it is the whole loss of the step (stage 1 of TimeSep).
     """
 
     alpha: float
     total: float
     micro_batches: list[list[TeacherRollout]]
+    alone: bool = False
 
     def take(self, pad_token_id: int, device: torch.device, multiple: int = 1) -> TokenBatch | None:
         """The rows of the next micro-batch, or None if it has none."""
@@ -85,25 +88,30 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
 
     # --- decisions -----------------------------------------------------------------------------------------------
     def alpha(self, args: Any, step: int, total_steps: int) -> float:
-        """Weight of the anchor at a 1-based step (Eq. 3)."""
-        return anchor_schedule(
-            step,
-            total_steps,
-            args.teacher_sampling_phase1_end_frac,
-            args.teacher_sampling_phase2_end_frac,
-            args.teacher_sft_alpha_start,
-            args.teacher_sft_alpha_end,
-        )
+        """Weight of the anchor at a 1-based step (Eq. 3; TimeSep: its start until the end of phase 1, then 0)."""
+        if args.teacher_sampling_time_separated:
+            first_end, start = args.teacher_sampling_phase1_end_frac, args.teacher_sft_alpha_start
+            return separated_schedule(step, total_steps, first_end, start)
+        return anchor_schedule(step, total_steps, *_schedule(args))
 
     def keep(self, args: Any, verdict: float | None) -> bool:
         """Whether the anchor uses a rollout."""
         return verdict == 1.0 or not args.teacher_sampling_filter_correct
 
+    def prompt_range(self, trainer: "SGOPDTrainer", step: int) -> tuple[int, int]:
+        """The step's teacher prompts, counted over the run: the first, and the one after the last."""
+        args: Any = trainer.args
+        prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
+        if not args.teacher_sampling_time_separated:
+            return (step - 1) * prompts, step * prompts
+        return separated_prompts(step, trainer.state.max_steps, *_schedule(args), per_step=prompts)
+
     def reserved_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
         """The step's teacher prompts from their own permutation of the training set, the same on every rank."""
         dataset: Any = trainer.train_dataset
         stream = PromptStream(len(dataset), mixed_seed(trainer.args.seed, 1))
-        return [dataset[row] for row in stream.rows(step, prompts)]
+        first, _ = self.prompt_range(trainer, step)
+        return [dataset[row] for row in stream.between(first, first + prompts)]
 
     def student_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
         """The step's teacher prompts among this rank's student prompts, in seeded order, repeated if too few."""
@@ -163,12 +171,14 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         trainer.metrics.add("train", "anchor/rollouts", rollouts)
         trainer.metrics.add("train", "anchor/tokens", tokens)
         kept = [[row for row in rows if row.kept] for rows in micro_batches]
-        trainer.anchor = AnchorStep(alpha=alpha, total=total, micro_batches=kept)
+        alone = trainer.args.teacher_sampling_time_separated
+        trainer.anchor = AnchorStep(alpha=alpha, total=total, micro_batches=kept, alone=alone)
 
     # --- parts ---------------------------------------------------------------------------------------------------
     def _rollouts(self, trainer: "SGOPDTrainer", step: int) -> list[list[TeacherRollout]]:
         args, accelerator = trainer.args, trainer.accelerator
-        prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
+        first, end = self.prompt_range(trainer, step)
+        prompts = end - first
         micro_batches = trainer.current_gradient_accumulation_steps
         slots = prompts * args.teacher_num_generations
         share = args.teacher_sampling_prompts == "share"
@@ -190,7 +200,10 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
         seed = mixed_seed(trainer.args.seed, 3, step, trainer.accelerator.process_index)
         sampling = trainer.teacher_sampling
-        completion_ids = trainer.teacher.generate(prompt_ids, sampling, seed, trainer.generation_budget(prompt_ids))
+        teacher, read = teacher_of(trainer.teacher, examples), prompt_ids
+        if examples:
+            read = teacher_prompt_ids(examples, prompt_ids, trainer.tokenize_prompts)
+        completion_ids = teacher.generate(read, sampling, seed, trainer.generation_budget(read))
         verdicts = trainer.judge(examples, completion_ids) if examples else []
         return [
             TeacherRollout(prompt, completion, self.keep(trainer.args, verdict), verdict)
@@ -233,6 +246,16 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         return self._trainer
 
 
+def _schedule(args: Any) -> tuple[float, float, float, float]:
+    """Phase ends and weights of Eq. 3, in the order of `anchor_schedule`."""
+    return (
+        args.teacher_sampling_phase1_end_frac,
+        args.teacher_sampling_phase2_end_frac,
+        args.teacher_sft_alpha_start,
+        args.teacher_sft_alpha_end,
+    )
+
+
 def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
     """How the teacher writes its rollouts: as the student does, with its own length."""
     args: Any = trainer.args
@@ -245,5 +268,5 @@ def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        generation_kwargs=dict(args.generation_kwargs or {}),
+        generation_kwargs=trainer.vocabulary.without_unusable(args.generation_kwargs),
     )

@@ -19,9 +19,10 @@ class SGOPDScriptArguments(ScriptArguments):
     method: str = field(
         default="sg_opd",
         metadata={
-            "help": "'sg_opd' trains with `SGOPDTrainer`, 'grpo' with TRL's own `GRPOTrainer`; with 'grpo' the "
-            "settings of SG-OPD are unknown keys.",
-            "choices": ["sg_opd", "grpo"],
+            "help": "'sg_opd' trains with `SGOPDTrainer`; the others with TRL's own trainers: 'grpo' without a "
+            "teacher, 'sft' on its verified samples, 'seqkd' on its greedy outputs, 'gkd' on the student's rollouts "
+            "with the generalized Jensen-Shannon divergence. Settings that a method lacks are unknown keys.",
+            "choices": ["sg_opd", "grpo", "sft", "seqkd", "gkd"],
         },
     )
     reward_funcs: list[str] = field(

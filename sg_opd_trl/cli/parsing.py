@@ -1,5 +1,6 @@
 """Recipe and flags -> typed settings. Every key is known to the run, or to accelerate, or an error."""
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,11 +12,11 @@ from sg_opd_trl.cli.values import check_values
 from sg_opd_trl.errors import SGOPDConfigError, SGOPDError
 
 if TYPE_CHECKING:
-    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
+    from trl import DatasetMixtureConfig, ModelConfig
 
     from sg_opd_trl.cli.arguments import RunParser, SGOPDScriptArguments
 
-METHODS = ("sg_opd", "grpo")
+METHODS = ("sg_opd", "grpo", "sft", "seqkd", "gkd")
 ACCELERATE_CONFIG = "accelerate_config"
 
 
@@ -29,7 +30,7 @@ class CommandLine:
         launch: keys for accelerate's launcher, from the recipe, then from the flags.
         launch_flags: the part of `launch` that came from flags, as words.
         config: path of the recipe, None without one.
-        method: 'sg_opd' or 'grpo'.
+        method: one of `METHODS`.
     """
 
     fields: dict[str, Any]
@@ -45,7 +46,7 @@ class TrainSettings:
     """One training run, ready to start."""
 
     script: "SGOPDScriptArguments"
-    training: "GRPOConfig"
+    training: Any  # the configuration class of the method
     model: "ModelConfig"
     mixture: "DatasetMixtureConfig"
 
@@ -136,16 +137,23 @@ def make_parser(method: str) -> "RunParser":
 
 def run_dataclasses(method: str) -> tuple[Any, ...]:
     """The dataclasses whose fields are the settings of one method."""
-    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
+    from trl import DatasetMixtureConfig, ModelConfig
 
     from sg_opd_trl.cli.arguments import SGOPDScriptArguments
 
-    training: type = GRPOConfig
-    if method == "sg_opd":
-        from sg_opd_trl.config import SGOPDConfig
+    return (SGOPDScriptArguments, training_class(method), ModelConfig, DatasetMixtureConfig)
 
-        training = SGOPDConfig
-    return (SGOPDScriptArguments, training, ModelConfig, DatasetMixtureConfig)
+
+def training_class(method: str) -> Any:
+    """The configuration class of one method's trainer; only that one is imported."""
+    module, name = {
+        "sg_opd": ("sg_opd_trl.config", "SGOPDConfig"),
+        "grpo": ("trl", "GRPOConfig"),
+        "sft": ("sg_opd_trl.baselines.config", "TeacherSFTConfig"),
+        "seqkd": ("sg_opd_trl.baselines.config", "SeqKDConfig"),
+        "gkd": ("sg_opd_trl.baselines.gkd_config", "OnPolicyGKDConfig"),
+    }[method]
+    return getattr(importlib.import_module(module), name)
 
 
 def own_names(method: str) -> set[str]:
@@ -201,7 +209,7 @@ def _unknown(name: str, where: str, method: str, known: Iterable[str]) -> str:
     if method != "sg_opd" and name in own_names("sg_opd"):
         return (
             f"`{name}` in {where} must not be set with `method: {method}`. It is a setting of SG-OPD and would have "
-            "no effect. Remove it, or set `method: sg_opd`."
+            f"no effect.{did_you_mean(name, known)} Remove it, or set `method: sg_opd`."
         )
     return f"Unknown key `{name}` in {where}.{did_you_mean(name, known)} `sg-opd train --help` lists all fields."
 

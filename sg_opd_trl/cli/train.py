@@ -5,14 +5,12 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sg_opd_trl.cli.building import build_trainer
 from sg_opd_trl.cli.launching import check_world_size, launch, wants_launch
 from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
 from sg_opd_trl.cli.rewards import load_reward_funcs
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
 
 
 def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | None = None) -> Path:
-    """Train as the settings say; save the student, its tokenizer, its card, `log_history.json` and `report.html`.
+    """Train as the settings say; save the student, its tokenizer, its card, logs, costs and `report.html`.
 
     Args:
         settings: of the run; built-in names are resolved and written back.
@@ -50,15 +48,21 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     Returns:
         Folder of the student.
     """
+    from sg_opd_trl.cli.accounting import RunAccount
+
     dataset_name = settings.script.dataset_name
     resolve_names(settings)
     reward_funcs = load_reward_funcs(settings.script.reward_funcs)
     with settings.training.main_process_first(desc="data set"):
         train_dataset, eval_dataset = _load_data(settings, reward_funcs)
     trainer = build_trainer(settings, reward_funcs, train_dataset, eval_dataset)
-    trainer.train(resume_from_checkpoint=_checkpoint(settings.training.resume_from_checkpoint))
+    checkpoint = _checkpoint(settings.training.resume_from_checkpoint)
+    account = RunAccount(settings.script.method, trainer, checkpoint)
+    trainer.add_callback(account)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
     trainer.save_model(str(settings.output_dir))
+    account.write(settings.output_dir)
     if trainer.accelerator.is_main_process:
         _say(f"Student saved to {settings.output_dir}")
         evaluations = measure(settings.output_dir) if measure is not None else {}
@@ -80,64 +84,30 @@ def resolve_names(settings: TrainSettings) -> None:
 
     settings.model.model_name_or_path = settings.student  # asked for first, so that a missing student is told at once
     owners: list[tuple[Any, str]] = [(settings.model, "model_name_or_path"), (settings.script, "dataset_name")]
-    if settings.script.method == "sg_opd":
-        owners += [
-            (settings.training, "teacher_model_name_or_path"),
-            (settings.training, "reference_model_name_or_path"),
-        ]
+    roles = ("teacher_model_name_or_path", "reference_model_name_or_path")
+    owners += [(settings.training, name) for name in roles if hasattr(settings.training, name)]
     with settings.training.main_process_first(desc="built-in models and data"):
         for owner, name in owners:
             value = getattr(owner, name)
-            setattr(owner, name, value if value is None else resolve(value))
-
-
-def build_trainer(
-    settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]], train_dataset: Any, eval_dataset: Any
-) -> "GRPOTrainer":
-    """The trainer of the run's method.
-
-    Args:
-        settings: of the run, names resolved.
-        reward_funcs: TRL reward functions.
-        train_dataset: rows with `prompt` and what the reward functions need.
-        eval_dataset: the same, or None.
-
-    Returns:
-        `SGOPDTrainer`, or TRL's `GRPOTrainer` with `method: grpo`.
-    """
-    from transformers import ProgressCallback
-    from trl import GRPOTrainer, get_peft_config, get_quantization_config
-
-    from sg_opd_trl.reporting.progress import CompactProgressCallback
-
-    trainer_class: type[Any] = GRPOTrainer
-    if settings.script.method == "sg_opd":
-        from sg_opd_trl.trainer import SGOPDTrainer
-
-        trainer_class = SGOPDTrainer
-    settings.training.model_init_kwargs = _model_init_kwargs(settings)
-    trainer = trainer_class(
-        model=settings.student,
-        reward_funcs=list(reward_funcs),
-        args=settings.training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(settings.model),
-        peft_config=get_peft_config(settings.model),
-    )
-    if not settings.training.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(CompactProgressCallback())
-    return trainer
+            if isinstance(value, dict):
+                setattr(owner, name, {key: resolve(one) for key, one in value.items()})
+            elif value is not None:
+                setattr(owner, name, resolve(value))
 
 
 def all_settings(settings: TrainSettings) -> dict[str, Any]:
     """Settings of a run as plain values, tokens masked, for reports; the script's own only where they say anything."""
+    from sg_opd_trl.config import SGOPDConfig
+
     script, defaults = dataclasses.asdict(settings.script), dataclasses.asdict(type(settings.script)())
+    # The report knows the defaults of SG-OPD; of another trainer's own settings it gets what was changed.
+    known = {field.name for field in dataclasses.fields(SGOPDConfig)}
+    usual = {field.name: field.default for field in dataclasses.fields(settings.training)}
+    training = settings.training.to_dict().items()
     return {
         **{name: value for name, value in script.items() if value != defaults[name]},
         **dataclasses.asdict(settings.model),
-        **settings.training.to_dict(),
+        **{name: value for name, value in training if name in known or value != usual[name]},
     }
 
 
@@ -171,18 +141,6 @@ def _load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any
     return load_training_data(settings, reward_funcs, tokenizer)
 
 
-def _model_init_kwargs(settings: TrainSettings) -> dict[str, Any]:
-    """The student's loading arguments; those of `model_init_kwargs` win over the model's own fields."""
-    given = settings.training.model_init_kwargs
-    return {
-        "revision": settings.model.model_revision,
-        "trust_remote_code": settings.training.trust_remote_code,
-        "attn_implementation": settings.model.attn_implementation,
-        "dtype": settings.model.dtype,
-        **(given if isinstance(given, dict) else {}),
-    }
-
-
 def _checkpoint(value: str | bool | None) -> str | bool | None:
     """`true` means the newest checkpoint of the output folder; the parser only knows strings."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -190,7 +148,7 @@ def _checkpoint(value: str | bool | None) -> str | bool | None:
     return value
 
 
-def _write_card(trainer: "GRPOTrainer", evaluations: dict[str, Any], dataset_name: str | None) -> None:
+def _write_card(trainer: Any, evaluations: dict[str, Any], dataset_name: str | None) -> None:
     from sg_opd_trl.trainer import SGOPDTrainer
 
     if isinstance(trainer, SGOPDTrainer):
@@ -210,9 +168,10 @@ def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], ev
         _say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
 
 
-def _push(trainer: "GRPOTrainer", settings: TrainSettings, dataset_name: str | None) -> None:
+def _push(trainer: Any, settings: TrainSettings, dataset_name: str | None) -> None:
     """Push the student; a data set that is not on the Hub is left out of its card."""
-    if trainer.accelerator.is_main_process and settings.training.log_completions_hub_repo is not None:
+    completions_repo = getattr(settings.training, "log_completions_hub_repo", None)
+    if trainer.accelerator.is_main_process and completions_repo is not None:
         # The scheduler uploads every two minutes, and a shorter run would end before its first upload.
         trainer.commit_scheduler.trigger().result()
         trainer.commit_scheduler.stop()

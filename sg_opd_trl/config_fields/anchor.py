@@ -35,6 +35,14 @@ class AnchorFields:
         default=0.35,
         metadata={"help": "End of phase 2 (cosine to alpha_end), then no anchor (paper: step 35 of 100)."},
     )
+    teacher_sampling_time_separated: bool = field(
+        default=False,
+        metadata={
+            "help": "Separate anchor and student in time: only the anchor trains until the end of phase 1, without "
+            "any student rollout, only the student's loss after it; as many teacher rollouts as otherwise (paper, "
+            "Table 3e, TimeSep; the boundary is our choice)."
+        },
+    )
     teacher_sft_alpha_start: float = field(
         default=0.2, metadata={"help": "alpha of the anchor in phase 1 (paper, Eq. 3; 0.2 is printed in Table 3)."}
     )

@@ -7,20 +7,23 @@ from dataclasses import dataclass, field
 class TeacherFields:
     """Who teaches, and against what the teacher is extrapolated."""
 
-    teacher_model_name_or_path: str | None = field(
+    teacher_model_name_or_path: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Teacher model, a local folder or a Hub id, unless `teacher_model` is given to the trainer."
+            "help": "Teacher model, a local folder or a Hub id, unless `teacher_model` is given to the trainer. A "
+            "mapping from names to these gives several teachers: each row of the data set is taught by the one that "
+            "its column `teacher_id` names (G-OPD, arXiv:2602.12125). A PEFT adapter on the base of a student that is "
+            "trained with LoRA shares the student's weights."
         },
     )
     teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `teacher_model_name_or_path`."}
+        default=None, metadata={"help": "Branch, tag or commit of `teacher_model_name_or_path`, of all of them."}
     )
     teacher_model_init_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Keyword arguments for `from_pretrained` of the teacher. The student's dtype and attention "
-            "implementation are used unless given here (our choice)."
+            "help": "Keyword arguments for `from_pretrained` of the teacher, of all of them. The student's dtype and "
+            "attention implementation are used unless given here (our choice)."
         },
     )
 

@@ -1,0 +1,121 @@
+"""GKD on the student's own rollouts: `trl.experimental.gkd.GKDTrainer` with the prompts of SG-OPD's steps."""
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.experimental.gkd import GKDTrainer
+
+from ..errors import TeacherError
+from ..evaluation_sampling import encode_prompt
+from ..scoring import pad_rows
+from .gkd_config import OnPolicyGKDConfig
+from .order import plan_steps
+from .teacher import RENDERED, TeacherUse, end_token_ids, load_teacher, load_tokenizer, padding_ids
+
+
+class OnPolicyGKDTrainer(GKDTrainer):
+    """`GKDTrainer` that counts what the teacher scores, and divides its loss by the tokens it is summed over.
+
+    TRL's data collator counts the tokens of the data set's completions before the student writes its own, and the loss
+    would be divided by that number. Here it is the mean over a micro-batch's own completion tokens, averaged over
+    micro-batches and processes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        student = self.accelerator.unwrap_model(self.model)
+        self.generation_config.eos_token_id = end_token_ids(student, self.processing_class)
+        self.generation_config.suppress_tokens = padding_ids(student, self.processing_class)
+        self._scored = torch.zeros((), dtype=torch.long)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """TRL's loss; the tokens that it compares are counted."""
+        self._scored += (inputs["labels"] != -100).sum().to(self._scored.device)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @property
+    def teacher_use(self) -> TeacherUse:
+        """What this process has taken from the teacher so far."""
+        return TeacherUse(tokens_scored=int(self._scored))
+
+
+class PromptCollator:
+    """Pads prompts on the left, under the names that `GKDTrainer` reads; their labels count nothing."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
+        """Rows with `prompt_ids` -> a batch."""
+        ids, mask = pad_rows([example["prompt_ids"] for example in examples], self.pad_token_id, left=True)
+        return {
+            "prompts": ids,
+            "prompt_attention_mask": mask,
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.full_like(ids, -100),
+        }
+
+
+def build_gkd_trainer(
+    student: str,
+    args: OnPolicyGKDConfig,
+    train_dataset: Any,
+    *,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+) -> OnPolicyGKDTrainer:
+    """Build the trainer on the prompts of SG-OPD's steps, each as often as it is answered.
+
+    Args:
+        student: name or path.
+        args: configuration.
+        train_dataset: rows with `prompt`.
+        quantization_config: of the student.
+        peft_config: of the student.
+
+    Raises:
+        DataError: too few rows.
+        SGOPDConfigError: a batch that does not hold whole groups, or sharded weights.
+        TeacherError: the teacher's tokens or its vocabulary's size are not the student's.
+    """
+    tokenizer = load_tokenizer(student, args)
+    plan = plan_steps(args, train_dataset, args.num_generations)
+    teacher = load_teacher(args, tokenizer, train_dataset.select(range(min(RENDERED, len(train_dataset))))["prompt"])
+    ordered: Any = copy.copy(args)
+    ordered.max_steps, ordered.shuffle_dataset = len(plan.steps), False
+    ordered.teacher_model_init_kwargs = None  # the teacher is loaded already
+    if quantization_config is not None:
+        ordered.model_init_kwargs = {**(ordered.model_init_kwargs or {}), "quantization_config": quantization_config}
+    rows = [row for step in plan.steps for row in step for _ in range(args.num_generations)]
+    try:
+        return OnPolicyGKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=ordered,
+            data_collator=PromptCollator(tokenizer.pad_token_id),
+            train_dataset=prompt_rows(train_dataset, tokenizer, rows, args.chat_template_kwargs or {}),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    except ValueError as error:
+        if "vocab_size" not in str(error):
+            raise
+        raise TeacherError(
+            f"The teacher's vocabulary must have the student's size: {error} With `method: sg_opd` padded "
+            "embeddings may differ."
+        ) from error
+
+
+def prompt_rows(dataset: Any, tokenizer: Any, rows: list[int], kwargs: Any) -> Dataset:
+    """Rendered prompts of training rows, in the given order."""
+    distinct = sorted(set(rows))
+    prompts = dataset.select(distinct)["prompt"]
+    rendered = {row: encode_prompt(tokenizer, prompt, kwargs) for row, prompt in zip(distinct, prompts, strict=True)}
+    return Dataset.from_list([{"prompt_ids": rendered[row]} for row in rows])

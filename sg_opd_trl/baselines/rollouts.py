@@ -1,0 +1,198 @@
+"""Teacher rollouts, written once before training, and read again where nothing that they depend on has changed."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from ..dealing import mixed_seed
+from ..generation import generate_completions
+from ..teachers.frozen import fingerprint
+from .teacher import TeacherUse, end_token_ids, padding_ids
+
+logger = logging.getLogger(__name__)
+
+ROLLOUTS_FILE = "teacher_rollouts.jsonl"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Token ids of a completion, the end token included, and its verdict: 1 right, 0 wrong, None not judged."""
+
+    completion_ids: list[int]
+    verdict: float | None
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What the teacher is asked to write, one rollout per entry.
+
+    Attributes:
+        prompt_ids: rendered prompts; equal ones behind one another share a prefill.
+        examples: training rows of the prompts.
+        max_new_tokens: longest completion.
+        temperature: None decodes greedily.
+        top_p: nucleus, 1 is off.
+        seed: of the run; every batch has its own, so that neither a kill nor the number of processes changes them.
+        batch_size: rollouts that one process writes at once.
+    """
+
+    prompt_ids: list[list[int]]
+    examples: list[dict]
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float
+    seed: int
+    batch_size: int
+
+    def key(self, teacher: Any, end_ids: list[int], verifier: str | None) -> str:
+        """Hash of everything the rollouts and their verdicts depend on."""
+        facts = asdict(self) | {
+            "teacher": fingerprint(teacher),
+            "dtype": str(teacher.dtype),
+            "end": end_ids,
+            "verifier": verifier,
+            "examples": self.examples if verifier is not None else None,
+        }
+        if self.temperature is None:
+            del facts["seed"]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+    def generation_config(self, end_ids: list[int], teacher: Any, tokenizer: Any) -> GenerationConfig:
+        """Settings of `generate`."""
+        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return GenerationConfig(
+            do_sample=self.temperature is not None,
+            **(sampled if self.temperature is not None else {}),
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=end_ids,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=padding_ids(teacher, tokenizer),
+            disable_compile=True,
+        )
+
+
+class RolloutFile:
+    """Rollouts behind a line with their key, in whole batches, so that a killed run goes on where it stopped."""
+
+    def __init__(self, path: Path, key: str, batch_size: int, total: int) -> None:
+        self.path, self.key, self.batch_size, self.total = path, key, batch_size, total
+
+    def read(self) -> list[Rollout]:
+        """The complete batches of the same key; the file is left with exactly these."""
+        rollouts = self._rollouts()
+        whole = len(rollouts) if len(rollouts) == self.total else len(rollouts) // self.batch_size * self.batch_size
+        rollouts = rollouts[:whole]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(json.dumps({"key": self.key}) + "\n" + _lines(rollouts), encoding="utf-8")
+        partial.replace(self.path)
+        return rollouts
+
+    def append(self, rollouts: list[Rollout]) -> None:
+        """Add batches."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_lines(rollouts))
+
+    def _rollouts(self) -> list[Rollout]:
+        if not self.path.is_file():
+            return []
+        head, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
+        rollouts = []
+        try:
+            if json.loads(head)["key"] != self.key:
+                logger.info("%s holds rollouts of other settings; they are written anew.", self.path)
+                return []
+            for line in lines:
+                rollouts.append(Rollout(**json.loads(line)))
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s ends in the middle of a rollout; it is written on from there.", self.path)
+        return rollouts
+
+
+def teacher_rollouts(
+    teacher: Any,
+    tokenizer: Any,
+    request: RolloutRequest,
+    judge: Callable[[list[dict], list[str], list[list[int]]], list[float | None]] | None,
+    *,
+    verifier: str | None,
+    path: Path,
+    args: Any,
+) -> tuple[list[Rollout], TeacherUse]:
+    """Read the rollouts that are stored, write the others, all processes together.
+
+    Args:
+        teacher: model on this process's device.
+        tokenizer: of the student.
+        request: what is asked for.
+        judge: `(rows, texts, completion ids) -> verdicts`; None leaves rollouts unjudged.
+        verifier: name of what judges, None without.
+        path: file of the rollouts, read and written by the main process.
+        args: training arguments.
+
+    Returns:
+        One rollout per entry of the request, the same on every process, and what this process took part in.
+    """
+    started = time.perf_counter()
+    end_ids = end_token_ids(teacher, tokenizer)
+    total, size = len(request.prompt_ids), request.batch_size
+    file = RolloutFile(path, request.key(teacher, end_ids, verifier), size, total)
+    # As many lists as objects are exchanged: accelerate broadcasts the entries of a list.
+    rollouts: list[Rollout] = broadcast_object_list([file.read() if args.process_index == 0 else None])[0]
+    use = TeacherUse(tokens_reused=_tokens(rollouts) if args.process_index == 0 else 0)
+    starts = list(range(len(rollouts), total, size))
+    config = request.generation_config(end_ids, teacher, tokenizer)
+    quiet = args.disable_tqdm or args.process_index != 0
+    with tqdm(total=total, initial=len(rollouts), desc="Teacher rollouts", disable=quiet, dynamic_ncols=True) as bar:
+        for first in range(0, len(starts), args.world_size):
+            mine = starts[first : first + args.world_size][args.process_index : args.process_index + 1]
+            written = [
+                rollout for start in mine for rollout in _write(teacher, tokenizer, request, config, start, judge)
+            ]
+            gathered = gather_object(written)
+            if args.process_index == 0:
+                file.append(gathered)
+            rollouts += gathered
+            use.tokens_generated += _tokens(written)
+            bar.update(len(gathered))
+    use.seconds = time.perf_counter() - started
+    return rollouts, use
+
+
+def _write(
+    teacher: Any, tokenizer: Any, request: RolloutRequest, config: GenerationConfig, start: int, judge: Any
+) -> list[Rollout]:
+    """One batch, whose randomness depends on the seed and its place alone."""
+    batch = slice(start, start + request.batch_size)
+    devices = [teacher.device] if teacher.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(mixed_seed(request.seed, 4, start))
+        # `generate` fills what a call leaves open from the model's own settings.
+        own_config, teacher.generation_config = teacher.generation_config, GenerationConfig()
+        try:
+            ids = generate_completions(teacher, request.prompt_ids[batch], config, role="teacher")
+        finally:
+            teacher.generation_config = own_config
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    verdicts: Sequence[float | None] = [None] * len(ids)
+    if judge is not None:
+        verdicts = judge(request.examples[batch], texts, ids)
+    return [Rollout(completion, verdict) for completion, verdict in zip(ids, verdicts, strict=True)]
+
+
+def _lines(rollouts: list[Rollout]) -> str:
+    return "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
+
+
+def _tokens(rollouts: list[Rollout]) -> int:
+    return sum(len(rollout.completion_ids) for rollout in rollouts)

@@ -1,0 +1,77 @@
+"""`run.json`: what a run cost, also where it was killed and resumed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+RUN_FILE = "run.json"
+_TOKENS = ("teacher_tokens_scored", "teacher_tokens_generated", "teacher_tokens_reused")
+
+
+class RunAccount(TrainerCallback):
+    """Seconds and teacher tokens of a run; each checkpoint keeps them, and a resumed run goes on counting.
+
+    Seconds are the wall time of training and of writing teacher rollouts before it, without loading models and data.
+
+    Args:
+        method: of the recipe.
+        trainer: any of the methods' trainers.
+        checkpoint: that the run resumes from; True is the newest of the output folder.
+    """
+
+    def __init__(self, method: str, trainer: Any, checkpoint: str | bool | None) -> None:
+        self.method, self.trainer = method, trainer
+        self._before: dict[str, float] = {}
+        self._at_start: dict[str, float] = {}
+        self._started = time.perf_counter()
+        folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
+        path = Path(str(folder)) / RUN_FILE
+        if folder and path.is_file():
+            self._before = json.loads(path.read_text(encoding="utf-8"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock. What a resumed trainer's teacher has counted by now comes from the checkpoint."""
+        self._started = time.perf_counter()
+        self._at_start = _counts(self.trainer) if self._before else {}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the costs into the checkpoint."""
+        self.write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def write(self, folder: Path) -> None:
+        """Write `run.json` into a folder; all processes must call it."""
+        own = _counts(self.trainer)
+        for name, count in self._at_start.items():
+            own[name] -= count
+        own["seconds"] += time.perf_counter() - self._started
+        ranks = gather_object([own])
+        if not self.trainer.accelerator.is_main_process:
+            return
+        facts: dict[str, Any] = {
+            "method": self.method,
+            "seed": self.trainer.args.seed,
+            "steps": self.trainer.state.global_step,
+            "seconds": round(own["seconds"] + self._before.get("seconds", 0.0), 3),
+        }
+        for name in _TOKENS:
+            facts[name] = int(sum(rank[name] for rank in ranks) + self._before.get(name, 0))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _counts(trainer: Any) -> dict[str, float]:
+    """This process's use of the teacher so far, and the seconds that it took before training."""
+    use = getattr(trainer, "teacher_use", None)
+    if use is not None:
+        tokens = (use.tokens_scored, use.tokens_generated, use.tokens_reused)
+        return {"seconds": use.seconds} | dict(zip(_TOKENS, tokens, strict=True))
+    teacher = getattr(trainer, "teacher", None)
+    tokens = (getattr(teacher, "tokens_scored", 0), getattr(teacher, "tokens_generated", 0), 0)
+    return {"seconds": 0.0} | dict(zip(_TOKENS, tokens, strict=True))
