@@ -1,4 +1,4 @@
-"""The built-in arithmetic task: problems, a teacher and students, made on this machine on first use."""
+"""The built-in tasks: problems, a teacher and students for each, made on this machine on first use."""
 
 from .registry import KNOWN_NAMES, resolve
 

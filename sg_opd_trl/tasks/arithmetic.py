@@ -5,19 +5,18 @@ the sum: `896+246=` is answered by `6+6+0=12,9+4+1=14,8+2+1=11 \\boxed{1142}`.
 """
 
 import random
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .settings import DataSettings
+from .problems import BaseProblem, Task
+from .settings import SupervisedSettings
 
 NUM_DIGITS = 3
 LARGEST_DIGIT_SUM = 19  # 9 + 9 + 1
-_BOXED_NUMBER = re.compile(r"\\boxed\{(\d+)\}")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(BaseProblem):
     """Two numbers of three digits to be added."""
 
     first: int
@@ -34,23 +33,29 @@ class Problem:
         return str(self.first + self.second)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The question as a conversation of one user message."""
-        return [{"role": "user", "content": self.question}]
-
-    @property
-    def unordered(self) -> tuple[int, int]:
-        """Identity of the problem up to swapping the numbers."""
+    def identity(self) -> tuple[int, int]:
+        """The two numbers, whichever comes first."""
         return min(self.first, self.second), max(self.first, self.second)
 
 
-@dataclass(frozen=True)
-class ProblemSplits:
-    """Problem sets of which no two share a problem, not even with its numbers swapped."""
+class Arithmetic(Task[Problem]):
+    """The task `arithmetic`."""
 
-    train: list[Problem]
-    validation: list[Problem]
-    test: list[Problem]
+    name = "arithmetic"
+
+    def draw_problem(self, generator: random.Random) -> Problem:
+        """Draw two numbers of three digits."""
+        low, high = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS - 1
+        return Problem(generator.randint(low, high), generator.randint(low, high))
+
+    def write_solution(self, problem: Problem, training: SupervisedSettings, generator: random.Random) -> str:
+        """Worked solution with slips where `training` asks for them."""
+        if training.slip_probability:
+            return solution_with_slips(problem, training.slip_probability, generator)
+        return worked_solution(problem)
+
+
+TASK = Arithmetic()
 
 
 def worked_solution(problem: Problem, wrong_sums: Sequence[int | None] = (None,) * NUM_DIGITS) -> str:
@@ -91,54 +96,3 @@ def solution_with_slips(problem: Problem, slip_probability: float, generator: ra
         for _ in range(NUM_DIGITS)
     ]
     return worked_solution(problem, slips)
-
-
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the last boxed number of a text is the answer; exact, and much cheaper than symbolic checking."""
-    found = _BOXED_NUMBER.findall(text)
-    return bool(found) and found[-1] == answer
-
-
-def draw_problems(count: int, generator: random.Random, taken: Collection[tuple[int, int]] = ()) -> list[Problem]:
-    """Draw problems that avoid a set of unordered ones; the draws may repeat each other.
-
-    Args:
-        count: Number of problems.
-        generator: Source of randomness.
-        taken: `Problem.unordered` of the problems to avoid.
-
-    Returns:
-        list[Problem]: `count` problems.
-    """
-    low, high = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS - 1
-    problems: list[Problem] = []
-    while len(problems) < count:
-        problem = Problem(generator.randint(low, high), generator.randint(low, high))
-        if problem.unordered not in taken:
-            problems.append(problem)
-    return problems
-
-
-def draw_splits(settings: DataSettings) -> ProblemSplits:
-    """Draw the three problem sets without repetition.
-
-    The held-out sets are drawn first, so that the number of training problems does not change them.
-
-    Args:
-        settings: Sizes and seed.
-
-    Returns:
-        ProblemSplits: Sets without a common problem.
-    """
-    generator = random.Random(f"arithmetic problems {settings.seed}")
-    taken: set[tuple[int, int]] = set()
-
-    def draw(count: int) -> list[Problem]:
-        problems: list[Problem] = []
-        while len(problems) < count:
-            problems += draw_problems(1, generator, taken)
-            taken.add(problems[-1].unordered)
-        return problems
-
-    test, validation = draw(settings.num_test), draw(settings.num_validation)
-    return ProblemSplits(train=draw(settings.num_train), validation=validation, test=test)

@@ -1,4 +1,4 @@
-"""Supervised training of the built-in teacher and student, and the files of the built-in data set.
+"""Supervised training of the built-in teachers and students, and the files of the built-in data sets.
 
 Everything runs on the CPU. The global random state is left as it was found, so that a training run gives the same
 numbers whether its models had to be prepared or came from the cache.
@@ -11,28 +11,22 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from .arithmetic import (
-    Problem,
-    ProblemSplits,
-    draw_problems,
-    draw_splits,
-    is_correct,
-    solution_with_slips,
-    worked_solution,
-)
 from .models import build_model
+from .problems import BaseProblem, ProblemSplits, Task, is_correct
 from .settings import DataSettings, ModelSettings, SupervisedSettings
 from .tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-MAX_SOLUTION_TOKENS = 40  # a worked solution has 33 or 34 with its end of turn
+MAX_SOLUTION_TOKENS = 40  # a worked solution has at most 34 with its end of turn
+SPLIT_NAMES = ("train", "test", "tune")
 
 
 @contextmanager
@@ -49,25 +43,34 @@ def isolated_cpu_generator(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def prepare_dataset(folder: Path, settings: DataSettings) -> dict[str, object]:
-    """Write `train.jsonl` and `test.jsonl` with columns `prompt` (a conversation) and `solution` (the number).
+def prepare_dataset(folder: Path, task: Task[Any], settings: DataSettings) -> dict[str, object]:
+    """Write the splits as JSON Lines with columns `prompt` (a conversation) and `solution` (the number).
 
     Args:
         folder: Existing folder to write to.
+        task: Kind of problems.
         settings: Sizes and seed.
 
     Returns:
         dict[str, object]: Numbers worth keeping with the data set.
     """
-    splits = draw_splits(settings)
-    for name, problems in (("train", splits.train), ("test", splits.test)):
+    splits = task.draw_splits(settings)
+    sizes: dict[str, object] = {}
+    for name in SPLIT_NAMES:
+        problems: list[BaseProblem] = getattr(splits, name)
         rows = [json.dumps({"prompt": problem.messages, "solution": problem.answer}) for problem in problems]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return {"num_train": len(splits.train), "num_test": len(splits.test)}
+        sizes[f"num_{name}"] = len(problems)
+    # Without this `load_dataset` finds only the names it knows, and `tune` is not one of them.
+    files = "".join(f"  - split: {name}\n    path: {name}.jsonl\n" for name in SPLIT_NAMES)
+    header = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(f"{header}\n# builtin/{task.name}\n", encoding="utf-8")
+    return sizes
 
 
 def prepare_model(
     folder: Path,
+    task: Task[Any],
     title: str,
     seed: int,
     data: DataSettings,
@@ -78,6 +81,7 @@ def prepare_model(
 
     Args:
         folder: Existing folder to write to.
+        task: Kind of problems.
         title: What the progress display calls the model.
         seed: Seed of the weights, the training problems and their slips.
         data: Gives the problems to keep out of training.
@@ -88,17 +92,17 @@ def prepare_model(
         dict[str, object]: Steps taken, last loss, and the accuracy that stopped the training, if any.
     """
     tokenizer = build_tokenizer(shape.max_position_embeddings)
-    splits = draw_splits(data)
+    splits = task.draw_splits(data)
     with isolated_cpu_generator(seed):
         model = build_model(shape, tokenizer)
-        outcome = _train(model, tokenizer, title, random.Random(f"{title} {seed}"), splits, training)
+        outcome = _train(model, tokenizer, title, random.Random(f"{title} {seed}"), task, splits, training)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return outcome
 
 
 def encode_examples(
-    problems: Sequence[Problem], solutions: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    problems: Sequence[BaseProblem], solutions: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode conversations of a question and its solution.
 
@@ -129,7 +133,7 @@ def encode_examples(
 def sampled_accuracy(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
+    problems: Sequence[BaseProblem],
     num_samples: int,
     do_sample: bool = True,
 ) -> float:
@@ -165,7 +169,7 @@ def sampled_accuracy(
     return right / len(texts)
 
 
-def _prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> str:
+def _prompt_text(problem: BaseProblem, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True))
 
 
@@ -174,10 +178,11 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     title: str,
     generator: random.Random,
-    splits: ProblemSplits,
+    task: Task[Any],
+    splits: ProblemSplits[Any],
     settings: SupervisedSettings,
 ) -> dict[str, object]:
-    ids, labels = _training_examples(tokenizer, generator, splits, settings)
+    ids, labels = _training_examples(task, tokenizer, generator, splits, settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     model.train()
@@ -202,15 +207,17 @@ def _train(
 
 
 def _training_examples(
-    tokenizer: PreTrainedTokenizerBase, generator: random.Random, splits: ProblemSplits, settings: SupervisedSettings
+    task: Task[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    generator: random.Random,
+    splits: ProblemSplits[Any],
+    settings: SupervisedSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    held_out = {problem.unordered for problem in (*splits.validation, *splits.test)}
+    # Not `tune`: it came later, and keeping it out would have changed the models made before.
+    held_out = {problem.identity for problem in (*splits.validation, *splits.test)}
     count = settings.num_problems or settings.batch_size * settings.max_steps
-    problems = draw_problems(count, generator, held_out)
-    if settings.slip_probability:
-        solutions = [solution_with_slips(problem, settings.slip_probability, generator) for problem in problems]
-    else:
-        solutions = [worked_solution(problem) for problem in problems]
+    problems = task.draw_problems(count, generator, held_out)
+    solutions = [task.write_solution(problem, settings, generator) for problem in problems]
     return encode_examples(problems, solutions, tokenizer)
 
 

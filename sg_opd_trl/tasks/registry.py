@@ -1,26 +1,44 @@
-"""Names of the built-in task and what they stand for. Imports nothing heavy until something has to be prepared."""
+"""Names of the built-in tasks and what they stand for. Imports nothing heavy until something has to be prepared."""
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from ..errors import SGOPDConfigError
-from .settings import ArithmeticSettings, settings_key
+from .settings import ArithmeticSettings, ChainSettings, ModelSettings, SupervisedSettings, TaskSettings, settings_key
 
 PREFIX = "builtin/"
-DATASET = "builtin/arithmetic"
-TEACHER = "builtin/arithmetic-teacher"
-STUDENT = "builtin/arithmetic-student"
-KNOWN_NAMES = (DATASET, TEACHER, STUDENT)
+TASKS: dict[str, type[ArithmeticSettings] | type[ChainSettings]] = {
+    "arithmetic": ArithmeticSettings,
+    "chains": ChainSettings,
+}
+ROLES = ("teacher", "student")
 
 
-def resolve(name: str, settings: ArithmeticSettings | None = None) -> str:
+@dataclass(frozen=True)
+class _Artefact:
+    """What a known name stands for; `role` None is the data set."""
+
+    task: str
+    role: str | None
+
+
+_ARTEFACTS = {
+    f"{PREFIX}{task}{'' if role is None else f'-{role}'}": _Artefact(task, role)
+    for task in TASKS
+    for role in (None, *ROLES)
+}
+KNOWN_NAMES = tuple(_ARTEFACTS)
+
+
+def resolve(name: str, settings: TaskSettings | None = None) -> str:
     """Turn the name of a built-in artefact into a local folder, preparing it on first use.
 
-    `builtin/arithmetic` is a data set with splits `train` and `test` for `datasets.load_dataset`;
-    `builtin/arithmetic-teacher` and `builtin/arithmetic-student` are models for `from_pretrained`, tokenizer and chat
-    template included. `@SEED` after a model's name, such as `builtin/arithmetic-student@2`, gives another one made in
-    the same way; 0 without it.
+    `builtin/arithmetic` and `builtin/chains` are data sets with splits `train`, `test` and `tune` for
+    `datasets.load_dataset`; with `-teacher` or `-student` after it the name is a model for `from_pretrained`,
+    tokenizer and chat template included. `@SEED` after a model's name, such as `builtin/arithmetic-student@2`, gives
+    another one made in the same way; 0 without it.
 
     Args:
         name: A built-in name, or the name or path of anything else.
@@ -35,15 +53,14 @@ def resolve(name: str, settings: ArithmeticSettings | None = None) -> str:
     """
     if not name.startswith(PREFIX):
         return name
-    settings = settings or ArithmeticSettings()
-    artefact, marker, seed = name.partition("@")
-    if artefact == DATASET and not marker:
-        return str(_dataset_folder(settings))
-    if artefact == TEACHER:
-        return str(_model_folder("teacher", _parse_seed(name, marker, seed), settings))
-    if artefact == STUDENT:
-        return str(_model_folder("student", _parse_seed(name, marker, seed), settings))
-    raise SGOPDConfigError(_unknown_name_message(name, artefact))
+    base, marker, seed = name.partition("@")
+    artefact = _ARTEFACTS.get(base)
+    if artefact is None or (artefact.role is None and marker):
+        raise SGOPDConfigError(_unknown_name_message(name, base))
+    settings = settings or TASKS[artefact.task]()
+    if artefact.role is None:
+        return str(_dataset_folder(artefact.task, settings))
+    return str(_model_folder(artefact.task, artefact.role, _parse_seed(name, marker, seed), settings))
 
 
 def _parse_seed(name: str, marker: str, seed: str) -> int:
@@ -52,13 +69,14 @@ def _parse_seed(name: str, marker: str, seed: str) -> int:
     if not (seed.isascii() and seed.isdigit()):
         raise SGOPDConfigError(
             f"The seed of a built-in model must be a whole number >= 0, got {name!r}. Because it seeds the model's "
-            f"weights and training problems. Set it after the name, as in '{STUDENT}@1', or leave '@' out for seed 0."
+            f"weights and training problems. Set it after the name, as in '{name.partition('@')[0]}@1', or leave '@' "
+            "out for seed 0."
         )
     return int(seed)
 
 
-def _unknown_name_message(name: str, artefact: str) -> str:
-    near = difflib.get_close_matches(artefact, KNOWN_NAMES, n=1, cutoff=0.0)[0]
+def _unknown_name_message(name: str, base: str) -> str:
+    near = difflib.get_close_matches(base, KNOWN_NAMES, n=1, cutoff=0.0)[0]
     return (
         f"A name under '{PREFIX}' must be one of {', '.join(KNOWN_NAMES)} (a model may be followed by '@SEED'), got "
         f"{name!r}. Because this package makes these itself and knows no others. Set it to {near!r}, or to a local "
@@ -66,30 +84,37 @@ def _unknown_name_message(name: str, artefact: str) -> str:
     )
 
 
-def _dataset_folder(settings: ArithmeticSettings) -> Path:
+def _load_task(name: str) -> Any:
+    if name == "arithmetic":
+        from .arithmetic import TASK as arithmetic
+
+        return arithmetic
+    from .chains import TASK as chains
+
+    return chains
+
+
+def _dataset_folder(task: str, settings: TaskSettings) -> Path:
     from .cache import cached_folder
 
     def build(folder: Path) -> dict[str, object]:
         from .prepare import prepare_dataset
 
-        return prepare_dataset(folder, settings.data)
+        return prepare_dataset(folder, _load_task(task), settings.data)
 
-    return cached_folder(f"arithmetic-{settings_key('dataset', settings.data)}", build)
+    return cached_folder(f"{task}-{settings_key('dataset', settings.data)}", build)
 
 
-def _model_folder(role: Literal["teacher", "student"], seed: int, settings: ArithmeticSettings) -> Path:
+def _model_folder(task: str, role: str, seed: int, settings: TaskSettings) -> Path:
     from .cache import cached_folder
 
-    shape, training = (
-        (settings.teacher_model, settings.teacher_training)
-        if role == "teacher"
-        else (settings.student_model, settings.student_training)
-    )
+    shape: ModelSettings = getattr(settings, f"{role}_model")
+    training: SupervisedSettings = getattr(settings, f"{role}_training")
 
     def build(folder: Path) -> dict[str, object]:
         from .prepare import prepare_model
 
-        return prepare_model(folder, f"arithmetic-{role}", seed, settings.data, shape, training)
+        return prepare_model(folder, _load_task(task), f"{task}-{role}", seed, settings.data, shape, training)
 
     key = settings_key(role, seed, settings.data, shape, training)
-    return cached_folder(f"arithmetic-{role}-seed{seed}-{key}", build)
+    return cached_folder(f"{task}-{role}-seed{seed}-{key}", build)

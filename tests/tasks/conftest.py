@@ -5,14 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from sg_opd_trl.tasks.settings import ArithmeticSettings, DataSettings, ModelSettings, SupervisedSettings
+from sg_opd_trl.tasks.settings import (
+    ArithmeticSettings,
+    ChainSettings,
+    DataSettings,
+    ModelSettings,
+    SupervisedSettings,
+    TaskSettings,
+)
 
 
-def tiny_settings() -> ArithmeticSettings:
+def tiny_settings(kind: type[ArithmeticSettings] | type[ChainSettings] = ArithmeticSettings) -> TaskSettings:
     model = ModelSettings(hidden_size=16, num_layers=1, intermediate_size=32, num_heads=2)
     training = SupervisedSettings(batch_size=4, max_steps=3, schedule_steps=3, learning_rate=1e-2, warmup_steps=1)
-    return ArithmeticSettings(
-        data=DataSettings(num_train=12, num_validation=4, num_test=6),
+    return kind(
+        data=DataSettings(num_train=12, num_validation=4, num_test=6, num_tune=5),
         teacher_model=model,
         teacher_training=training,
         student_model=model,
@@ -21,8 +28,13 @@ def tiny_settings() -> ArithmeticSettings:
 
 
 @pytest.fixture
-def tiny() -> ArithmeticSettings:
+def tiny() -> TaskSettings:
     return tiny_settings()
+
+
+@pytest.fixture
+def tiny_chains() -> TaskSettings:
+    return tiny_settings(ChainSettings)
 
 
 @pytest.fixture

@@ -3,14 +3,7 @@ import re
 
 import pytest
 
-from sg_opd_trl.tasks.arithmetic import (
-    Problem,
-    draw_problems,
-    draw_splits,
-    is_correct,
-    solution_with_slips,
-    worked_solution,
-)
+from sg_opd_trl.tasks.arithmetic import TASK, Problem, solution_with_slips, worked_solution
 from sg_opd_trl.tasks.settings import DataSettings
 
 
@@ -47,7 +40,7 @@ def test_slip_is_carried_on() -> None:
 
 def test_share_of_slips() -> None:
     generator = random.Random(2)
-    problems = draw_problems(2000, generator)
+    problems = TASK.draw_problems(2000, generator)
     assert all(solution_with_slips(problem, 0.0, generator) == worked_solution(problem) for problem in problems)
     wrong_steps = 0
     for problem in problems:
@@ -58,37 +51,39 @@ def test_share_of_slips() -> None:
     assert wrong_steps / 6000 == pytest.approx(0.1425, abs=0.015)
 
 
-def test_is_correct_looks_at_the_last_boxed_number() -> None:
-    assert is_correct(r"5+5 \boxed{9} \boxed{10}", "10")
-    assert not is_correct(r"\boxed{10} \boxed{9}", "10")
-    assert not is_correct("10", "10")
-    assert not is_correct(r"\boxed{10", "10")
-    assert not is_correct(r"\boxed{010}", "10")
-
-
 def test_splits_share_no_problem_even_swapped() -> None:
-    splits = draw_splits(DataSettings())
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (4000, 100, 200)
-    everything = [*splits.train, *splits.validation, *splits.test]
-    assert len({frozenset((problem.first, problem.second)) for problem in everything}) == 4300
+    splits = TASK.draw_splits(DataSettings())
+    sizes = (len(splits.train), len(splits.validation), len(splits.test), len(splits.tune))
+    assert sizes == (4000, 100, 200, 200)
+    everything = [*splits.train, *splits.validation, *splits.test, *splits.tune]
+    assert len({frozenset((problem.first, problem.second)) for problem in everything}) == 4500
     assert all(100 <= number <= 999 for problem in everything for number in (problem.first, problem.second))
 
 
+def test_shipped_problems_are_those_of_the_published_numbers() -> None:
+    splits = TASK.draw_splits(DataSettings())
+    # Written down from the version whose results were published: a new split or task must not move these.
+    assert [problem.question for problem in splits.test[:3]] == ["450+581=", "237+251=", "856+869="]
+    assert [problem.question for problem in splits.train[:3]] == ["689+730=", "656+809=", "418+441="]
+    assert sum(problem.first * 7 + problem.second for problem in splits.train) == 17_500_410
+    assert sum(problem.first * 7 + problem.second for problem in splits.test) == 877_032
+
+
 def test_splits_depend_on_the_seed_alone() -> None:
-    assert draw_splits(DataSettings()) == draw_splits(DataSettings())
-    assert draw_splits(DataSettings(seed=1)).test != draw_splits(DataSettings()).test
-    assert draw_splits(DataSettings(num_train=7)).test == draw_splits(DataSettings()).test
+    assert TASK.draw_splits(DataSettings()) == TASK.draw_splits(DataSettings())
+    assert TASK.draw_splits(DataSettings(seed=1)).test != TASK.draw_splits(DataSettings()).test
+    assert TASK.draw_splits(DataSettings(num_train=7)).test == TASK.draw_splits(DataSettings()).test
 
 
 def test_draws_avoid_taken_problems() -> None:
     held_out = {(first, second) for first in range(100, 1000) for second in range(first, 1000) if first != 500}
-    drawn = draw_problems(5, random.Random(0), held_out)
+    drawn = TASK.draw_problems(5, random.Random(0), held_out)
     assert all(min(problem.first, problem.second) == 500 for problem in drawn)
 
 
 def test_boxed_answer_is_accepted_by_math_verify() -> None:
     math_verify = pytest.importorskip("math_verify")
-    for problem in draw_problems(20, random.Random(3)):
+    for problem in TASK.draw_problems(20, random.Random(3)):
         written = math_verify.parse(worked_solution(problem))
         assert math_verify.verify(math_verify.parse(problem.answer), written)
         assert not math_verify.verify(math_verify.parse(str(problem.first + problem.second + 1)), written)

@@ -1,25 +1,28 @@
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sg_opd_trl.tasks import prepare
-from sg_opd_trl.tasks.arithmetic import Problem, draw_splits, worked_solution
+from sg_opd_trl.tasks import chains, prepare
+from sg_opd_trl.tasks.arithmetic import TASK, Problem, worked_solution
 from sg_opd_trl.tasks.models import build_model
-from sg_opd_trl.tasks.settings import ArithmeticSettings, SupervisedSettings
+from sg_opd_trl.tasks.problems import Task
+from sg_opd_trl.tasks.settings import ArithmeticSettings, ChainSettings, SupervisedSettings, TaskSettings
 from sg_opd_trl.tasks.tokenizer import build_tokenizer
 
 
 def prepare_student(folder: Path, settings: ArithmeticSettings, seed: int = 0, **changes: object) -> dict[str, object]:
     folder.mkdir(exist_ok=True)
     training = replace(settings.student_training, **changes)
-    return prepare.prepare_model(folder, "student", seed, settings.data, settings.student_model, training)
+    return prepare.prepare_model(folder, TASK, "student", seed, settings.data, settings.student_model, training)
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -56,10 +59,14 @@ def test_labels_cover_the_solution_and_its_end_alone() -> None:
 
 
 def test_dataset_files(tmp_path: Path, tiny: ArithmeticSettings) -> None:
-    assert prepare.prepare_dataset(tmp_path, tiny.data) == {"num_train": 12, "num_test": 6}
+    assert prepare.prepare_dataset(tmp_path, TASK, tiny.data) == {
+        "num_train": 12,
+        "num_test": 6,
+        "num_tune": 5,
+    }
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["prompt", "solution"]] * 6
-    for row, problem in zip(rows, draw_splits(tiny.data).test, strict=True):
+    for row, problem in zip(rows, TASK.draw_splits(tiny.data).test, strict=True):
         assert row["prompt"] == [{"role": "user", "content": f"{problem.first}+{problem.second}="}]
         assert row["solution"] == str(problem.first + problem.second)
 
@@ -111,7 +118,7 @@ def test_random_states_are_left_alone(tmp_path: Path, tiny: ArithmeticSettings) 
     # With a check, so that sampling is covered too.
     prepare_student(tmp_path / "model", tiny, stop_accuracy=1.0, check_from=1, check_every=1)
     (tmp_path / "data").mkdir()
-    prepare.prepare_dataset(tmp_path / "data", tiny.data)
+    prepare.prepare_dataset(tmp_path / "data", TASK, tiny.data)
     assert draw() == expected
 
 
@@ -176,49 +183,79 @@ def test_learning_rate_schedule() -> None:
 
 
 def test_training_problems_avoid_the_held_out_ones(tiny: ArithmeticSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = draw_splits(tiny.data)
+    splits = TASK.draw_splits(tiny.data)
     asked: list[set[tuple[int, int]]] = []
 
     def draw(count: int, generator: random.Random, taken: set[tuple[int, int]]) -> list[Problem]:
         asked.append(taken)
         return [Problem(100, 100)] * count
 
-    monkeypatch.setattr(prepare, "draw_problems", draw)
-    ids, _ = prepare._training_examples(build_tokenizer(), random.Random(0), splits, tiny.student_training)
+    monkeypatch.setattr(TASK, "draw_problems", draw)
+    ids, _ = prepare._training_examples(TASK, build_tokenizer(), random.Random(0), splits, tiny.student_training)
     assert len(ids) == tiny.student_training.num_problems
-    ids, _ = prepare._training_examples(build_tokenizer(), random.Random(0), splits, tiny.teacher_training)
+    ids, _ = prepare._training_examples(TASK, build_tokenizer(), random.Random(0), splits, tiny.teacher_training)
     assert len(ids) == 3 * 4  # fresh problems: 3 steps of 4
     held_out = {tuple(sorted((p.first, p.second))) for p in (*splits.test, *splits.validation)}
     assert asked == [held_out, held_out]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_shipped_teacher_and_student(tmp_path: Path) -> None:
-    settings = ArithmeticSettings()
-    problems = draw_splits(settings.data).test
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("task", "settings", "greedy", "sampled", "weak"),
+    [
+        (TASK, ArithmeticSettings(), 0.9, (0.8, 1.0), (0.05, 0.5)),
+        # A borrow forgotten 3 times in 10 holds the teacher below 0.9; the student stops at about 0.1.
+        (chains.TASK, ChainSettings(), 0.9, (0.65, 0.9), (0.04, 0.2)),
+    ],
+    ids=["arithmetic", "chains"],
+)
+def test_shipped_teacher_and_student(
+    task: Task[Any],
+    settings: TaskSettings,
+    greedy: float,
+    sampled: tuple[float, float],
+    weak: tuple[float, float],
+    tmp_path: Path,
+) -> None:
+    problems = task.draw_splits(settings.data).test
     for role in ("teacher", "student"):
         folder = tmp_path / role
         folder.mkdir()
         shape, training = getattr(settings, f"{role}_model"), getattr(settings, f"{role}_training")
-        prepare.prepare_model(folder, f"arithmetic-{role}", 0, settings.data, shape, training)
+        prepare.prepare_model(folder, task, f"{task.name}-{role}", 0, settings.data, shape, training)
     teacher, student = (AutoModelForCausalLM.from_pretrained(tmp_path / role) for role in ("teacher", "student"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
     with prepare.isolated_cpu_generator(0):
-        assert prepare.sampled_accuracy(teacher, tokenizer, problems, 1, do_sample=False) >= 0.9
-        sampled = prepare.sampled_accuracy(teacher, tokenizer, problems, 4)
-        weak = prepare.sampled_accuracy(student, tokenizer, problems, 4)
-    assert sampled >= 0.8
-    assert 0.05 <= weak <= sampled - 0.3
+        assert prepare.sampled_accuracy(teacher, tokenizer, problems, 1, do_sample=False) >= greedy
+        assert sampled[0] <= prepare.sampled_accuracy(teacher, tokenizer, problems, 4) <= sampled[1]
+        assert weak[0] <= prepare.sampled_accuracy(student, tokenizer, problems, 4) <= weak[1]
 
 
 def test_slips_make_the_training_text_wrong(tiny: ArithmeticSettings) -> None:
-    splits, tokenizer = draw_splits(tiny.data), build_tokenizer()
+    splits, tokenizer = TASK.draw_splits(tiny.data), build_tokenizer()
     training = replace(tiny.student_training, num_problems=50, slip_probability=1.0)
-    ids, _ = prepare._training_examples(tokenizer, random.Random(0), splits, training)
+    ids, _ = prepare._training_examples(TASK, tokenizer, random.Random(0), splits, training)
     answers = [text.split("=", 1) for text in islice(tokenizer.batch_decode(ids, skip_special_tokens=True), 50)]
     right = 0
     for question, rest in answers:
         numbers = [int(number) for number in question.removeprefix("user\n").split("+")]
         right += f"boxed{{{sum(numbers)}}}" in rest
     assert right <= 5
+
+
+def test_forgotten_borrows_reach_the_training_text(tiny_chains: TaskSettings) -> None:
+    splits, tokenizer = chains.TASK.draw_splits(tiny_chains.data), build_tokenizer()
+    training = replace(tiny_chains.teacher_training, num_problems=200, forgotten_borrow_probability=1.0)
+    ids, _ = prepare._training_examples(chains.TASK, tokenizer, random.Random(0), splits, training)
+    wrong, borrows = 0, 0
+    for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
+        question, solution = text.split("assistant\n")
+        before = re.findall(r"^\D*(\d\d)", question) + re.findall(r"=(\d\d)", solution)
+        for left, change, total in zip(before, re.findall(r"([+-]\d)=\d\d", solution), before[1:], strict=False):
+            off = int(total) - int(left) - int(change)
+            borrows += int(left[1]) + int(change) < 0
+            wrong += off != 0
+            # 100 comes off when an earlier mistake has made the total pass 99; it never does in four steps.
+            assert off == (10 if int(left[1]) + int(change) < 0 else 0)
+    assert wrong == borrows > 50

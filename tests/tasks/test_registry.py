@@ -1,7 +1,9 @@
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -19,20 +21,22 @@ def test_other_names_are_returned_unchanged(name: str, cache: Path) -> None:
     assert not cache.exists()
 
 
-def test_dataset_loads_with_train_and_test(cache: Path, tiny: ArithmeticSettings, tmp_path: Path) -> None:
-    folder = resolve("builtin/arithmetic", tiny)
+@pytest.mark.parametrize("task", ["arithmetic", "chains"])
+def test_dataset_loads_with_its_splits(task: str, cache: Path, tiny: ArithmeticSettings, tmp_path: Path) -> None:
+    folder = resolve(f"builtin/{task}", tiny)
     loaded = datasets.load_dataset(folder, cache_dir=str(tmp_path / "datasets"))
-    assert {split: rows.num_rows for split, rows in loaded.items()} == {"train": 12, "test": 6}
+    assert {split: rows.num_rows for split, rows in loaded.items()} == {"train": 12, "test": 6, "tune": 5}
     assert loaded["train"].column_names == ["prompt", "solution"]
     row = loaded["test"][0]
     assert [message["role"] for message in row["prompt"]] == ["user"]
-    first, second = row["prompt"][0]["content"].removesuffix("=").split("+")
-    assert row["solution"] == str(int(first) + int(second))
-    questions = {split: {row["prompt"][0]["content"] for row in loaded[split]} for split in loaded}
-    assert not questions["train"] & questions["test"]
+    terms = re.findall(r"[+-]?\d+", row["prompt"][0]["content"])
+    assert row["solution"][-2:] == f"{sum(int(term) for term in terms):02d}"[-2:]
+    assert len(terms) == {"arithmetic": 2, "chains": 5}[task]
+    questions = {row["prompt"][0]["content"] for split in loaded for row in loaded[split]}
+    assert len(questions) == 12 + 6 + 5
 
 
-@pytest.mark.parametrize("name", ["builtin/arithmetic-teacher", "builtin/arithmetic-student"])
+@pytest.mark.parametrize("name", ["builtin/arithmetic-teacher", "builtin/chains-student"])
 def test_model_folder_loads(name: str, cache: Path, tiny: ArithmeticSettings) -> None:
     folder = resolve(name, tiny)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -71,6 +75,32 @@ def test_settings_decide_the_folder(cache: Path, tiny: ArithmeticSettings) -> No
     assert resolve(student, tiny) != resolve(student, more_data)
 
 
+def test_tasks_share_no_folder(cache: Path, tiny: ArithmeticSettings) -> None:
+    # The same settings for both, so that only the task tells them apart.
+    names = [f"builtin/{task}{role}" for task in ("arithmetic", "chains") for role in ("", "-teacher@1", "-student@1")]
+    assert names[0] in KNOWN_NAMES
+    assert len({resolve(name, tiny) for name in names}) == 6
+
+
+def test_shipped_settings_are_the_tasks_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def build(
+        folder: Path, task: Any, title: str, seed: int, data: Any, shape: Any, training: Any
+    ) -> dict[str, object]:
+        asked.append((f"{title} {task.name} {seed}", training.forgotten_borrow_probability))
+        return {}
+
+    monkeypatch.setattr(prepare, "prepare_model", build)
+    for name in ("builtin/chains-teacher@2", "builtin/chains-student", "builtin/arithmetic-teacher"):
+        resolve(name)
+    assert asked == [
+        ("chains-teacher chains 2", 0.3),
+        ("chains-student chains 0", 0.0),
+        ("arithmetic-teacher arithmetic 0", 0.0),
+    ]
+
+
 def test_key_is_stable_and_tells_settings_apart(tiny: ArithmeticSettings) -> None:
     assert settings_key("student", 0, tiny) == settings_key("student", 0, tiny)
     keys = {settings_key("student", 0, tiny), settings_key("student", 1, tiny), settings_key("student", 0)}
@@ -83,8 +113,10 @@ def test_key_is_stable_and_tells_settings_apart(tiny: ArithmeticSettings) -> Non
     [
         ("builtin/arithmetic-techer", "builtin/arithmetic-teacher"),
         ("builtin/arithmetic-studnet@1", "builtin/arithmetic-student"),
-        ("builtin/", "builtin/arithmetic"),
+        ("builtin/", "builtin/chains"),
         ("builtin/arithmetic@1", "builtin/arithmetic"),
+        ("builtin/chain-teacher", "builtin/chains-teacher"),
+        ("builtin/chains@0", "builtin/chains"),
     ],
 )
 def test_unknown_name(name: str, near: str, cache: Path) -> None:
@@ -99,8 +131,9 @@ def test_unknown_name(name: str, near: str, cache: Path) -> None:
 
 @pytest.mark.parametrize("seed", ["", "x", "-1", "1.5", "1@2", " 1", "²"])
 def test_seed_must_be_a_whole_number(seed: str, cache: Path) -> None:
-    with pytest.raises(SGOPDConfigError, match="must be a whole number >= 0, got 'builtin/arithmetic-student@"):
-        resolve(f"builtin/arithmetic-student@{seed}")
+    with pytest.raises(SGOPDConfigError, match="must be a whole number >= 0, got 'builtin/chains-teacher@") as caught:
+        resolve(f"builtin/chains-teacher@{seed}")
+    assert "as in 'builtin/chains-teacher@1'" in str(caught.value)
     assert not cache.exists()
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sg_opd_trl.tasks.arithmetic import draw_problems, worked_solution
+from sg_opd_trl.tasks import arithmetic, chains
+from sg_opd_trl.tasks.settings import SupervisedSettings
 from sg_opd_trl.tasks.tokenizer import VOCABULARY, build_tokenizer
 
 ALPHABET = [token for token in VOCABULARY if not token.startswith("<")]
@@ -39,7 +40,10 @@ def test_one_token_for_each_word_and_character(tokenizer: PreTrainedTokenizerBas
 def test_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerBase) -> None:
     generator = random.Random(0)
     texts = ["".join(generator.choices(ALPHABET, k=30)) for _ in range(200)]
-    texts += [worked_solution(problem) for problem in draw_problems(50, generator)]
+    clean = SupervisedSettings(batch_size=1, max_steps=1, schedule_steps=1, learning_rate=1e-3)
+    for task in (arithmetic.TASK, chains.TASK):
+        problems = task.draw_problems(50, generator)
+        texts += [problem.question + task.write_solution(problem, clean, generator) for problem in problems]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.unk_token_id not in ids
