@@ -1,4 +1,4 @@
-"""The `sg-opd` command: `train`, `evaluate`, `demo`.
+"""The `sg-opd` command: `train`, `evaluate`, `study`, `demo`.
 
 Nothing heavy is imported here: `sg-opd --help` answers before torch would have been loaded. `python -m sg_opd_trl.cli`
 and `accelerate launch -m sg_opd_trl.cli` are the same program.
@@ -17,6 +17,7 @@ from sg_opd_trl.errors import SGOPDError
 COMMANDS = {
     "train": "distil a student as a recipe says",
     "evaluate": "measure avg@k and pass@k of a model on a data set",
+    "study": "run recipes x seeds, several at a time, and compare them in one table",
     "demo": "prepare, distil and measure a small student of the built-in task, offline on a CPU",
 }
 EXIT_USER_ERROR = 2

@@ -92,12 +92,12 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
 
 
 def _teacher(settings: TrainSettings) -> str:
-    """The recipe's teacher; for GRPO, which has none, the built-in one as a yardstick."""
-    from sg_opd_trl.config import SGOPDConfig
+    """The recipe's teacher; where there is none, or several, the built-in one as a yardstick."""
     from sg_opd_trl.tasks import resolve
 
-    if isinstance(settings.training, SGOPDConfig) and settings.training.teacher_model_name_or_path is not None:
-        return settings.training.teacher_model_name_or_path
+    teacher = getattr(settings.training, "teacher_model_name_or_path", None)
+    if isinstance(teacher, str):
+        return teacher
     return resolve("builtin/arithmetic-teacher")
 
 

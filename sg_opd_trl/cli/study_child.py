@@ -1,0 +1,60 @@
+"""The child process of `sg-opd study`: some commands of `sg-opd`, one after the other, in one process.
+
+Training and evaluation share it, so that the libraries are loaded once. With `--watch` the process ends, with
+everything it has started, when the pipe on its standard input breaks: a study that is killed leaves nothing running.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from sg_opd_trl.cli import EXIT_USER_ERROR, main
+from sg_opd_trl.errors import SGOPDConfigError
+
+_GRACE_SECONDS = 5.0
+
+
+def run_commands(commands: Sequence[Sequence[str]]) -> int:
+    """Run commands until one fails.
+
+    Args:
+        commands: arguments of `sg-opd` per command, or `["check", RECIPE]` to build a recipe's settings only.
+
+    Returns:
+        The status of the first command that failed, else 0.
+    """
+    for command in commands:
+        status = _check(command[1]) if command[0] == "check" else main(list(command))
+        if status:
+            return status
+    return 0
+
+
+def _check(recipe: str) -> int:
+    from sg_opd_trl.cli.parsing import build_settings, read_command_line
+
+    try:
+        build_settings(read_command_line(["--config", recipe]))
+    except SGOPDConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.killpg(0, signal.SIGTERM)  # a launcher among us ends its own processes first
+    time.sleep(_GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words[0] == "--watch":
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    raise SystemExit(run_commands(json.loads(words[-1])))

@@ -1,0 +1,124 @@
+"""What a job leaves: one small file, written last, so that a job is either finished or starts anew."""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .plan import Job
+
+logger = logging.getLogger(__name__)
+
+RESULT, LOG, COMMANDS, FAILED = "result.json", "log.txt", "commands.json", "failed.txt"
+_KEPT = ("log_history.json", "run.json", "report.html", "README.md")
+_TOKENS = ("teacher_tokens_generated", "teacher_tokens_scored")
+
+
+def read_result(job: Job) -> dict[str, Any] | None:
+    """The result of a finished job; None for one that is not finished or was made with other settings."""
+    values = _read_json(job.folder / RESULT)
+    return values if isinstance(values, dict) and values.get("key") == job.key else None
+
+
+def prepare(job: Job) -> None:
+    """An empty folder with the recipe and the commands; what an unfinished attempt left is removed."""
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    if job.recipe is not None:
+        text = yaml.safe_dump(job.recipe, sort_keys=False, allow_unicode=True)
+        (job.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (job.folder / COMMANDS).write_text(json.dumps(job.commands) + "\n", encoding="utf-8")
+
+
+def finish(job: Job, seconds: float, *, keep_model: bool) -> dict[str, Any]:
+    """Gather a job's numbers into its result file, and delete the trained model unless it is to be kept.
+
+    Args:
+        job: whose processes have ended well.
+        seconds: wall time of the whole job, start-up and evaluation included.
+        keep_model: leave the model's folder.
+
+    Returns:
+        The result.
+
+    Raises:
+        OSError, ValueError: the evaluation's file is not there or not readable.
+    """
+    evaluation = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))
+    result = {"key": job.key, "evaluation": evaluation, "wall_seconds": round(seconds, 1)}
+    if job.recipe is not None:
+        student = job.folder / "student"
+        run = _read_json(student / "run.json")
+        log = _read_json(student / "log_history.json")
+        result |= _cost(run if isinstance(run, dict) else {}, log if isinstance(log, list) else [])
+        result["curve"] = _reward_curve(log if isinstance(log, list) else [])
+        for name in _KEPT:
+            if (student / name).is_file():
+                shutil.copy2(student / name, job.folder / name)
+        if not keep_model:
+            shutil.rmtree(student)
+    write_json(job.folder / RESULT, result)
+    return result
+
+
+def record_failure(job: Job, reason: str) -> None:
+    """Leave the reason in the job's folder, where a later table finds it; the next attempt removes it."""
+    (job.folder / FAILED).write_text(reason + "\n", encoding="utf-8")
+
+
+def failures_of(jobs: Iterable[Job]) -> list[str]:
+    """One line per job whose last attempt failed."""
+    failed = [(job, job.folder / FAILED) for job in jobs if read_result(job) is None]
+    return [f"{job.label}: {path.read_text(encoding='utf-8').strip()}" for job, path in failed if path.is_file()]
+
+
+def last_line(job: Job) -> str:
+    """The last line of a job's log that says something: an error's message, where there is one."""
+    try:
+        text = (job.folder / LOG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("Error")]
+    return (errors or lines or [""])[-1][:300]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _cost(run: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Training seconds and teacher tokens; None for what the run did not write down."""
+    seconds = run.get("seconds")
+    if seconds is None:
+        seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    return {"seconds": seconds, **{name: run.get(name) for name in _TOKENS}}
+
+
+def _reward_curve(log: list[Mapping[str, Any]]) -> list[list[float]]:
+    """Step and mean reward of the student's rollouts, where the method has rollouts with rewards."""
+    return [
+        [int(entry["step"]), round(float(entry["reward"]), 5)]
+        for entry in log
+        if "step" in entry and isinstance(entry.get("reward"), (int, float)) and math.isfinite(entry["reward"])
+    ]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is not readable and is taken as missing: %s", path, error)
+        return None

@@ -1,0 +1,255 @@
+"""A study file as typed values: which runs, on which seeds, measured how. Recipes are not read here."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import SGOPDConfigError
+from .reading import Block, check_name, did_you_mean
+
+SET_BY_STUDY = ("seed", "output_dir", "push_to_hub")
+STUDY_KEYS = (
+    *(
+        "name",
+        "output_dir",
+        "baseline",
+        "seeds",
+        "settings",
+        "runs",
+        "sweep",
+        "pairs",
+        "contrasts",
+        "evaluate",
+        "tune",
+    ),
+    *("choices", "measure_models", "keep_models"),
+)
+EVALUATE_KEYS = (
+    *("dataset_name", "dataset_config", "dataset_split", "num_samples", "k", "temperature", "top_p", "max_new_tokens"),
+    *("batch_size", "limit", "seed", "reward_func", "question_column", "answer_column", "instruction"),
+    *("system_prompt", "chat_template_kwargs", "dtype"),
+)
+"""Flags of `sg-opd evaluate` that a study may set; they are the same for every run."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One row of the table: a recipe with settings of its own.
+
+    `tune` is True for a choice of its own from the study's grid, the name of another run to share that run's choice,
+    or False for the recipe's value. `sweep` and `point` are set on the runs that a sweep stands for.
+    """
+
+    name: str
+    recipe: Path
+    settings: dict[str, Any]
+    tune: bool | str = True
+    sweep: str | None = None
+    point: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and a teacher that every run of the study is done with."""
+
+    name: str
+    student: str
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Every tuned run is done with each value on each seed and measured on `split`; the best mean is chosen."""
+
+    field: str
+    values: tuple[Any, ...]
+    seeds: tuple[int, ...]
+    split: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study; see `docs/study_guide.md` for what each key means."""
+
+    name: str
+    output_dir: Path
+    baseline: str
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+    runs: dict[str, RunSpec]
+    pairs: tuple[Pair | None, ...]
+    contrasts: dict[str, dict[str, float]]
+    evaluate: dict[str, Any]
+    tuning: Tuning | None
+    choices: Path | None
+    measure_models: bool
+    keep_models: bool
+
+
+def read_study(values: Any, path: Path, output_dir: Path | None = None) -> Study:
+    """Check a study file.
+
+    Args:
+        values: its content.
+        path: where it is; paths in it are relative to its folder.
+        output_dir: instead of the file's own.
+
+    Returns:
+        The study, sweeps written out.
+
+    Raises:
+        SGOPDConfigError: an unknown key, a value of the wrong type, a name that nothing has, or two settings that
+            contradict each other.
+    """
+    top = Block(values, f"study {path}", STUDY_KEYS)
+    name, folder = top.name("name"), path.parent
+    tuning = _tuning(top)
+    runs = _all_runs(top, folder)
+    choices = folder / top.text("choices") if "choices" in values else None
+    study = Study(
+        name=name,
+        output_dir=output_dir or folder / top.text("output_dir", f"outputs/studies/{name}"),
+        baseline=top.text("baseline"),
+        seeds=top.seeds("seeds"),
+        settings=top.settings("settings", SET_BY_STUDY),
+        runs=runs,
+        pairs=_pairs(top),
+        contrasts=_contrasts(top, runs),
+        evaluate=_evaluate(top),
+        tuning=tuning,
+        choices=choices,
+        measure_models=top.flag("measure_models", True),
+        keep_models=top.flag("keep_models", False),
+    )
+    _check_names(study, top)
+    return study
+
+
+def _all_runs(top: Block, folder: Path) -> dict[str, RunSpec]:
+    listed = [*_runs(top, folder), *_sweeps(top, folder)]
+    runs = {run.name: run for run in listed}
+    if not runs:
+        raise top.refuse("runs", "name at least one run", "There is nothing to do. Add a run or a sweep.")
+    if len(runs) < len(listed):
+        raise top.refuse("sweep", "give every run a name of its own", "Two runs would share a folder. Rename one.")
+    return runs
+
+
+def _runs(top: Block, folder: Path) -> Iterable[RunSpec]:
+    for name, values in top.settings("runs").items():
+        check_name(name, f"a run's name in the {top.where}")
+        block = Block(values, f"run `{name}` of the {top.where}", ("recipe", "settings", "tune"))
+        yield RunSpec(name, folder / block.text("recipe"), block.settings("settings", SET_BY_STUDY), _tune(block))
+
+
+def _sweeps(top: Block, folder: Path) -> Iterable[RunSpec]:
+    for name, values in top.settings("sweep").items():
+        check_name(name, f"a sweep's name in the {top.where}")
+        block = Block(values, f"sweep `{name}` of the {top.where}", ("recipe", "settings", "tune", "grid"))
+        block.required("grid")
+        grid = Block(block.settings("grid", SET_BY_STUDY), f"grid of the {block.where}", block.values["grid"])
+        settings = block.settings("settings", (*SET_BY_STUDY, *grid.known))
+        for combination in itertools.product(*(grid.values_of(key) for key in grid.known)):
+            point = dict(zip(grid.known, combination, strict=True))
+            label = ",".join(f"{key}={slug(value)}" for key, value in point.items())
+            yield RunSpec(
+                name=f"{name}-{label}",
+                recipe=folder / block.text("recipe"),
+                settings={**settings, **point},
+                tune=_tune(block),
+                sweep=name,
+                point=point,
+            )
+
+
+def slug(value: Any) -> str:
+    """A value as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_")
+
+
+def _tune(block: Block) -> bool | str:
+    value = block.values.get("tune", True)
+    if not isinstance(value, (bool, str)):
+        raise block.refuse("tune", "be true, false or a run's name", "It says whose choice is used. Change the value.")
+    return value
+
+
+def _pairs(top: Block) -> tuple[Pair | None, ...]:
+    if "pairs" not in top.values:
+        return (None,)
+    pairs = []
+    for index, values in enumerate(top.values_of("pairs")):
+        block = Block(values, f"pair {index + 1} of the {top.where}", ("name", "student", "teacher"))
+        name = block.name("name") if "name" in block.values else f"pair{index + 1}"
+        pairs.append(Pair(name, block.text("student"), block.text("teacher")))
+    if len({pair.name for pair in pairs}) < len(pairs):
+        raise top.refuse("pairs", "have different names", "Each has a folder and a table. Rename one.")
+    return tuple(pairs)
+
+
+def _contrasts(top: Block, runs: Mapping[str, RunSpec]) -> dict[str, dict[str, float]]:
+    contrasts = top.settings("contrasts")
+    for name, weights in contrasts.items():
+        block = Block(weights, f"contrast `{name}` of the {top.where}", runs)
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in weights.values())
+        if not numbers or len(block.values) < 2 or abs(sum(weights.values())) > 1e-9:
+            raise top.refuse(
+                "contrasts", "hold numbers that sum to 0 for at least two runs",
+                "Else it is no comparison. Set it to e.g. {my_run: 1, other_run: -1}.",
+            )  # fmt: skip
+    return contrasts
+
+
+def _evaluate(top: Block) -> dict[str, Any]:
+    block = Block(top.required("evaluate"), f"block `evaluate` of the {top.where}", EVALUATE_KEYS)
+    block.text("dataset_name")
+    block.required("max_new_tokens")
+    return {"dataset_split": "test", "num_samples": 8, "seed": 0, **block.values}
+
+
+def _tuning(top: Block) -> Tuning | None:
+    if top.values.get("tune") is None:
+        return None
+    if top.values.get("choices") is not None:
+        raise top.refuse("tune", "not be set together with `choices`", "There would be two choices. Remove one.")
+    block = Block(top.values["tune"], f"block `tune` of the {top.where}", ("field", "values", "seeds", "split"))
+    name = block.text("field")
+    if name in SET_BY_STUDY:
+        raise block.refuse("field", "be a setting of the recipes", "The study sets this one. Tune another.")
+    return Tuning(name, tuple(block.values_of("values")), block.seeds("seeds"), block.text("split"))
+
+
+def _check_names(study: Study, top: Block) -> None:
+    """Names that refer to runs, and settings that would be set twice."""
+    if study.baseline not in study.runs:
+        near = did_you_mean(study.baseline, study.runs)
+        raise top.refuse("baseline", "name a run", f"Differences are taken to it.{near} Set it to one of the runs.")
+    if study.tuning is not None and study.tuning.split == study.evaluate["dataset_split"]:
+        raise top.refuse(
+            "tune", "measure on another split than `evaluate`",
+            "A choice made on the table's own problems flatters what was tuned. Set `split` to another one.",
+        )  # fmt: skip
+    if study.tuning is not None and study.tuning.field in study.settings:
+        raise top.refuse("settings", f"not set `{study.tuning.field}`", "It is tuned. Remove it, or `tune`.")
+    for run in study.runs.values():
+        _check_choice(study, run)
+
+
+def _check_choice(study: Study, run: RunSpec) -> None:
+    """A shared choice exists, and a chosen setting is not set by the run as well; `choices` is checked when read."""
+    chosen = study.tuning.field if study.tuning is not None else None
+    owner = study.runs.get(run.tune, run) if isinstance(run.tune, str) else None
+    if owner is not None and study.choices is None and (chosen is None or owner.tune is not True):
+        raise SGOPDConfigError(
+            f"`tune` of run `{run.name}` must be true, false or the name of a run with `tune: true`, got "
+            f"{run.tune!r}.{did_you_mean(str(run.tune), study.runs)} It says whose choice is used, and needs the "
+            "study's `tune` or `choices`. Change the value."
+        )
+    if chosen is not None and run.tune is not False and chosen in run.settings:
+        raise SGOPDConfigError(
+            f"`{chosen}` must not be set in run `{run.name}`, got {run.settings[chosen]!r}. It is tuned. Remove it, "
+            "or set `tune: false` for the run."
+        )
