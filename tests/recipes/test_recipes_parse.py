@@ -1,41 +1,64 @@
 import re
-from pathlib import Path
 
 import pytest
-import yaml
+from recipe_files import (
+    ACCELERATE,
+    BUILTIN,
+    FILES,
+    FOLDER,
+    ROOT,
+    SCALES,
+    STUDIES,
+    TRAIN,
+    header,
+    index,
+    load,
+    name,
+    of_scale,
+    parse,
+)
 
 from sg_opd_trl.cli.launching import launch_words
-from sg_opd_trl.cli.parsing import build_settings, read_command_line
-from sg_opd_trl.cli.recipes import ENV_WHITELIST
+from sg_opd_trl.cli.parsing import own_names, read_command_line
+from sg_opd_trl.cli.recipes import ENV_WHITELIST, load_recipe
 from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.study.spec import read_study
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "recipes"
-FILES = sorted(FOLDER.rglob("*.yaml")) + sorted(FOLDER.rglob("*.yml"))
-ACCELERATE = [path for path in FILES if path.parent.name == "accelerate_configs"]
-TRAIN = [path for path in FILES if path not in ACCELERATE]
-ARITHMETIC = [path for path in TRAIN if path.parent.name == "arithmetic"]
 METHOD_KEYS = {
     *("method", "output_dir", "sign_gated_extrapolation", "lambda_base", "lambda_high", "stability_tau"),
-    *("disagree_mode", "disagree_interp_beta", "teacher_model_name_or_path", "teacher_sampling_enable"),
-    *("teacher_sampling_ratio", "teacher_sampling_phase1_end_frac", "teacher_sampling_phase2_end_frac"),
-    *("loss_type", "delta", "weight_decay"),  # for GRPO, whose own defaults differ
+    *("disagree_mode", "disagree_interp_beta", "disagree_cell_lambdas", "gate_signal", "wrong_rollout_advantage"),
+    *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_sampling_enable", "teacher_sampling_ratio"),
+    *("reference_model_name_or_path", "reference_model_init_kwargs", "teacher_sampling_time_separated"),
+    *("teacher_sampling_phase1_end_frac", "teacher_sampling_phase2_end_frac", "teacher_sampling_filter_correct"),
+    *("teacher_max_completion_length", "distillation_mode", "distillation_topk", "asymmetric_threshold"),
+    *("iw_opd_gamma", "drift_gate_tau", "drift_gate_block", "num_iterations"),
+    *("special_token_mask", "special_token_mask_scope", "top_p", "temperature"),
+    *("loss_type", "delta", "weight_decay"),  # for TRL's own trainers, whose defaults differ
+    *("lmbda", "beta", "max_new_tokens", "rollout_batch_size"),
 }
-
-
-def name(path):
-    return str(path.relative_to(FOLDER))
-
-
-def parse(path, *flags):
-    """With `use_cpu`, because bfloat16 recipes are refused where there is no GPU."""
-    return build_settings(read_command_line(["--config", str(path), "--use_cpu", "true", *flags]))
+# Values that all methods of a scale have, by name of the field; what a method's trainer lacks is passed over.
+SHARED_FIELDS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed", "weight_decay"),
+    *("max_completion_length", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "shuffle_dataset", "num_generations", "temperature"),
+    *("bf16", "gradient_checkpointing", "chat_template_kwargs", "use_vllm"),
+)
+VLLM_FIELDS = ("vllm_max_model_length", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max")
+OWN_DATA = {"multi_teacher": {"dataset_name"}}  # folder -> keys in which it may differ from the others
 
 
 def test_all_recipes_are_found():
     assert len(ACCELERATE) >= 4
-    assert {path.stem for path in ARITHMETIC} == {"opd", "exopd", "gate_only", "pts_only", "sg_opd", "grpo"}
+    assert {path.stem for path in of_scale("arithmetic")} >= {
+        *("opd", "exopd", "gate_only", "pts_only", "sg_opd", "timesep", "random_gate", "fixed_negative"),
+        *("grpo", "sft", "seqkd", "gkd", "topk_logits", "full_logits", "asymmetric", "iw_opd", "drift_gate"),
+    }
+    assert {path.stem for path in of_scale("chains")} >= {
+        *("opd", "exopd", "uniform_1_8", "gate_only", "pts_only", "sg_opd", "random_gate", "fixed_negative"),
+        *("grpo", "sft", "seqkd", "gkd"),
+    }
     assert FOLDER / "Qwen3-1.7B" / "sg_opd" / "config_deepmath.yaml" in TRAIN
+    assert sorted(TRAIN) == sorted(path for scale in SCALES for path in of_scale(scale))
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=name)
@@ -56,13 +79,15 @@ def test_a_misspelt_key_fails_with_the_right_one(path, tmp_path):
 
 @pytest.mark.parametrize("path", TRAIN, ids=name)
 def test_headers_say_what_how_and_where(path):
-    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    head = header(path)
     for start in ("# Paper: ", "# Launch: sg-opd train --config ", "# Hardware: ", "# Run time: "):
         assert f"\n{start}" in head
-    assert f"--config recipes/{name(path)}" in head
+    # Every command of the header runs this file and no other.
+    assert set(re.findall(r"--config[ =](\S+)", head)) == {f"recipes/{name(path)}"}
+    assert not re.search(r"\b(TODO|RUNTIME)\b", head)
 
 
-@pytest.mark.parametrize("path", ARITHMETIC, ids=name)
+@pytest.mark.parametrize("path", BUILTIN, ids=name)
 def test_every_overridden_default_has_its_reason(path):
     text = path.read_text(encoding="utf-8")
     section = text.split("# Overrides of defaults")[1].split("\n\n")[0].splitlines()[1:]
@@ -70,11 +95,53 @@ def test_every_overridden_default_has_its_reason(path):
     assert [line for line in section if not re.search(r"  # \S.{9,}", line)] == []
 
 
-def test_arithmetic_recipes_differ_only_in_their_method():
-    recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in ARITHMETIC]
-    shared = [{key: value for key, value in recipe.items() if key not in METHOD_KEYS} for recipe in recipes]
-    assert all(recipe == shared[0] for recipe in shared)
-    assert len(shared[0]) > 15
+@pytest.mark.parametrize("scale", SCALES)
+def test_recipes_of_a_scale_differ_only_in_their_method(scale):
+    recipes = {path: load(path) for path in of_scale(scale)}
+    shared = {path: without(recipe, METHOD_KEYS) for path, recipe in recipes.items()}
+    everything = max(shared.values(), key=len)
+    assert len(everything) > 15
+    for path, own in shared.items():
+        allowed = OWN_DATA.get(path.parent.name, set())
+        known = own_names(recipes[path]["method"])
+        expected = {key: value for key, value in everything.items() if key in known}
+        assert without(own, allowed) == without(expected, allowed), name(path)
+        assert own.keys() == expected.keys(), name(path)
+
+
+def without(settings, keys):
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_all_methods_of_a_scale_train_on_equal_terms(scale):
+    paths = of_scale(scale)
+    base = parse(next(path for path in paths if "sg_opd" in (path.stem, path.parent.name))).training
+    for path in paths:
+        training = parse(path).training
+        with_vllm = VLLM_FIELDS if getattr(training, "use_vllm", False) else ()
+        for field in (*SHARED_FIELDS, *with_vllm):
+            assert getattr(training, field, getattr(base, field)) == getattr(base, field), (name(path), field)
+        assert getattr(training, "top_p", 1.0) == (0.9 if "topk_logits" in name(path) else 1.0)
+        assert getattr(training, "num_iterations", 1) == (2 if "drift_gate" in name(path) else 1)
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=name)
+def test_no_setting_is_without_effect(path):
+    recipe = load(path)
+    training = parse(path).training
+    if recipe["method"] != "sg_opd":
+        return
+    gated = training.sign_gated_extrapolation
+    if not training.teacher_sampling_enable:
+        odd = [key for key in recipe if key.startswith("teacher_sampling_") and key != "teacher_sampling_enable"]
+        assert [*odd, *(key for key in recipe if key == "teacher_max_completion_length")] == []
+    assert gated or not recipe.keys() & {"lambda_high", "disagree_mode", "disagree_interp_beta", "gate_signal"}
+    assert ("disagree_cell_lambdas" in recipe) == (gated and training.disagree_mode == "cells")
+    assert "lambda_high" not in recipe or training.disagree_mode != "cells"
+    assert "disagree_interp_beta" not in recipe or training.disagree_mode in ("interp", "interp_lambda")
+    assert "distillation_topk" not in recipe or training.distillation_mode in ("topk_logits", "asymmetric")
+    assert "reference_model_name_or_path" not in recipe or training.needs_reference
 
 
 @pytest.mark.parametrize(
@@ -132,11 +199,21 @@ def test_accelerate_configurations_load(path, tmp_path):
     assert words == ["--config_file", str(path)]
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=name)
+def test_studies_are_valid_and_name_recipes_that_are_there(path):
+    study = read_study(load_recipe(path), path)
+    assert all(run.recipe.resolve() in TRAIN for run in study.runs.values())
+    assert study.output_dir.resolve().is_relative_to(ROOT / "outputs")
+    head = header(path)
+    for start in (f"# Launch: sg-opd study recipes/{name(path)}", "# Hardware: ", "# Run time: "):
+        assert f"\n{start}" in head
+
+
 def test_the_index_lists_every_recipe():
-    index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert [name(path) for path in FILES if name(path) not in index] == []
+    listed = index()
+    assert [name(path) for path in FILES if name(path) not in listed] == []
 
 
 def test_the_index_lists_what_env_may_set():
-    index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert [variable for variable in sorted(ENV_WHITELIST) if f"`{variable}`" not in index] == []
+    listed = index()
+    assert [variable for variable in sorted(ENV_WHITELIST) if f"`{variable}`" not in listed] == []
