@@ -15,7 +15,7 @@ from trl import GRPOConfig
 from . import __version__
 from .anchor import TeacherAnchorCallback
 from .config import SGOPDConfig
-from .data import check_dataset
+from .data import check_dataset, datasets_of
 from .errors import SGOPDConfigError
 from .teachers.build import check_sources, default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
@@ -170,7 +170,7 @@ def check_run(trainer: Any) -> None:
             f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
             "teacher. Use trl.GRPOTrainer, or a text-only student."
         )
-    for name, dataset in _datasets(trainer):
+    for name, dataset in datasets_of(trainer):
         prompts = args.generation_batch_size // args.num_generations if name == "train_dataset" else 1
         check_dataset(
             dataset,
@@ -205,14 +205,6 @@ def _warn_of_inexact_resume(args: Any) -> None:
         )
 
 
-def _datasets(trainer: Any) -> list[tuple[str, Any]]:
-    evaluation = trainer.eval_dataset
-    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-    found = [(f"eval_dataset {key}".strip(), dataset) for key, dataset in named.items() if dataset is not None]
-    # An environment that owns the data brings its own prompts; TRL then drives it with placeholder rows.
-    return found if trainer.environment_factories is not None else [("train_dataset", trainer.train_dataset), *found]
-
-
 def _dropout(model: Any) -> float:
     inside = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     config = model.config.to_dict()
@@ -222,7 +214,12 @@ def _dropout(model: Any) -> float:
 def checkpoint_facts(trainer: Any) -> dict:
     """What a checkpoint says about the run's teacher and reference."""
     reference = trainer.reference.identity if trainer.reference is not None else None
-    return {"version": __version__, "teacher": trainer.teacher.identity, "reference": reference}
+    return {
+        "version": __version__,
+        "teacher": trainer.teacher.identity,
+        "reference": reference,
+        "teacher_tokens": list(trainer.teacher_tokens),
+    }
 
 
 def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
@@ -232,14 +229,28 @@ def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
         SGOPDConfigError: names the model and both fingerprints.
     """
     for role, model in (("teacher", trainer.teacher), ("reference", trainer.reference)):
-        stored = (state.get(role) or {}).get("fingerprint")
-        current = None if model is None else model.identity["fingerprint"]
-        if stored is not None and current is not None and stored != current:
+        stored = _identities(role, state.get(role))
+        current = _identities(role, None if model is None else model.identity)
+        if stored.keys() != current.keys():
             raise SGOPDConfigError(
-                f"The {role} must be the one of the checkpoint, got other weights (fingerprint {current}, the "
-                f"checkpoint has {stored} of {state[role]['name']!r}). The resumed run would optimise something "
-                f"else. Give the original {role}, or start a new run from the checkpoint's model."
+                f"The teachers must be those of the checkpoint, got {sorted(current)} in place of {sorted(stored)}. "
+                "The resumed run would optimise something else. Give the original ones, or start a new run from the "
+                "checkpoint's model."
             )
+        for name, facts in stored.items():
+            before, now = facts.get("fingerprint"), current[name].get("fingerprint")
+            if before is not None and now is not None and before != now:
+                raise SGOPDConfigError(
+                    f"The {name} must be the one of the checkpoint, got other weights (fingerprint {now}, the "
+                    f"checkpoint has {before} of {facts['name']!r}). The resumed run would optimise something "
+                    f"else. Give the original {name}, or start a new run from the checkpoint's model."
+                )
+
+
+def _identities(role: str, identity: dict | None) -> dict[str, dict]:
+    """What is known of a model, or of each of several teachers, by the name that messages use."""
+    several = (identity or {}).get("teachers")
+    return {role: identity or {}} if several is None else {f"{role} {name}": part for name, part in several.items()}
 
 
 def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:

@@ -68,10 +68,11 @@ def _attend(
     padded = [_take(states[0].transpose(0, 1), plan.into) for states in (query, key, value)]
     results, start = [], 0
     for rows, width in plan.calls:
-        part = [states[start : start + rows * width].unflatten(0, (rows, width)).transpose(1, 2) for states in padded]
+        call = slice(start, start + rows * width)
+        queries, keys, values = (states[call].unflatten(0, (rows, width)).transpose(1, 2) for states in padded)
         band = _band(width, sliding_window, query.device)
         options["is_causal"] = band is None
-        results.append(sdpa_attention_forward(module, *part, band, **options)[0].flatten(0, 1))
+        results.append(sdpa_attention_forward(module, queries, keys, values, band, **options)[0].flatten(0, 1))
         start += rows * width
     return _take(torch.cat(results), plan.back).unsqueeze(0), None
 

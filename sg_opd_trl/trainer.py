@@ -1,7 +1,6 @@
 """`SGOPDTrainer`: wires teacher, verifier and gate into the loss of `trl.GRPOTrainer`. It does no arithmetic."""
 
 import textwrap
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from . import core
 from .anchor import AnchorStep, sampling_of
+from .anchor_stage import anchor_only_loss
 from .config import SGOPDConfig
 from .construction import (
     AnchorBinding,
@@ -21,9 +21,15 @@ from .construction import (
 from .errors import NonFiniteError
 from .joint_forward import JointForward
 from .metrics import TrainingMetrics, reduce_over_ranks
-from .runtime import DistillationRuntime, loss_mask, token_batch
-from .scoring import TokenBatch
+from .micro_batch import MicroBatchLoss
+from .objectives import Objective, build_objective
+from .objectives.base import Scores
+from .runtime import DistillationRuntime
+from .scoring import TokenBatch, loss_mask, token_batch
 from .teachers.build import build_reference, build_teacher, default_reference
+from .teachers.rows import teacher_batch, teacher_of
+from .token_weights import TokenWeights
+from .trl_seam import add_head_output
 
 
 class SGOPDTrainer(DistillationRuntime):
@@ -38,6 +44,7 @@ class SGOPDTrainer(DistillationRuntime):
     | verdicts -> a1 | group advantage | `compute_verifier_signal` |
     | a1, a2 -> consensus, conflict, neutral | Eq. 4 | `compute_gate` |
     | gate -> advantage | Eq. 5-8 | `route_advantages` |
+    | gate -> target distribution | `distillation_mode` | `route_lambdas` |
     | token weights | Eq. 9 | `compute_token_weights` |
     | log-probs of teacher and reference | | `score_with_teacher`, `score_with_reference` |
     | verified teacher rollouts | Eq. 2 | `anchor_loss`, `TeacherAnchorCallback` |
@@ -48,9 +55,11 @@ class SGOPDTrainer(DistillationRuntime):
         args: configuration.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
             quantization_config, peft_config, tools, rollout_func, environment_factory: as for `GRPOTrainer`.
-        teacher_model: path, Hub id or model; default: `args.teacher_model_name_or_path`.
+        teacher_model: path, Hub id, model or teacher, or a mapping from the data set's `teacher_id` to these;
+            default: `args.teacher_model_name_or_path`.
         reference_model: path, Hub id or model of the extrapolation's reference; default: the initial student.
-        teacher_processing_class: tokenizer of a teacher given as a model, so that its ids can be checked.
+        teacher_processing_class: tokenizer of a teacher given as a model, so that its ids can be checked; with several
+            teachers a mapping as well.
 
     Raises:
         SGOPDConfigError: a combination that cannot be honoured.
@@ -119,11 +128,15 @@ class SGOPDTrainer(DistillationRuntime):
             environment_factory=environment_factory,
         )
         check_run(self)
+        add_head_output(self.model)
+        self.token_weights = TokenWeights(args, self.tokenizer)
         self.verifier = self.build_verifier()
         self.teacher = build_teacher(self, teacher_model, teacher_processing_class)
         initial = default_reference(args, reference_model)
         self.reuses_trl_reference = initial and args.beta != 0.0 and not args.sync_ref_model
         self.reference = build_reference(self, reference_model, initial_student)
+        self.vocabulary = self.build_vocabulary()
+        self.objective: Objective = build_objective(self)
         self.teacher_sampling = sampling_of(self)
         self.add_callback(AnchorBinding(self))
 
@@ -153,22 +166,19 @@ class SGOPDTrainer(DistillationRuntime):
         verifier_advantages: Tensor,
     ) -> Tensor:
         """Advantage of every token (Eq. 5-8); without a gate A(lambda_base) throughout. All `(B, T)`, a1 `(B,)`."""
-        args = self.args
         if gate is None:
-            return core.extrapolated_advantage(student_logps, teacher_logps, reference_logps, args.lambda_base)
-        return core.route_gated_advantages(
-            gate,
-            student_logps,
-            teacher_logps,
-            reference_logps,
-            verifier_advantages,
-            lambda_high=args.lambda_high,
-            lambda_base=args.lambda_base,
-            disagree_mode=args.disagree_mode,
-            disagree_interp_beta=args.disagree_interp_beta,
-            neutral_mode=args.neutral_mode,
-            cell_lambdas=tuple(args.disagree_cell_lambdas),
-        )
+            return core.extrapolated_advantage(student_logps, teacher_logps, reference_logps, self.args.lambda_base)
+        signals = student_logps, teacher_logps, reference_logps, verifier_advantages
+        return core.route_gated_advantages(gate, *signals, **self.args.route_settings)
+
+    def route_lambdas(
+        self, gate: Tensor | None, teacher_advantages: Tensor, verifier_advantages: Tensor
+    ) -> core.RoutedLambdas:
+        """Target of every token's distribution under `topk_logits` and `full_logits`: a2 `(B, T)`, a1 `(B,)`."""
+        if gate is None:
+            one = torch.ones_like(teacher_advantages)
+            return core.RoutedLambdas(self.args.lambda_base * one, one)
+        return core.route_lambdas(gate, teacher_advantages, verifier_advantages, **self.args.route_settings)
 
     def compute_token_weights(self, teacher_advantages: Tensor, mask: Tensor, inputs: dict) -> Tensor:
         """Weight of every token's advantage (Eq. 9): `(B, T)` a2 and mask -> `(B, T)`, detached."""
@@ -176,20 +186,25 @@ class SGOPDTrainer(DistillationRuntime):
         denominator = inputs.get("stability_denominator")
         return core.stability_weight(teacher_advantages, mask, args.stability_tau, args.stability_norm, denominator)
 
-    def score_with_teacher(self, batch: TokenBatch, rows: Tensor, inputs: dict) -> Tensor:
-        """The teacher's log-probs of the completions, `(B, T)` float32; `rows` `(B,)` bool are those that count."""
-        return self.teacher.score(batch, rows, self.scoring_budget(batch))
+    def score_with_teacher(self, batch: TokenBatch, rows: Tensor, inputs: dict) -> Scores:
+        """The teacher's log-probs of the completions, `(B, T)` float32; `rows` `(B,)` bool are those that count.
 
-    def score_with_reference(self, batch: TokenBatch, rows: Tensor, inputs: dict) -> Tensor:
+        What it is asked besides depends on `distillation_mode`, see `Teacher.score_support` and `score_hidden`.
+        """
+        teacher = teacher_of(self.teacher, inputs["examples"])
+        return self.objective.ask_teacher(teacher, batch, rows, self.scoring_budget(batch))
+
+    def score_with_reference(self, batch: TokenBatch, rows: Tensor, inputs: dict) -> Scores:
         """The reference's log-probs of the completions, see `score_with_teacher`."""
         if self.reference is None:
             return inputs["ref_per_token_logps"]
-        return self.reference.score(batch, rows, self.scoring_budget(batch))
+        return self.objective.ask_reference(self.reference, batch, rows, self.scoring_budget(batch), inputs)
 
     def reference_rows(self, verifier_advantages: Tensor) -> Tensor:
         """Rows `(B,)` that need the reference; all of them once a subclass decides the gate or the routes itself."""
         own = type(self).compute_gate is SGOPDTrainer.compute_gate
         own = own and type(self).route_advantages is SGOPDTrainer.route_advantages
+        own = own and type(self).route_lambdas is SGOPDTrainer.route_lambdas
         if not own:
             return torch.ones_like(verifier_advantages, dtype=torch.bool)
         return core.rows_needing_reference(verifier_advantages, self.args.open_routes)
@@ -208,12 +223,15 @@ class SGOPDTrainer(DistillationRuntime):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Merge teacher log-probs, verdicts and gate into TRL's loss, and add the anchor (Eq. 11)."""
+        if self.anchor is not None and not self.needs_rollouts:
+            return anchor_only_loss(self, model, self.anchor)
         if "teacher_logps" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         step = self.anchor if self.mode == "train" else None
         rows = step.take(self.tokenizer.pad_token_id, self.accelerator.device, self.width_multiple) if step else None
-        forward = JointForward(rows, partial(self._merge_signals, inputs))
+        tokens = MicroBatchLoss(self, inputs)
+        forward = JointForward(rows, tokens.merge, tokens.request)
         with self.policy_forward(forward):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         anchor = loss.new_zeros(())
@@ -223,34 +241,11 @@ class SGOPDTrainer(DistillationRuntime):
         self._report(inputs, loss, anchor.detach())
         return loss
 
-    def _merge_signals(self, inputs: dict, student_logps: Tensor) -> None:
-        """Write the advantages that TRL's loss reads next; `student_logps` `(B, T)` come from its only forward."""
-        # Scores of the policy that made the rollouts keep a2 and the gate fixed over the inner updates of a batch.
-        behaviour = inputs.get("old_per_token_logps", student_logps.detach())
-        teacher, reference = inputs["teacher_logps"], inputs.get("reference_logps")
-        verifier = inputs["verifier_advantages"]
-        mask = loss_mask(inputs)
-        a2 = core.reverse_kl_advantage(behaviour, teacher)
-        gate = self.compute_gate(verifier, a2) if self.args.sign_gated_extrapolation else None
-        routed = self.route_advantages(gate, behaviour, teacher, reference, verifier)
-        weights = self.compute_token_weights(a2, mask, inputs)
-        inputs["advantages"] = core.weighted_advantages(routed, weights)
-        inputs["not_finite"] = ((~torch.isfinite(student_logps.detach() + inputs["advantages"])) & (mask != 0)).sum()
-        inputs["statistics"] = core.token_statistics(
-            gate=gate,
-            advantages=routed,
-            teacher_advantages=a2,
-            stability_weights=weights,
-            mask=mask,
-            right=inputs["verdicts"] == 1,
-            wrong=inputs["verdicts"] == 0,
-        )
-
     def _report(self, inputs: dict, loss: Tensor, anchor: Tensor) -> None:
         """Reduce this micro-batch's metrics over ranks, and stop all ranks if anything is not finite."""
         not_finite = inputs["not_finite"] + (~torch.isfinite(loss.detach()))
-        sums = torch.stack([anchor.float(), not_finite.float()])
-        statistics, (anchor_sum, bad) = reduce_over_ranks(self.accelerator, inputs["statistics"], sums)
+        sums = torch.cat([torch.stack([anchor.float(), not_finite.float()]), inputs["matching"]])
+        statistics, (anchor_sum, bad, *matching) = reduce_over_ranks(self.accelerator, inputs["statistics"], sums)
         if bad:
             raise NonFiniteError(
                 f"{int(bad)} of the student's log-probs, advantages or losses of step {self.state.global_step + 1} "
@@ -258,6 +253,7 @@ class SGOPDTrainer(DistillationRuntime):
                 "`learning_rate`, or train in float32 or bfloat16."
             )
         self.metrics.add_tokens(self.mode, statistics)
+        self.metrics.add(self.mode, "teacher/matching_loss", *matching)
         if self.mode == "train" and self.anchor is not None:
             self.metrics.add("train", "anchor/loss", anchor_sum, float(self.accelerator.sync_gradients))
 
@@ -270,26 +266,29 @@ class SGOPDTrainer(DistillationRuntime):
 
     def on_rollouts(self, rollouts: dict, examples: list[dict]) -> dict:
         """Attach what the loss needs: verdicts, a1, and the scores of teacher and reference."""
+        rollouts = self.token_weights.prepare(self.usable_rollouts(rollouts), self)
         if self.mode == "eval" and not self.args.eval_with_teacher:
             return rollouts
         rows = len(examples)
         own = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         signals: dict = {"verdicts": self._verdicts[own], "verifier_advantages": self._verifier_advantages[own]}
         signals |= self.remember_examples(examples)
-        return rollouts | signals | self._scores(rollouts, signals["verifier_advantages"])
+        rollouts = rollouts | signals
+        return rollouts | self._scores(rollouts | {"examples": examples}, signals["verifier_advantages"])
 
     def _scores(self, rollouts: dict, verifier_advantages: Tensor) -> dict:
-        batch = token_batch(rollouts, self.width_multiple)
-        counted = loss_mask(rollouts).any(dim=1)
+        batch = self.vocabulary.cut(token_batch(rollouts, self.width_multiple), self.tokenizer.pad_token_id)
+        counted = loss_mask(rollouts).any(dim=1) & self.token_weights.taught(rollouts["verdicts"])
         with self.timed("teacher"):
-            teacher_logps = self.score_with_teacher(batch, counted, rollouts)
-        scores = {"teacher_logps": teacher_logps}
+            taught = teacher_batch(batch, rollouts["examples"], self.tokenize_prompts)
+            scores = self.objective.teacher_entries(self.score_with_teacher(taught, counted, rollouts))
         if self.args.needs_reference:
             with self.timed("reference"):
-                rows = counted & self.reference_rows(verifier_advantages)
-                reference_logps = self.score_with_reference(batch, rows, rollouts)
-            # Rows that no route extrapolates carry lR = lT, so that the extrapolation term is 0.
-            scores["reference_logps"] = torch.where(rows.unsqueeze(1), reference_logps, teacher_logps)
+                rows, known = counted & self.reference_rows(verifier_advantages), rollouts | scores
+                answer = self.score_with_reference(batch, rows, known)
+                scores |= self.objective.reference_entries(answer, rows, known)
         if self.args.stability_tau is not None and self.args.stability_norm == "batch":
-            scores["stability_denominator"] = self.stability_denominator(rollouts, batch, counted, teacher_logps)
+            scores["stability_denominator"] = self.stability_denominator(
+                rollouts, batch, counted, scores["teacher_logps"]
+            )
         return scores

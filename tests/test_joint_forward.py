@@ -47,7 +47,7 @@ def alone(policy: Policy, batch: TokenBatch) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ANCHORS)
 def test_each_set_of_rows_gets_what_it_gets_alone(policy: Policy, name: str) -> None:
     anchor, given = ANCHORS[name], []
-    forward = JointForward(anchor, given.append)
+    forward = JointForward(anchor, lambda logps: given.append(logps) or logps)
     policy.shapes.clear()
     logps, entropies, auxiliary = forward(policy, *STUDENT.joined(), 4)
     prompt, width = max(3, anchor.prompt_ids.size(1)), max(4, anchor.completion_ids.size(1))
@@ -66,7 +66,7 @@ def test_each_set_of_rows_gets_what_it_gets_alone(policy: Policy, name: str) -> 
 
 def test_gradients_reach_both_and_stay_apart(policy: Policy) -> None:
     anchor = ANCHORS["longer"]
-    forward = JointForward(anchor, lambda logps: None)
+    forward = JointForward(anchor, lambda logps: logps)
     logps, _, _ = forward(policy, *STUDENT.joined(), 4)
     head = policy.model.lm_head.weight
     joint_student, joint_anchor = (
@@ -88,7 +88,7 @@ def test_without_an_anchor_the_forward_is_untouched(policy: Policy) -> None:
         return logps, None, None
 
     logps, (ids, mask) = torch.zeros(2, 4), STUDENT.joined()
-    forward = JointForward(None, given.append)
+    forward = JointForward(None, lambda logps: given.append(logps) or logps)
     assert forward(run, ids, mask, 4) == (logps, None, None)
     assert seen == [(ids, mask, 4)]
     assert given == [logps]
@@ -96,7 +96,7 @@ def test_without_an_anchor_the_forward_is_untouched(policy: Policy) -> None:
 
 
 def test_entropies_and_auxiliary_loss_may_be_absent(policy: Policy) -> None:
-    forward = JointForward(ANCHORS["longer"], lambda logps: None)
+    forward = JointForward(ANCHORS["longer"], lambda logps: logps)
     logps, entropies, auxiliary = forward(
         lambda ids, mask, width: (policy(ids, mask, width)[0], None, None), *STUDENT.joined(), 4
     )
@@ -111,18 +111,20 @@ def test_the_signals_are_merged_after_the_forward_and_before_its_result_is_read(
         order.append("forward")
         return policy(ids, mask, width)
 
-    def merge(logps: Tensor) -> None:
+    def merge(logps: Tensor) -> Tensor:
         order.append("merge")
         assert logps.requires_grad
         assert logps.shape == (2, 4)
+        return 2 * logps.detach()
 
-    JointForward(ANCHORS["longer"], merge)(run, *STUDENT.joined(), 4)
+    logps, _, _ = JointForward(ANCHORS["longer"], merge)(run, *STUDENT.joined(), 4)
     assert order == ["forward", "merge"]
+    assert (logps - 2 * alone(policy, STUDENT)[0]).abs().max() < 1e-5, "TRL goes on with what the callback returns"
 
 
 def test_a_student_row_without_tokens_stays_finite(policy: Policy) -> None:
     batch = TokenBatch.from_lists([[5, 6], [7]], [[8], []], 0, CPU)
-    forward = JointForward(ANCHORS["longer"], lambda logps: None)
+    forward = JointForward(ANCHORS["longer"], lambda logps: logps)
     logps, _, _ = forward(policy, *batch.joined(), 1)
     assert torch.isfinite(logps).all()
     assert torch.isfinite(forward.anchor_logps).all()

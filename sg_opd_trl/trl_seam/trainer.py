@@ -1,43 +1,23 @@
-"""The only file that touches TRL's private names, and what of them the rest of the package may use.
-
-`GRPOSeam` turns the private steps of `GRPOTrainer` into hooks with public names; the functions below it wrap TRL's
-fused head and model preparation. Supported: `trl>=1.16,<1.17`; `tests/contract` fails when TRL moves a name.
-"""
+"""The private steps of TRL's GRPO trainer as hooks with public names."""
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
-from trl.distributed import DistributedBackend
-from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import utils as trl_utils
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, is_async_callable
 
-from .generation import generate_completions
-from .metrics import timed
-from .packing import packed_log_probs, packs_exactly
-
-__all__ = [
-    "GRPOSeam",
-    "add_fused_head",
-    "create_model_from_path",
-    "fused_log_probs",
-    "get_config_model_id",
-    "is_async_callable",
-    "is_conversational",
-    "is_sharded",
-    "model_for_generation",
-    "prepare_frozen_model",
-]
+from ..generation import generate_completions
+from ..head_request import HeadRequest, pick_padded
+from ..metrics import timed
+from ..packing import packed_log_probs, should_pack
+from .models import compact_head, fused_log_probs, is_sharded
 
 STATE_FILE = "sg_opd_state.json"
 
@@ -69,6 +49,11 @@ class GRPOSeam(GRPOTrainer):
     def on_slices(self, slices: list[dict]) -> list[dict]:
         """Called with a new generation batch, shuffled and split into micro-batches; returns what is buffered."""
         return slices
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether the next micro-batch is made of rollouts; otherwise the loss gets an empty one."""
+        return True
 
     def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
         """Log-probs `(B, completion_length)` of the old policy or TRL's own reference, without gradient."""
@@ -129,6 +114,11 @@ class GRPOSeam(GRPOTrainer):
         """Log a value with TRL's own metrics; values of one logging window are averaged."""
         self._metrics[mode][name].append(value)
 
+    def suppress_tokens(self, ids: list[int]) -> None:
+        """Have the student never sample these ids; vLLM does its own sampling and is not told."""
+        wanted = sorted({*ids, *(self.generation_config.suppress_tokens or ())})
+        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = wanted
+
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
         """Token ids of prompts, rendered exactly as for the student's rollouts."""
         return self._tokenize_prompts(prompts)[0]
@@ -146,12 +136,17 @@ class GRPOSeam(GRPOTrainer):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             yield self.model
 
+    def policy_log_probs(self, model: Any, input_ids: Tensor, mask: Tensor, completion_length: int) -> Tensor:
+        """Log-probs `(B, completion_length)` of the student, with gradient."""
+        return self._get_per_token_logps_and_entropies(model, input_ids, mask, completion_length)[0]
+
     @contextmanager
     def policy_forward(self, forward: Callable) -> Iterator[None]:
         """Have `forward(run, input_ids, attention_mask, completion_length)` replace the loss's policy forward.
 
-        `run(input_ids, attention_mask, completion_length)` is TRL's own forward, all other arguments passed through;
-        it returns `(log-probs, entropies, auxiliary loss)`, and so must `forward`.
+        `run(input_ids, attention_mask, completion_length, request=None)` is TRL's own forward, all other arguments
+        passed through; it returns `(log-probs, entropies, auxiliary loss)`, and so must `forward`. A `HeadRequest` is
+        answered in the same forward.
         """
         self._loss_forward = forward
         try:
@@ -173,14 +168,18 @@ class GRPOSeam(GRPOTrainer):
         # Images, the auxiliary loss of experts and batches of TRL's own need its padded rows.
         plain = not args and all(v is None or v is False for k, v in kwargs.items() if k != "compute_entropy")
 
-        def run(ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            with compact_head():
-                if plain and packs_exactly(model):
+        def run(
+            ids: Tensor, mask: Tensor, keep: int, request: HeadRequest | None = None
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            with compact_head(ids.device):
+                if plain and should_pack(model, mask):
                     with self.accelerator.autocast():
-                        logps, entropies = packed_log_probs(model, ids, mask, keep)
+                        logps, entropies = packed_log_probs(model, ids, mask, keep, request)
                     return logps, entropies if wants_entropy else None, None
+                # TRL does nothing with the model but call it.
+                asked: Any = request.asked_of(model, (len(ids), keep), pick_padded(keep)) if request else model
                 return super(GRPOSeam, self)._get_per_token_logps_and_entropies(
-                    model, ids, mask, keep, *args, **kwargs
+                    asked, ids, mask, keep, *args, **kwargs
                 )
 
         forward, self._loss_forward = self._loss_forward, None
@@ -217,6 +216,8 @@ class GRPOSeam(GRPOTrainer):
         return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict:
+        if not self.needs_rollouts:
+            return {}
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:
@@ -239,62 +240,3 @@ class GRPOSeam(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STATE_FILE).is_file():
             self.check_checkpoint_state(json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8")))
-
-
-def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> None:
-    """Give a frozen model TRL's fused head: log-probs at the student's temperature, logits never built."""
-    base: Any = model
-    if hasattr(model, "peft_config"):
-        base = base.get_base_model()
-    add_fused_lm_head(base, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
-
-
-def fused_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-    """Log-probs of the last `completion_length` tokens, `(B, completion_length)` float32; 0 where the mask is 0."""
-    with compact_head():
-        if packs_exactly(model):
-            return packed_log_probs(model, input_ids, attention_mask, completion_length)[0]
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :-completion_length] = -100
-        outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-    return outputs.log_probs[:, -completion_length:]
-
-
-@contextmanager
-def compact_head() -> Iterator[None]:
-    """Have TRL's fused head project only the positions that count on the CPU too, where it projects all of them.
-
-    TRL asks one function whether the device runs Triton, and projects fewer positions only there, because some other
-    devices compile anew for every shape. The CPU does not.
-    """
-    original = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: device.type == "cpu" or original(device)
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = original
-
-
-def is_sharded(accelerator: Any) -> bool:
-    """Whether a forward of a prepared frozen model is a collective operation."""
-    backend = DistributedBackend(accelerator)
-    return backend.is_fsdp or backend.is_zero3
-
-
-def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:
-    """Place a frozen model as TRL places its own reference model: DeepSpeed, FSDP or plain."""
-    backend = DistributedBackend(accelerator)
-    if accelerator.state.deepspeed_plugin is not None:
-        return prepare_deepspeed(model, accelerator)
-    if backend.is_fsdp:
-        return prepare_fsdp(model, accelerator)
-    return accelerator.prepare_model(model, evaluation_mode=True)
-
-
-@contextmanager
-def model_for_generation(model: nn.Module, accelerator: Any) -> Iterator[PreTrainedModel]:
-    """The frozen model unwrapped for `generate`, its shards gathered where that is needed."""
-    backend = DistributedBackend(accelerator)
-    gathered = backend.summon_full_params(model, recurse=False) if backend.is_fsdp else nullcontext()
-    with unwrap_model_for_generation(model, accelerator) as unwrapped, torch.no_grad(), gathered:
-        yield unwrapped

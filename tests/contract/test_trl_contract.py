@@ -1,8 +1,10 @@
 """What the package leans on in TRL 1.16, name by name: a TRL that moves one must fail here and not in a run."""
 
 import ast
+import dataclasses
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from sg_opd_trl import SGOPDConfig, SGOPDTrainer
 from sg_opd_trl.trl_seam import GRPOSeam
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sg_opd_trl"
-SEAM = PACKAGE / "trl_seam.py"
-OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path != SEAM)
+SEAM = PACKAGE / "trl_seam"
+OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if SEAM not in path.parents)
 # Class attributes that TRL asks subclasses to set.
 DECLARED = {"_tag_names", "_name", "_paper", "_VALID_DICT_FIELDS"}
 # method -> parameters that the seam passes on by position or name
@@ -232,6 +234,49 @@ def test_the_fused_head_asks_one_function_which_positions_to_project() -> None:
     assert inspect.getsource(utils.add_fused_lm_head).count("_use_triton(") == 1
     assert inspect.getsource(utils).count("_use_triton(") == 1
     assert list(inspect.signature(utils._use_triton).parameters) == ["device"]
+    assert inspect.getsource(utils.add_fused_lm_head).count("_CHUNKED_LOGPROB_CHUNK_SIZE") == 1
+
+
+def test_what_the_second_output_of_a_head_leans_on() -> None:
+    from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, maybe_gather_lm_head_ctx
+
+    model = tiny_model(0)
+    add_fused_lm_head(model, temperature=0.5, cast_lm_head_to_fp32=True)
+    settings = inspect.getclosurevars(model.forward.__func__).nonlocals
+    assert (settings["temperature"], settings["cast_lm_head_to_fp32"]) == (0.5, True)
+    assert (settings["logit_scale"], settings["final_logit_softcapping"]) == (1.0, None)
+    assert getattr(model, settings["backbone_attr"]) is model.model
+    assert {"log_probs", "entropy", "aux_loss"} <= {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
+    assert next(iter(inspect.signature(maybe_gather_lm_head_ctx).parameters.values())).kind.name == "VAR_POSITIONAL"
+
+
+def test_the_scoring_step_does_nothing_with_the_model_but_call_it_once() -> None:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)))
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "model"]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func in uses]
+    assert len(uses) == len(calls) == 1
+    assert {keyword.arg for keyword in calls[0].keywords} == {None, "labels", "fused_lm_head"}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_a_token_with_a_ratio_of_one_loses_its_advantage_with_its_gradient(plain: Any, loss_type: str) -> None:
+    """What `matched_advantages` stands on, for advantages of both signs, ties of the clipping included."""
+    inputs = dict(plain.seen["inputs"])
+    logps = torch.full(inputs["completion_ids"].shape, -1.0)
+    advantages = torch.linspace(-3, 5, logps.numel()).view(logps.shape).requires_grad_()
+    plain._get_per_token_logps_and_entropies = lambda *_, **__: (logps, -logps, None)
+    before = plain.loss_type, plain.beta, plain.args.delta
+    plain.loss_type, plain.beta, plain.args.delta = loss_type, 0.0, 1.0
+    loss = plain._compute_loss(plain.model, inputs | {"advantages": advantages, "old_per_token_logps": logps})
+    plain.loss_type, plain.beta, plain.args.delta = before
+    del plain._get_per_token_logps_and_entropies
+    (gradient,) = torch.autograd.grad(loss, advantages)
+    assert loss.item() == pytest.approx((gradient * advantages).sum().item(), rel=1e-5, abs=1e-6), "linear"
+    counted = inputs["completion_mask"] != 0
+    assert (gradient[counted] < 0).all()
+    assert (gradient[~counted] == 0).all()
+    rows = [row[mask] for row, mask in zip(gradient, counted, strict=True)]
+    assert all((row - row[0]).abs().max() < 1e-8 for row in rows), "tokens of a row weigh the same"
 
 
 # --- nobody else does -----------------------------------------------------------------------------------------------
@@ -246,20 +291,22 @@ def test_no_other_file_imports_from_inside_trl(path: Path) -> None:
         node.module or "" for node in ast.walk(syntax(path)) if isinstance(node, ast.ImportFrom) and not node.level
     ]
     imports += [alias.name for node in ast.walk(syntax(path)) if isinstance(node, ast.Import) for alias in node.names]
-    inside = {name for name in imports if name.startswith("trl.") and not name.startswith("trl.scripts")}
+    public = ("trl.scripts", "trl.experimental")
+    inside = {name for name in imports if name.startswith("trl.") and not name.startswith(public)}
     assert inside == set()
 
 
 def test_the_seam_does_touch_them() -> None:
     """The two tests above can fail: the same search finds the seam's names and imports."""
     # Not `_buffered_inputs`: what a file assigns itself counts as its own.
-    assert {"_metrics", "_step", "_is_vlm", "_tokenizer"} <= private_names_touched(SEAM)
+    assert {"_metrics", "_step", "_is_vlm", "_tokenizer"} <= private_names_touched(SEAM / "trainer.py")
     assert {"_metrics", "_generate_and_score_completions", "_attn_implementation"} & private_names_of_trl() == {
         "_metrics",
         "_generate_and_score_completions",
     }
-    modules = {node.module for node in ast.walk(syntax(SEAM)) if isinstance(node, ast.ImportFrom)}
-    assert "trl.trainer.utils" in modules
+    for name in ("__init__.py", "models.py"):
+        modules = {node.module for node in ast.walk(syntax(SEAM / name)) if isinstance(node, ast.ImportFrom)}
+        assert "trl.trainer.utils" in modules
 
 
 def test_our_own_private_names_hide_none_of_trls() -> None:

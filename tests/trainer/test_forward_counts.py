@@ -37,13 +37,21 @@ class Forwards:
         if not keywords.get("fused_lm_head"):
             self.generating += 1
             return
-        pairs = zip(keywords["input_ids"], keywords["attention_mask"], strict=True)
-        rows = Counter(tuple(ids[mask == 1].tolist()) for ids, mask in pairs)
+        rows = Counter(tuple(ids.tolist()) for ids in rows_without_padding(keywords))
         (self.trained if torch.is_grad_enabled() else self.scored).append(rows)
 
     @property
     def rows_scored(self) -> Rows:
         return sum(self.scored, Counter())
+
+
+def rows_without_padding(keywords: dict) -> list[torch.Tensor]:
+    """The rows of a forward, behind one another or padded."""
+    if "cu_seq_lens_q" in keywords:
+        lengths = keywords["cu_seq_lens_q"].diff().tolist()
+        return list(keywords["input_ids"][0].split(lengths))
+    pairs = zip(keywords["input_ids"], keywords["attention_mask"], strict=True)
+    return [ids[mask == 1] for ids, mask in pairs]
 
 
 class Run:

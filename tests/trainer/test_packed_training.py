@@ -59,7 +59,7 @@ def build(folder: Path, settings: dict, **arguments: Any) -> tuple[Any, StepReco
 
 def pack_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact on the CPU too, where transformers builds the mask that keeps rows apart; only slow."""
-    monkeypatch.setattr(trl_seam, "should_pack", lambda model, mask: True)
+    monkeypatch.setattr(trl_seam.trainer, "should_pack", lambda model, mask: True)
 
 
 def metrics(trainer: Any) -> list[dict[str, float]]:
