@@ -21,9 +21,9 @@ is TRL's. The same names are YAML keys in a recipe and flags of `sg-opd train`. 
 GROUPS = {
     "Teacher": ("teacher_model", "teacher_request", "teacher_max_retries"),
     "Reference": ("reference_",),
-    "Gate": ("sign_gated", "lambda_", "disagree_", "neutral_", "gate_", "verifier_"),
+    "Gate": ("sign_gated", "lambda_", "disagree_", "neutral_", "gate_", "verifier_", "wrong_rollout_"),
     "Token weights": ("stability_", "iw_opd_", "drift_gate_", "special_token_"),
-    "Objective": ("distillation_",),
+    "Objective": ("distillation_", "asymmetric_"),
     "Phased teacher sampling": ("teacher_",),
     "Running": ("",),
 }

@@ -12,7 +12,9 @@ _SOURCES = {
     "SGOPDConfig": "config",
     "SGOPDTrainer": "trainer",
     "TeacherAnchorCallback": "anchor",
+    "AdapterTeacher": "teachers",
     "LocalTeacher": "teachers",
+    "RoutedTeacher": "teachers",
     "math_reward": "verifiers",
     "exact_match_reward": "verifiers",
     "evaluate_model": "evaluation",
@@ -28,10 +30,12 @@ _SOURCES = {
 _MODULES = ("core", "evaluation", "reporting", "tasks", "teachers", "verifiers")
 
 __all__ = [
+    "AdapterTeacher",
     "DataError",
     "EvaluationResult",
     "LocalTeacher",
     "NonFiniteError",
+    "RoutedTeacher",
     "SGOPDConfig",
     "SGOPDConfigError",
     "SGOPDError",
@@ -51,7 +55,7 @@ if TYPE_CHECKING:
     from .config import SGOPDConfig
     from .errors import DataError, NonFiniteError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
     from .evaluation import EvaluationResult, evaluate_model, pass_at_k
-    from .teachers import LocalTeacher
+    from .teachers import AdapterTeacher, LocalTeacher, RoutedTeacher
     from .trainer import SGOPDTrainer
     from .verifiers import exact_match_reward, math_reward
 

@@ -5,17 +5,17 @@ source. Bounds and refused combinations live in `config_checks`.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
 from .config_checks import check_config
-from .config_fields import AnchorFields, GateFields, RunningFields, TeacherFields, WeightFields
+from .config_fields import AnchorFields, GateFields, ObjectiveFields, RunningFields, TeacherFields, WeightFields
 from .core import RouteReferences, routes_need_reference
 
 
 @dataclass
-class SGOPDConfig(RunningFields, AnchorFields, WeightFields, GateFields, TeacherFields, GRPOConfig):
+class SGOPDConfig(RunningFields, AnchorFields, ObjectiveFields, WeightFields, GateFields, TeacherFields, GRPOConfig):
     """Configuration of `SGOPDTrainer`.
 
     All of `trl.GRPOConfig`, with the defaults of the paper's recipe (arXiv:2606.09304, appendix C), plus the teacher,
@@ -28,6 +28,7 @@ class SGOPDConfig(RunningFields, AnchorFields, WeightFields, GateFields, Teacher
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # TRL's is not a ClassVar
         *GRPOConfig._VALID_DICT_FIELDS,
+        "teacher_model_name_or_path",
         "teacher_model_init_kwargs",
         "reference_model_init_kwargs",
     ]
@@ -73,15 +74,19 @@ class SGOPDConfig(RunningFields, AnchorFields, WeightFields, GateFields, Teacher
     @property
     def open_routes(self) -> RouteReferences:
         """Whether consensus, conflict and neutral tokens use the reference (design: only used forwards)."""
-        return routes_need_reference(
-            sign_gated=self.sign_gated_extrapolation,
-            lambda_high=self.lambda_high,
-            lambda_base=self.lambda_base,
-            disagree_mode=self.disagree_mode,
-            disagree_interp_beta=self.disagree_interp_beta,
-            neutral_mode=self.neutral_mode,
-            cell_lambdas=tuple(self.disagree_cell_lambdas),
-        )
+        return routes_need_reference(sign_gated=self.sign_gated_extrapolation, **self.route_settings)
+
+    @property
+    def route_settings(self) -> dict[str, Any]:
+        """What the routing functions of `core` take beside their tensors."""
+        return {
+            "lambda_high": self.lambda_high,
+            "lambda_base": self.lambda_base,
+            "disagree_mode": self.disagree_mode,
+            "disagree_interp_beta": self.disagree_interp_beta,
+            "neutral_mode": self.neutral_mode,
+            "cell_lambdas": tuple(self.disagree_cell_lambdas),
+        }
 
     @property
     def teacher_completion_length(self) -> int:

@@ -99,17 +99,7 @@ class Sampler:
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; chats get the template and the generation prompt."""
-        if isinstance(prompt, str):
-            return list(self.processing_class(text=prompt)["input_ids"])
-        if self.processing_class.chat_template is None:
-            raise DataError(
-                "`processing_class` must have a chat template, got none. The prompts are chats. Set "
-                "`processing_class.chat_template`, or give prompts as strings."
-            )
-        encoded = self.processing_class.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
-        )
-        return list(encoded["input_ids"])
+        return encode_prompt(self.processing_class, prompt, self.chat_template_kwargs)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -141,6 +131,25 @@ class Sampler:
         """Any id will do: padding is masked on the left and cut off on the right."""
         pad_id = self.processing_class.pad_token_id
         return pad_id if pad_id is not None else next(iter(eos_ids), 0)
+
+
+def encode_prompt(processing_class: Any, prompt: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+    """Token ids of a prompt as TRL's trainers render it; chats get the template and the generation prompt.
+
+    Raises:
+        DataError: a chat, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return list(processing_class(text=prompt)["input_ids"])
+    if processing_class.chat_template is None:
+        raise DataError(
+            "`processing_class` must have a chat template, got none. The prompts are chats. Set "
+            "`processing_class.chat_template`, or give prompts as strings."
+        )
+    encoded = processing_class.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+    )
+    return list(encoded["input_ids"])
 
 
 def draw_samples(

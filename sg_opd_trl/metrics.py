@@ -29,6 +29,10 @@ class TrainingMetrics:
         entry[0] += total
         entry[1] += count
 
+    def set(self, mode: str, name: str, value: float) -> None:
+        """Replace the value of one metric; its logged value is the last one."""
+        self._totals[mode][name] = [value, 1.0]
+
     def drain(self, mode: str) -> dict[str, float]:
         """Values of the window by name; the totals start anew."""
         values = {name: total / count for name, (total, count) in self._totals.pop(mode, {}).items() if count}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 
 from sg_opd_trl import TeacherAnchorCallback
 from sg_opd_trl.anchor import (
@@ -16,6 +17,7 @@ from sg_opd_trl.anchor import (
     sampling_of,
     teacher_prompts_per_step,
 )
+from sg_opd_trl.teachers.vocabulary import SharedVocabulary
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,12 @@ def test_a_stream_is_a_function_of_seed_and_step() -> None:
     late = PromptStream(100, 3).rows(7, 4)
     assert [stream.rows(step, 4) for step in (1, 7, 2)][1] == late
     assert PromptStream(100, 4).rows(7, 4) != late
+
+
+def test_positions_of_a_stream_are_those_of_its_steps() -> None:
+    stream = PromptStream(num_rows=10, seed=3)
+    assert stream.between(4, 13) == [row for step in range(1, 14) for row in stream.rows(step, 1)][4:13]
+    assert stream.between(5, 5) == []
 
 
 def test_a_step_may_draw_more_rows_than_there_are() -> None:
@@ -147,7 +155,9 @@ def test_the_teacher_writes_as_the_student_does() -> None:
         generation_kwargs={"suppress_tokens": [3]},
     )
     tokenizer = SimpleNamespace(pad_token_id=0)
-    sampling = sampling_of(SimpleNamespace(args=args, eos_token_ids=[1, 5], tokenizer=tokenizer))  # type: ignore[arg-type]
+    vocabulary = SharedVocabulary(tiny_tokenizer(), [26, 26])
+    run = SimpleNamespace(args=args, eos_token_ids=[1, 5], tokenizer=tokenizer, vocabulary=vocabulary)
+    sampling = sampling_of(run)  # type: ignore[arg-type]
     assert (sampling.max_new_tokens, sampling.eos_token_ids, sampling.pad_token_id) == (9, (1, 5), 0)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.7, 0.9, 4, 0.1)
     assert (sampling.repetition_penalty, sampling.generation_kwargs) == (1.2, {"suppress_tokens": [3]})

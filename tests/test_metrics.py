@@ -9,7 +9,7 @@ from tiny import ScriptedVerifier, logged, script_generation, tiny_data, tiny_mo
 from torch import Tensor
 
 from sg_opd_trl import SGOPDTrainer, TeacherAnchorCallback
-from sg_opd_trl.core.diagnostics import METRIC_NAMES, TokenStatistics
+from sg_opd_trl.core.diagnostics import MAXIMUM_NAMES, METRIC_NAMES, TokenStatistics
 from sg_opd_trl.metrics import TrainingMetrics, reduce_over_ranks
 
 
@@ -17,7 +17,7 @@ def statistics(index: int, total: float, count: float, largest: float = 0.0) -> 
     """(sum, count) of one metric, nothing in the others; the maximum of each row group."""
     totals = torch.zeros(2 * len(METRIC_NAMES))
     totals[2 * index], totals[2 * index + 1] = total, count
-    return TokenStatistics(totals, torch.tensor([largest, 0.0, 0.0]))
+    return TokenStatistics(totals, torch.tensor([largest] + [0.0] * (len(MAXIMUM_NAMES) - 1)))
 
 
 # --- totals ----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_the_anchor_reports_means_per_step(run: Any) -> None:
 
 
 def test_one_exchange_per_micro_batch_for_all_of_it(run: Any) -> None:
-    packed = 2 * len(METRIC_NAMES) + 3 + 2
+    packed = 2 * len(METRIC_NAMES) + len(MAXIMUM_NAMES) + 4  # the anchor, what is not finite, the matching loss
     assert run.exchanged.count(packed) == 2 * 4
     assert sum(size > 20 for size in run.exchanged) == 2 * 4
 

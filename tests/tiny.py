@@ -150,8 +150,9 @@ def inject_rollouts(trainer: Any, write: Callable[[list[int], int], list[int]]) 
 
 
 def inject_teacher_rollouts(trainer: Any, write: Callable[[list[int]], list[int]]) -> None:
-    """Have `write(prompt ids)` make the teacher's rollouts."""
-    trainer.teacher.generate = lambda prompts, *_, **__: [write(ids) for ids in prompts]
+    """Have `write(prompt ids)` make the rollouts of the teacher, or of each of several."""
+    for teacher in getattr(trainer.teacher, "distinct", [trainer.teacher]):
+        teacher.generate = lambda prompts, *_, **__: [write(ids) for ids in prompts]
 
 
 def logged(trainer: Any, name: str) -> list[float]:

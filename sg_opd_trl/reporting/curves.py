@@ -11,7 +11,7 @@ from typing import Any
 
 # Blue and orange families: told apart with every common kind of colour blindness. Written into the SVG as these odd
 # colours, which are then replaced by the page's variables.
-_COLOURS = {"blue": "#010203", "orange": "#010204", "grey": "#010205", "sky": "#010206", "sand": "#010207",
+COLOURS = {"blue": "#010203", "orange": "#010204", "grey": "#010205", "sky": "#010206", "sand": "#010207",
             "slate": "#010208", "ink": "#010209", "rule": "#01020a", "card": "#01020b"}  # fmt: skip
 _SIZE = (4.4, 2.35)  # inches; one SVG unit is about one pixel at phone width, so 9 points stay readable
 _FONT = 9
@@ -121,7 +121,7 @@ def draw_panels(log_history: Iterable[Mapping[str, Any]], panels: Iterable[Panel
     for index, panel in enumerate(panels):
         curves = {series: curve for series in panel.series if (curve := read_curve(log, series.key))}
         if curves:
-            svg = _inline(_draw(panel, curves, last_step), prefix=f"p{index}-")
+            svg = inline_svg(_draw(panel, curves, last_step), prefix=f"p{index}-")
             figures.append(Figure(panel, tuple(curves), svg, _summary(panel, curves)))
     return figures
 
@@ -163,14 +163,14 @@ def _draw(panel: Panel, curves: dict[Series, dict[int, float]], last_step: int) 
         canvas = Canvas(figsize=_SIZE, layout="constrained")
         axes = canvas.add_subplot()
         (_stack if panel.stacked else _lines)(axes, curves)
-        axes.set_xlabel("optimizer step", color=_COLOURS["ink"])
-        axes.set_ylabel(panel.unit, color=_COLOURS["ink"])
+        axes.set_xlabel("optimizer step", color=COLOURS["ink"])
+        axes.set_ylabel(panel.unit, color=COLOURS["ink"])
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if panel.share:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
         axes.set_xlim(min(1, *map(min, curves.values())), max(last_step, 2))
-        _style(axes, bounded=panel.share and panel.stacked)
+        style_axes(axes, bounded=panel.share and panel.stacked)
         text = io.StringIO()
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()
@@ -179,7 +179,7 @@ def _draw(panel: Panel, curves: dict[Series, dict[int, float]], last_step: int) 
 def _lines(axes: Any, curves: dict[Series, dict[int, float]]) -> None:
     for series, curve in curves.items():
         steps, values = list(curve), list(curve.values())
-        look = {"color": _COLOURS[series.colour], "linestyle": (0, (4, 2)) if series.dashed else "-"}
+        look = {"color": COLOURS[series.colour], "linestyle": (0, (4, 2)) if series.dashed else "-"}
         window = 1 if series.exact else smoothing_window(len(steps))
         if window > 1:
             axes.plot(steps, values, **(look | {"linestyle": "-"}), linewidth=0.8, alpha=0.4)
@@ -199,22 +199,23 @@ def _stack(axes: Any, curves: dict[Series, dict[int, float]]) -> None:
     layers = [[curve.get(step, 0.0) for step in steps] for curve in curves.values()]
     if len(steps) == 1:  # an area needs two points
         steps, layers = [steps[0], steps[0] + 1], [layer * 2 for layer in layers]
-    colours = [_COLOURS[series.colour] for series in curves]
-    axes.stackplot(steps, layers, colors=colours, linewidth=0.5, edgecolor=_COLOURS["card"])
+    colours = [COLOURS[series.colour] for series in curves]
+    axes.stackplot(steps, layers, colors=colours, linewidth=0.5, edgecolor=COLOURS["card"])
 
 
-def _style(axes: Any, bounded: bool) -> None:
+def style_axes(axes: Any, bounded: bool, colours: Mapping[str, str] = COLOURS) -> None:
+    """The look of all figures: horizontal rules only, no frame; `bounded` fixes the vertical range to [0, 1]."""
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_COLOURS["rule"])
-    axes.tick_params(colors=_COLOURS["ink"], length=0)
-    axes.tick_params(axis="x", length=3, color=_COLOURS["rule"])
-    axes.grid(axis="y", color=_COLOURS["rule"], linewidth=0.6)
+    axes.spines["bottom"].set_color(colours["rule"])
+    axes.tick_params(colors=colours["ink"], length=0)
+    axes.tick_params(axis="x", length=3, color=colours["rule"])
+    axes.grid(axis="y", color=colours["rule"], linewidth=0.6)
     axes.set_axisbelow(True)
     if bounded:
         axes.set_ylim(0, 1)
 
 
-def _inline(svg: str, prefix: str) -> str:
+def inline_svg(svg: str, prefix: str) -> str:
     """SVG file -> element for an HTML page: no prolog, no metadata, unique ids, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -224,6 +225,6 @@ def _inline(svg: str, prefix: str) -> str:
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r"(url\(#|href=\"#)", rf"\1{prefix}", svg)
-    for name, colour in _COLOURS.items():
+    for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.strip()

@@ -10,8 +10,11 @@ TOKEN_METRICS = [
     "gate/consensus", "gate/conflict", "gate/neutral", "gate/sign_flips", "gate/advantage_consensus",
     "gate/advantage_conflict", "gate/advantage_neutral", "teacher/kl_k1", "teacher/kl_k3",
     "teacher/abs_advantage_mean", "teacher/abs_advantage_max", "teacher/phi_mean",
+    "weights/prefix_mean", "weights/drift_mean", "weights/drift_max", "weights/drift_min",
 ]  # fmt: skip
 RUN_METRICS = [
+    "teacher/unusable_tokens",
+    "weights/special_masked",
     "anchor/alpha", "anchor/loss", "anchor/verified_share", "anchor/rollouts", "anchor/tokens",
     "time/rollout", "time/verify", "time/teacher", "time/reference", "time/loss", "time/anchor",
 ]  # fmt: skip
@@ -30,7 +33,7 @@ def test_every_metric_is_explained_with_unit_health_and_reduction():
 
 
 def test_own_metrics_of_the_page_exist():
-    own = [name for name in explained() if re.match(r"(gate|teacher|anchor|time)/", name)]
+    own = [name for name in explained() if re.match(r"(gate|teacher|weights|anchor|time)/", name)]
     assert sorted(own) == sorted(TOKEN_METRICS + RUN_METRICS)
 
 

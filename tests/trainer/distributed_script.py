@@ -17,6 +17,7 @@ from tiny import (
     inject_rollouts,
     inject_teacher_rollouts,
     tiny_data,
+    tiny_model,
     tiny_trainer,
 )
 
@@ -36,6 +37,8 @@ CASES: dict[str, tuple[dict, list[int]]] = {
     "anchor per rollout": ({"teacher_sft_reduction": "seq_mean", "teacher_sft_phi": "dft"}, ONE_RANK),
     "anchor as a sum": ({"teacher_sft_reduction": "sum"}, BOTH),
     "tokens of the whole batch": ({"loss_type": "dapo", "stability_norm": "batch", "stability_tau": 0.3}, ONE_RANK),
+    # 2 prompts per step: each rank's rollouts have one teacher, and the other is asked for nothing.
+    "a teacher per rank": ({"several_teachers": True}, BOTH),
     "advantages of the whole batch": ({"scale_rewards": "batch", "teacher_sampling_enable": False}, NONE),
 }
 
@@ -71,6 +74,9 @@ def build(folder: Path, settings: dict, rows: list[int], **arguments: Any) -> tu
     chosen: dict = defaults | settings
     batch = chosen.pop("global_batch") // PartialState(cpu=True).num_processes
     chosen |= {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+    if chosen.pop("several_teachers", False):
+        arguments["teacher_model"] = {"even": tiny_model(1), "odd": tiny_model(3)}
+        arguments["train_dataset"] = tiny_data().add_column("teacher_id", ["even", "odd"] * 8)
     callbacks: list = [recorder]
     if chosen.get("teacher_sampling_enable", True):
         callbacks.append(FixedPrompts(rows))
