@@ -157,7 +157,7 @@ def test_data_sets_are_loaded_from_files_folders_and_saved_data_sets(tiny, tmp_p
     assert load_splits(str(tmp_path / "rows.jsonl"))["train"].to_list() == rows.to_list()
     assert load_splits(str(tmp_path / "one"))["train"].to_list() == rows.to_list()
     assert set(load_splits(str(tmp_path / "two"))) == {"train", "dev"}
-    assert set(load_splits(tiny.data)) == {"train", "test"}
+    assert set(load_splits(tiny.data)) == {"train", "test", "tune"}
     streamed = load_splits(str(tmp_path / "rows.jsonl"), streaming=True)["train"]
     assert list(streamed) == rows.to_list()
     with pytest.raises(DataError, match="`dataset_name`"):
