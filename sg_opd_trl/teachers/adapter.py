@@ -60,7 +60,10 @@ class AdapterTeacher(LocalTeacher):
                 "adapter's path as `teacher_model` to have it loaded with a base of its own, or train the student "
                 "with LoRA on the adapter's base (`peft_config`; use_peft: true in a recipe)."
             )
-        self.adapter_name = _load_into_student(student, self.path, self.revision, str(trainer.accelerator.device))
+        device = trainer.accelerator.device
+        # Of several processes on a CPU the device is "cpu:0", which safetensors refuses.
+        place = "cpu" if device.type == "cpu" else str(device)
+        self.adapter_name = _load_into_student(student, self.path, self.revision, place)
         self.vocab_size = student.config.get_text_config().vocab_size
         self.identity = {"name": self.path, "fingerprint": fingerprint(student, adapter=self.adapter_name)}
         self.accelerator = trainer.accelerator

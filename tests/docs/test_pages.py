@@ -68,6 +68,15 @@ def test_worked_examples_are_what_the_core_computes() -> None:
             assert routed.item() == pytest.approx(float(row[column]), abs=1e-6), (row["#"], column)
 
 
+@pytest.mark.parametrize("module", ["anchor", "controls", "matching", "schedule", "support", "weights"])
+def test_methods_page_names_every_equation_of_the_core(module: str) -> None:
+    page, owner = read("docs/methods.md"), f"{core.__name__}.{module}"
+    names = [name for name in core.__all__ if getattr(getattr(core, name), "__module__", "") == owner]
+    functions = [name for name in names if inspect.isfunction(getattr(core, name))]
+    assert functions
+    assert [name for name in functions if f"`{name}`" not in page] == []
+
+
 def test_configuration_page_is_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("build_configuration", ROOT / "docs" / "build_configuration.py")
     builder = importlib.util.module_from_spec(spec)
