@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..teachers.remote.settings import MAX_RETRIES, TIMEOUT
+
 
 @dataclass
 class TeacherFields:
@@ -23,7 +25,31 @@ class TeacherFields:
         default=None,
         metadata={
             "help": "Keyword arguments for `from_pretrained` of the teacher, of all of them. The student's dtype and "
-            "attention implementation are used unless given here (our choice)."
+            "attention implementation are used unless given here (our choice). With `teacher_model_server_url` only "
+            "`dtype`, for `sg-opd serve-teacher`."
+        },
+    )
+    teacher_model_server_url: dict | str | list | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a vLLM server that has the teacher, such as http://localhost:8000; a list of URLs for "
+            "replicas of it; or a mapping from names in the column `teacher_id` to either. "
+            "`teacher_model_name_or_path` then says which model the server must have. `sg-opd serve-teacher` starts "
+            "one (our choice)."
+        },
+    )
+    teacher_request_timeout: float = field(
+        default=TIMEOUT,
+        metadata={
+            "help": "Seconds that a request to a teacher server may take, its retries included, before the run ends "
+            "with an error (our choice)."
+        },
+    )
+    teacher_max_retries: int = field(
+        default=MAX_RETRIES,
+        metadata={
+            "help": "How often a request that failed on all replicas of a teacher is sent again, after 0.5, 2, 8, 32, "
+            "128 ... seconds as far as `teacher_request_timeout` allows (our choice)."
         },
     )
 

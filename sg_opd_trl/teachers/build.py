@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,6 +19,8 @@ from .local import LocalTeacher
 from .reference import REFERENCE_ADAPTER, AdapterReference, Reference
 from .routed import RoutedTeacher
 from .rows import check_teacher_columns
+from .server import ServerTeacher
+from .sources import teacher_source
 
 if TYPE_CHECKING:
     from ..config import SGOPDConfig
@@ -35,7 +38,7 @@ def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: An
     Args:
         trainer: whose student sets dtype, attention and temperature.
         teacher_model: a path or Hub id, a model, a teacher, a mapping from `teacher_id` to any of these, or None for
-            `teacher_model_name_or_path`.
+            `teacher_model_name_or_path` and `teacher_model_server_url`.
         teacher_processing_class: tokenizer of teachers given as models, or a mapping from `teacher_id` to it; None
             skips the token-by-token check.
 
@@ -44,8 +47,7 @@ def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: An
         DataError: the data set does not say which row has which teacher.
         TeacherError: its tokens are not the student's.
     """
-    source = trainer.args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    source = source.teachers if isinstance(source, RoutedTeacher) else source
+    source = teacher_source(trainer.args, teacher_model)
     if not isinstance(source, Mapping):
         check_teacher_columns(trainer, None)
         return _build_one(trainer, source, teacher_processing_class, "teacher")
@@ -67,28 +69,37 @@ def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: An
 
 def _build_one(trainer: Any, source: Any, tokenizer: Any, role: str) -> Teacher:
     """A teacher from a path, a model or a teacher, its tokens checked, ready to score."""
-    args = trainer.args
     teacher: Any = source
     if isinstance(source, str):
         teacher = _load_teacher(trainer, source)
-        tokenizer = _tokenizer(trainer, source, args.teacher_model_revision) if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = _tokenizer(trainer, source, trainer.args.teacher_model_revision)
     elif isinstance(source, nn.Module):
         # Before it is frozen.
         _check_not_the_student(trainer, source, "teacher_model")
         teacher = LocalTeacher(teacher)
+    tokenizer = _made_ready(trainer, teacher, tokenizer, role)
+    if tokenizer is not None:
+        _check_tokenizer(trainer, tokenizer, role)
+    elif not isinstance(teacher, AdapterTeacher | ServerTeacher):
+        check_vocabulary_sizes(trainer.tokenizer, teacher.vocab_size, role)
+    return teacher
+
+
+def _made_ready(trainer: Any, teacher: Any, tokenizer: Any, role: str) -> Any:
+    """Have a teacher ready to score; returns its tokenizer, None if it is not known."""
     if isinstance(teacher, AdapterTeacher):
         teacher.bind(trainer)
-        tokenizer = _tokenizer_beside(trainer, teacher) if tokenizer is None else tokenizer
+        return _tokenizer_beside(trainer, teacher) if tokenizer is None else tokenizer
+    if isinstance(teacher, ServerTeacher):
+        tokenizer = _tokenizer_served(trainer, teacher) if tokenizer is None else tokenizer
+        teacher.bind(trainer, tokenizer)
     elif isinstance(teacher, LocalTeacher):
         _check_not_the_student(trainer, teacher.model, "teacher_model")
         _prepare(trainer, teacher)
     else:
         _check_methods(teacher, role)
-    if tokenizer is not None:
-        _check_tokenizer(trainer, tokenizer, role)
-    elif not isinstance(teacher, AdapterTeacher):
-        check_vocabulary_sizes(trainer.tokenizer, teacher.vocab_size, role)
-    return teacher
+    return tokenizer
 
 
 def _load_teacher(trainer: Any, path: str) -> LocalTeacher:
@@ -165,60 +176,6 @@ def build_reference(trainer: Any, reference_model: Any, initial_student: PreTrai
     return reference
 
 
-def check_sources(args: "SGOPDConfig", teacher_model: Any, reference_model: Any) -> None:
-    """Refuse no teacher, two of a kind, loading options that nothing is loaded with, and a reference without a use.
-
-    Raises:
-        SGOPDConfigError: names the sources, the option, or the lambdas that leave the reference without a use.
-    """
-    _check_mapping("teacher_model", teacher_model, paths_only=False)
-    _check_mapping("teacher_model_name_or_path", args.teacher_model_name_or_path, paths_only=True)
-    _check_one_source("teacher", teacher_model, args.teacher_model_name_or_path, required=True)
-    _check_one_source("reference", reference_model, args.reference_model_name_or_path, required=False)
-    for role, given in (("teacher", teacher_model), ("reference", reference_model)):
-        _check_loading_options(role, given, args)
-    given = args.reference_model_name_or_path if reference_model is None else "reference_model"
-    if given is not None and not args.needs_reference:
-        raise SGOPDConfigError(
-            f"A reference must have a use, got {given!r} with every lambda equal to 1: the extrapolation term is zero "
-            "and the reference would never be run. Leave the reference out, or set lambda_base or lambda_high."
-        )
-
-
-def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
-    revision, init_kwargs = getattr(args, f"{role}_model_revision"), getattr(args, f"{role}_model_init_kwargs")
-    if given is not None and not _names_a_path(given) and (revision or init_kwargs):
-        name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
-        raise SGOPDConfigError(
-            f"`{role}_model_{name}` must go with a path, got {value!r} for a {role} given as a model. It is loaded "
-            f"already, the option would do nothing. Leave it out, or give the {role}'s path."
-        )
-    if role == "reference" and revision and given is None and args.reference_model_name_or_path is None:
-        raise SGOPDConfigError(
-            f"`reference_model_revision` must go with a reference of its own, got {revision!r} with the initial "
-            "student "
-            "as the reference. It would do nothing. Leave it out, or set reference_model_name_or_path."
-        )
-
-
-def _names_a_path(given: Any) -> bool:
-    return any(isinstance(part, str) for part in (given.values() if isinstance(given, Mapping) else [given]))
-
-
-def _check_mapping(setting: str, value: Any, *, paths_only: bool) -> None:
-    """Several teachers: at least one, each with a name."""
-    if not isinstance(value, Mapping):
-        return
-    odd = [label for label, part in value.items() if not str(label) or (paths_only and not isinstance(part, str))]
-    if not value or odd:
-        what = "paths or Hub ids" if paths_only else "teachers"
-        raise SGOPDConfigError(
-            f"`{setting}` must map the names in the column `teacher_id` to {what}, got {str(dict(value))[:200]}. "
-            "Every row is scored by the teacher it names. Set for example {'math': 'path/of/one', 'code': "
-            "'path/of/another'}."
-        )
-
-
 def default_reference(args: "SGOPDConfig", reference_model: Any) -> bool:
     """Whether the reference is the initial student and is used at all."""
     return args.needs_reference and reference_model is None and args.reference_model_name_or_path is None
@@ -256,6 +213,18 @@ def _tokenizer_beside(trainer: Any, teacher: AdapterTeacher) -> Any:
         return None
 
 
+def _tokenizer_served(trainer: Any, teacher: ServerTeacher) -> Any:
+    """The tokenizer of the model that a server is said to have, or None: its name there may be any."""
+    name, args = teacher.expected, trainer.args
+    if name is None or not (Path(name).is_dir() or "/" in name):
+        return None
+    revision = args.teacher_model_revision
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
 def _tokenizer(trainer: Any, name: str, revision: str | None) -> Any:
     """A model's tokenizer; an adapter without one of its own has its base's."""
     trusted = trainer.args.trust_remote_code
@@ -273,19 +242,6 @@ def _prepare(trainer: Any, model: FrozenModel) -> None:
     model.prepare(
         trainer.accelerator, temperature=trainer.temperature, cast_lm_head_to_fp32=trainer.args.cast_lm_head_to_fp32
     )
-
-
-def _check_one_source(role: str, given: Any, named: Any, *, required: bool) -> None:
-    if given is not None and named is not None and given != named:
-        raise SGOPDConfigError(
-            f"The {role} must be given once, got `{role}_model` and `{role}_model_name_or_path={named!r}`. Which one "
-            "is meant is not clear. Leave one of them out."
-        )
-    if required and given is None and named is None:
-        raise SGOPDConfigError(
-            f"A {role} must be given, got None. Distillation needs one. Pass `{role}_model` to the trainer or set "
-            f"`{role}_model_name_or_path`; for reinforcement learning without a {role} use trl.GRPOTrainer."
-        )
 
 
 def _check_not_the_student(trainer: Any, model: Any, argument: str) -> None:

@@ -17,7 +17,12 @@ class FrozenModel(ModelScorer):
         model: causal language model; frozen and put in evaluation mode in place.
         role: what messages call it, `teacher` or `reference`.
         name: where it came from; default: the path in its config.
+
+    Attributes:
+        loaded_from: path or Hub id, revision and options of `from_pretrained`; None for a model given as an object.
     """
+
+    loaded_from: tuple[str, str | None, dict] | None = None
 
     def __init__(self, model: PreTrainedModel, *, role: str, name: str | None = None) -> None:
         self.model: Any = model.requires_grad_(False).eval()
@@ -45,7 +50,9 @@ class FrozenModel(ModelScorer):
             options["revision"] = revision
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             options["device_map"] = None
-        return cls(create_model_from_path(name, **options), role=role, name=name, **extra)
+        loaded = cls(create_model_from_path(name, **options), role=role, name=name, **extra)
+        loaded.loaded_from = name, revision, dict(init_kwargs or {})
+        return loaded
 
     def prepare(self, accelerator: Any, *, temperature: float, cast_lm_head_to_fp32: bool) -> None:
         """Attach the fused head and place the model as TRL places its reference model."""

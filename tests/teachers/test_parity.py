@@ -1,6 +1,6 @@
 """Every kind of teacher that has the same weights gives the same scores and rollouts, on ragged batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 from tiny import tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
 
-from sg_opd_trl import AdapterTeacher, LocalTeacher
+from sg_opd_trl import AdapterTeacher, LocalTeacher, ServerTeacher, SGOPDConfigError
 from sg_opd_trl.scoring import TokenBatch
 from sg_opd_trl.teachers import Sampling
 from sg_opd_trl.teachers.rows import teacher_of
 from sg_opd_trl.trl_seam import add_head_output
+from teachers.fake_server import FakeServer
+from teachers.model_server import model_server
 
 peft = pytest.importorskip("peft")
 
@@ -79,7 +81,37 @@ def routed_mixed(folder: str) -> dict:
     return {"teacher_model": {"one": merged(folder), "other": AdapterTeacher(folder)}, "peft_config": lora(r=2)}
 
 
-KINDS: list[Callable[[str], dict]] = [local, local_as_object, adapter, routed, routed_mixed]
+SERVERS: list[FakeServer] = []
+
+
+def served(folder: str, replicas: int = 1) -> ServerTeacher:
+    started = [model_server(merged(folder)).start() for _ in range(replicas)]
+    SERVERS.extend(started)
+    return ServerTeacher([one.url for one in started], timeout=60)
+
+
+def server(folder: str) -> dict:
+    return {"teacher_model": served(folder)}
+
+
+def server_replicas(folder: str) -> dict:
+    return {"teacher_model": served(folder, replicas=2)}
+
+
+def routed_server(folder: str) -> dict:
+    return {"teacher_model": {"one": merged(folder), "other": served(folder)}}
+
+
+KINDS: list[Callable[[str], dict]] = [
+    local,
+    local_as_object,
+    adapter,
+    routed,
+    routed_mixed,
+    server,
+    server_replicas,
+    routed_server,
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +120,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
-def trainer(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trainer(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     data = tiny_data().add_column("teacher_id", ["one", "other"] * 8)
     arguments = request.param(folder) | {"train_dataset": data, "teacher_processing_class": tiny_tokenizer()}
     trainer = tiny_trainer(tmp_path_factory.mktemp("run"), **arguments)
     add_head_output(trainer.model)  # as the modes that need it do
-    return trainer
+    yield trainer
+    while SERVERS:
+        SERVERS.pop().stop()
 
 
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
@@ -121,6 +155,10 @@ def test_supports(trainer: Any, folder: str) -> None:
 
 
 def test_hidden_states_and_heads(trainer: Any, folder: str) -> None:
+    if "full_logits" not in trainer.teacher.distillation_modes:
+        with pytest.raises(SGOPDConfigError, match="it sends no hidden states"):
+            teacher_of(trainer.teacher, EXAMPLES).score_hidden(BATCH, ROWS, 20)
+        return
     found = teacher_of(trainer.teacher, EXAMPLES).score_hidden(BATCH, ROWS, 20)
     heads = trainer.teacher.output_heads()
     for row in ROWS.nonzero().flatten().tolist():

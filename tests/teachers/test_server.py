@@ -1,0 +1,369 @@
+"""`ServerTeacher` over a stand-in server: what it asks, what it refuses before the first step, and whole runs."""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import (
+    ANCHOR,
+    GradientRecorder,
+    inject_rollouts,
+    inject_teacher_rollouts,
+    logged,
+    relative_difference,
+    save_pair,
+    tiny_config,
+    tiny_data,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_trainer,
+)
+from transformers import TrainerCallback
+
+from sg_opd_trl import LocalTeacher, RoutedTeacher, ServerTeacher, SGOPDConfigError, TeacherError
+from sg_opd_trl.teachers import Sampling
+from teachers.fake_server import SECRET, FakeServer, send
+from teachers.model_server import model_server
+from teachers.test_parity import BATCH, PROMPTS, ROWS
+
+SAMPLING = Sampling(max_new_tokens=6, eos_token_ids=(1,), pad_token_id=0)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with model_server(tiny_model(1)) as started:
+        yield started
+
+
+def by_url(folder: Path, url: Any, *, settings: dict | None = None, **arguments: Any) -> Any:
+    """A trainer whose teacher is named in the configuration."""
+    given = {"teacher_model": None, "teacher_processing_class": None} | arguments
+    own = {"teacher_model_server_url": url, "teacher_request_timeout": 20.0}
+    return tiny_trainer(folder, settings=own | (settings or {}), **given)
+
+
+def refused(folder: Path, url: Any, kind: type[Exception], said: str, **arguments: Any) -> None:
+    with pytest.raises(kind, match=said):
+        by_url(folder, url, **arguments)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", ["sampled_token", "topk_logits", "asymmetric"])
+def test_losses_and_gradients_are_those_of_the_teacher_in_this_process(
+    tmp_path: Path, server: FakeServer, mode: str
+) -> None:
+    recorders, losses, counted = [], [], []
+    for teacher in (None, LocalTeacher(tiny_model(1))):
+        recorders.append(GradientRecorder())
+        settings = ANCHOR | {"distillation_mode": mode, "distillation_topk": 4, "max_grad_norm": 1e9}
+        given = {"callbacks": [recorders[-1]], "settings": settings}
+        if teacher is None:
+            trainer = by_url(tmp_path, server.url, **given)
+        else:
+            trainer = tiny_trainer(tmp_path, teacher_model=teacher, **given)
+        inject_rollouts(trainer, lambda prompt, row: [5 + row, 7, 9][: 1 + row % 3])
+        inject_teacher_rollouts(trainer, lambda prompt: [6, 8, 1])
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+        counted.append(logged(trainer, "teacher/scored_tokens"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert counted[0] == counted[1]
+    for left, right in zip(recorders[0].steps, recorders[1].steps, strict=True):
+        assert relative_difference(left, right) < 1e-3
+
+
+def test_a_run_with_rollouts_of_its_own(tmp_path: Path, server: FakeServer) -> None:
+    trainer = by_url(tmp_path, server.url, settings=ANCHOR)
+    trainer.train()
+    asked = [request for request in server.completions if "seed" in request]
+    assert len({request["seed"] for request in asked}) == len(asked) > 1
+    assert trainer.teacher.tokens_generated > 0
+    assert all(value == value for value in logged(trainer, "loss"))
+    assert trainer.checkpoint_state()["teacher"] == {"name": "teacher", "root": "folder/teacher", "fingerprint": None}
+
+
+class Outage(TrainerCallback):
+    """The server is gone when the second step begins, and back a moment later."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self.server = server
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.server.stop()
+            threading.Timer(0.3, self.server.start).start()
+
+
+def test_a_server_restarted_during_a_run_loses_nothing(tmp_path: Path, server: FakeServer) -> None:
+    losses = []
+    for callbacks in ([], [Outage(server)]):
+        trainer = by_url(tmp_path, server.url, callbacks=callbacks, settings=ANCHOR)
+        inject_rollouts(trainer, lambda prompt, row: [5 + row, 7, 9][: 1 + row % 3])
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+def test_a_server_that_stays_away_ends_the_run(tmp_path: Path, server: FakeServer) -> None:
+    limits = {"teacher_request_timeout": 0.3, "teacher_max_retries": 1, "teacher_sampling_enable": False}
+    trainer = by_url(tmp_path, server.url, settings=limits)
+    server.stop()
+    with pytest.raises(TeacherError, match=r"`teacher_request_timeout`=0\.3.*Nothing was updated"):
+        trainer.train()
+    server.start()
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+@pytest.fixture
+def teacher(tmp_path: Path, server: FakeServer) -> ServerTeacher:
+    return by_url(tmp_path, server.url).teacher
+
+
+def test_rollouts_depend_on_seed_prompt_and_sample_alone(teacher: ServerTeacher) -> None:
+    prompts = [[3, 5], [3, 6], [3, 5], [3, 7]]
+    first = teacher.generate(prompts, SAMPLING, 11, 100)
+    assert first == teacher.generate(prompts, SAMPLING, 11, 100)
+    assert first[0] != first[2], "two samples of one prompt"
+    assert teacher.generate([[3, 7], [3, 5], [3, 5]], SAMPLING, 11, 100) == [first[3], first[0], first[2]]
+    assert first != teacher.generate(prompts, SAMPLING, 12, 100)
+
+
+def test_a_request_leaves_nothing_to_the_servers_defaults(server: FakeServer, teacher: ServerTeacher) -> None:
+    sampling = Sampling(5, (1, 2), 0, top_p=0.9, top_k=7, generation_kwargs={"suppress_tokens": [4, 99], "top_p": 0.8})
+    teacher.generate([[3, 5]], sampling, 1, 100)
+    asked = {name: value for name, value in server.completions[-1].items() if name not in ("seed", "model", "prompt")}
+    assert asked == {
+        **{"n": 1, "return_token_ids": True, "max_tokens": 5, "temperature": 1.0, "top_p": 0.8, "top_k": 7},
+        **{"min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [1, 2], "ignore_eos": True},
+        "logit_bias": {"4": -100.0},
+    }
+
+
+def test_ids_of_the_teacher_alone_end_a_rollout(
+    server: FakeServer, teacher: ServerTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.complete = lambda ids, request: [5, 6, 30, 7]
+    assert teacher.generate([[3, 5]], SAMPLING, 1, 100) == [[5, 6]]
+    assert "cut after 2 of 4 tokens: id 30" in caplog.text
+
+
+def test_supports_skip_ids_that_another_model_lacks(server: FakeServer, teacher: ServerTeacher) -> None:
+    """Where the likeliest tokens are such ids, more are asked for."""
+    found = teacher.score_support(BATCH, ROWS, 20, 3, 20)
+    local = LocalTeacher(tiny_model(1))
+    assert found.support_ids.max() < 20
+    assert {request["prompt_logprobs"] for request in server.completions} == {1, 3, 12}
+    model = local.model
+    for row in ROWS.nonzero().flatten().tolist():
+        prompt, completion = PROMPTS[row], BATCH.completion_ids[row][BATCH.completion_mask[row] == 1].tolist()
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[:, :20]
+        for position in range(len(completion)):
+            best = logps[len(prompt) + position - 1].topk(3)
+            assert found.support_ids[row, position].tolist() == best.indices.tolist()
+            torch.testing.assert_close(found.support_logps[row, position], best.values, rtol=0, atol=1e-4)
+    with pytest.raises(TeacherError, match=r"must know 3 likeliest tokens.*Lower\s+`distillation_topk`"):
+        teacher.score_support(BATCH, ROWS, 20, 3, 2)
+
+
+def test_what_the_server_has_no_room_for_is_not_sent(server: FakeServer, teacher: ServerTeacher) -> None:
+    asked = len(server.requests)
+    teacher.client.max_length = 10
+    with pytest.raises(SGOPDConfigError, match=r"must take 13 tokens.*got 10.*--max-model-len 13"):
+        teacher.generate([[3] * 7], SAMPLING, 1, 100)
+    with pytest.raises(SGOPDConfigError, match=r"must take 11 tokens"):
+        row = BATCH.select(torch.tensor([2]))
+        teacher.client.max_length = 10
+        row.prompt_mask[:] = 1
+        long = torch.full((1, 5), 3)
+        teacher.score(type(row)(long, torch.ones_like(long), row.completion_ids, row.completion_mask), ROWS[:1], 100)
+    assert len(server.requests) == asked
+
+
+def test_ids_that_no_model_has(teacher: ServerTeacher) -> None:
+    odd = BATCH.select(torch.tensor([0]))
+    odd.completion_ids[0, 0] = 99
+    with pytest.raises(TeacherError, match="does not exist in the teacher"):
+        teacher.score(odd, ROWS[:1], 100)
+
+
+def test_the_key_comes_from_the_environment(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SG_OPD_TEACHER_API_KEY", SECRET)
+    trainer = by_url(tmp_path, server.url)
+    assert {headers.get("Authorization") for headers in server.headers} == {f"Bearer {SECRET}"}
+    assert SECRET not in json.dumps(trainer.checkpoint_state()) + str(trainer.args.to_dict()) + repr(trainer.args)
+    monkeypatch.delenv("SG_OPD_TEACHER_API_KEY")
+    server.headers.clear()
+    by_url(tmp_path, server.url)
+    assert {headers.get("Authorization") for headers in server.headers} == {None}
+
+
+# --- refused before the first step -----------------------------------------------------------------------------------
+def test_settings_that_a_server_cannot_serve(tmp_path: Path, server: FakeServer) -> None:
+    refused(
+        *(tmp_path, server.url, SGOPDConfigError, r"`temperature=0\.7` is not supported.*Set temperature=1"),
+        settings={"temperature": 0.7},
+    )
+    with pytest.raises(SGOPDConfigError, match=r"`temperature=0\.7` is not supported with a teacher server"):
+        tiny_trainer(tmp_path, settings={"temperature": 0.7}, teacher_model=ServerTeacher(server.url))
+    refused(
+        *(tmp_path, server.url, SGOPDConfigError, r"`distillation_mode='full_logits'` is not supported.*topk_logits"),
+        settings={"distillation_mode": "full_logits"},
+    )
+    refused(
+        *(tmp_path, server.url, SGOPDConfigError, r"`generation_kwargs` must hold .*got \['num_beams'\]"),
+        settings={"generation_kwargs": {"num_beams": 2}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"teacher_max_retries": 3}, "`teacher_max_retries` must go with `teacher_model_server_url`, got 3"),
+        ({"teacher_request_timeout": 1.0}, r"`teacher_request_timeout` must go with .*got 1\.0"),
+        ({"teacher_model_server_url": "http://a", "teacher_max_retries": -1}, "must be a whole number of at least 0"),
+        ({"teacher_model_server_url": "http://a", "teacher_request_timeout": 0}, r"must be a number in \(0, inf\)"),
+        ({"teacher_model_server_url": "a:8000"}, "must be made of http or https URLs, got 'a:8000'"),
+    ],
+)
+def test_refused_settings(tmp_path: Path, settings: dict, said: str) -> None:
+    with pytest.raises(SGOPDConfigError, match=said):
+        tiny_config(tmp_path, **settings)
+
+
+def test_a_list_of_replicas_on_a_command_line(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, teacher_model_server_url='["http://a", "http://b"]')
+    assert config.teacher_model_server_url == ["http://a", "http://b"]
+
+
+def test_more_log_probs_than_the_server_allows(tmp_path: Path, server: FakeServer) -> None:
+    def behave(handler: Any, path: str) -> bool:
+        if path != "/v1/completions":
+            return False
+        said = "Requested prompt logprobs of 32, which is greater than max allowed: 20"
+        return send(handler, 400, json.dumps({"error": {"message": said}}).encode())
+
+    server.behave = behave
+    refused(
+        *(tmp_path, server.url, SGOPDConfigError, r"`distillation_topk` must not exceed.*got 22.*--max-logprobs -1"),
+        settings={"distillation_mode": "topk_logits", "distillation_topk": 22},
+    )
+
+
+def test_a_context_that_is_too_short(tmp_path: Path) -> None:
+    with model_server(tiny_model(1), max_length=12) as server:
+        refused(tmp_path, server.url, SGOPDConfigError, r"must take 18 tokens.*got 12.*--max-model-len 18")
+
+
+def test_another_tokenizer(tmp_path: Path, server: FakeServer) -> None:
+    server.tokenize = lambda text: [9, *tiny_tokenizer()(text)["input_ids"]]
+    refused(tmp_path, server.url, TeacherError, r"tokenizer must be the student's.*from token 0 on")
+
+
+def test_a_server_that_does_not_tell_its_tokenizer(
+    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.tokenize = None
+    by_url(tmp_path, server.url)
+    assert "is taken on trust" in caplog.text
+    caplog.clear()
+    by_url(tmp_path, server.url, teacher_processing_class=tiny_tokenizer())
+    assert "is taken on trust" not in caplog.text
+    other = tiny_tokenizer("1023456789+=abcdefgh ")
+    refused(tmp_path, server.url, TeacherError, "got 2 differences", teacher_processing_class=other)
+
+
+def test_logits_instead_of_log_probs(tmp_path: Path, server: FakeServer) -> None:
+    server.logps = lambda ids: [[-0.1] * 26 for _ in ids]
+    refused(
+        *(tmp_path, server.url, TeacherError, r"must send log-probs.*--logprobs-mode processed_logprobs"),
+        settings={"distillation_mode": "topk_logits", "distillation_topk": 4},
+    )
+
+
+def test_replicas_with_different_weights(tmp_path: Path, server: FakeServer) -> None:
+    with model_server(tiny_model(2)) as other:
+        refused(tmp_path, [server.url, other.url], TeacherError, "must serve one model, got log-probs .* that differ")
+
+
+def test_another_model_than_the_one_named(tmp_path: Path, server: FakeServer) -> None:
+    named = {"teacher_model_name_or_path": "another"}
+    refused(tmp_path, server.url, TeacherError, "must serve 'another', got 'teacher'", settings=named)
+
+
+def test_advice_on_the_dead_zone(tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        by_url(tmp_path, server.url)
+        assert "`gate_dead_zone`=0.0001 is below" in caplog.text
+        caplog.clear()
+        by_url(tmp_path, server.url, settings={"gate_dead_zone": 0.05})
+        by_url(tmp_path, server.url, settings={"sign_gated_extrapolation": False})
+    assert "`gate_dead_zone`" not in caplog.text
+
+
+# --- which server for which teacher ----------------------------------------------------------------------------------
+def test_given_twice_or_not_to_be_told_apart(tmp_path: Path, server: FakeServer) -> None:
+    said = "must be given once, got `teacher_model` and `teacher_model_server_url`"
+    refused(tmp_path, server.url, SGOPDConfigError, said, teacher_model=tiny_model(1))
+    refused(
+        *(tmp_path, {"a": server.url}, SGOPDConfigError, "must be a mapping with the names"),
+        settings={"teacher_model_name_or_path": "teacher"},
+    )
+    refused(
+        *(tmp_path, server.url, SGOPDConfigError, r"must hold nothing but dtype .* got \['attn_implementation'\]"),
+        settings={"teacher_model_init_kwargs": {"attn_implementation": "eager", "dtype": "float32"}},
+    )
+    refused(
+        *(tmp_path, server.url, SGOPDConfigError, "`teacher_model_revision` must go with"),
+        settings={"teacher_model_revision": "v2"},
+    )
+    with pytest.raises(SGOPDConfigError, match="URLs of one teacher, got a mapping"):
+        ServerTeacher({"a": server.url})
+
+
+def routed_data() -> Dataset:
+    return tiny_data().add_column("teacher_id", ["one", "other"] * 8)
+
+
+def test_servers_by_teacher_id_beside_local_teachers(tmp_path: Path, server: FakeServer) -> None:
+    path = save_pair(tmp_path / "local", 2)
+    trainer = by_url(
+        *(tmp_path, {"one": server.url}),
+        settings={"teacher_model_name_or_path": {"one": "teacher", "other": path}},
+        train_dataset=routed_data(),
+    )
+    kinds = {label: type(teacher) for label, teacher in trainer.teacher.teachers.items()}
+    assert kinds == {"one": ServerTeacher, "other": LocalTeacher}
+    assert trainer.teacher.distillation_modes == {"sampled_token", "topk_logits", "asymmetric"}
+    trainer.train()
+    assert all(teacher.tokens_scored for teacher in trainer.teacher.distinct)
+
+
+def test_one_server_with_several_models(tmp_path: Path, server: FakeServer) -> None:
+    """Adapters that a server has beside their base."""
+    server.models.append({"id": "adapter", "root": "folder/adapter", "parent": "teacher"})
+    names = {"one": "teacher", "other": "adapter", "third": "adapter"}
+    server.change = lambda path, request, answer: answer | {"model": request["model"]} if "model" in answer else None
+    trainer = by_url(
+        *(tmp_path, server.url), settings={"teacher_model_name_or_path": names}, train_dataset=routed_data()
+    )
+    assert isinstance(trainer.teacher, RoutedTeacher)
+    assert [teacher.client.model for teacher in trainer.teacher.distinct] == ["teacher", "adapter"]
+
+
+def test_the_named_folders_tokenizer_is_checked(tmp_path: Path, server: FakeServer) -> None:
+    path = save_pair(tmp_path / "teacher", 1)
+    server.models[0]["root"] = path
+    named = {"teacher_model_name_or_path": path}
+    assert by_url(tmp_path, server.url, settings=named).teacher.client.model == "teacher"
+    tiny_tokenizer("1023456789+=abcdefgh ").save_pretrained(path)
+    refused(tmp_path, server.url, TeacherError, "got 2 differences", settings=named)
