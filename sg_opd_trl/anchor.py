@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .core import anchor_denominator, anchor_schedule, separated_prompts, separated_schedule
-from .dealing import PromptStream, deal, mixed_seed, teacher_prompts_per_step
+from .dealing import PromptStream, deal, mixed_seed, step_samples, stream_samples, teacher_prompts_per_step
 from .scoring import TokenBatch
 from .teachers import Sampling
 from .teachers.rows import teacher_of, teacher_prompt_ids
@@ -34,6 +34,7 @@ class TeacherRollout:
     completion_ids: list[int]
     kept: bool
     verdict: float | None
+    cached: bool = False
 
 
 @dataclass
@@ -109,9 +110,8 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
     def reserved_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
         """The step's teacher prompts from their own permutation of the training set, the same on every rank."""
         dataset: Any = trainer.train_dataset
-        stream = PromptStream(len(dataset), mixed_seed(trainer.args.seed, 1))
         first, _ = self.prompt_range(trainer, step)
-        return [dataset[row] for row in stream.between(first, first + prompts)]
+        return [dataset[row] for row in prompt_stream(trainer).between(first, first + prompts)]
 
     def student_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
         """The step's teacher prompts among this rank's student prompts, in seeded order, repeated if too few."""
@@ -161,7 +161,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         trainer = self._bound()
         with trainer.timed("anchor"):
             micro_batches = self._rollouts(trainer, step)
-            total, rollouts, verified, tokens = self._counts(trainer, micro_batches)
+            total, rollouts, verified, tokens, cached = self._counts(trainer, micro_batches)
         self.rollouts, self.verified, self.tokens = (
             self.rollouts + rollouts,
             self.verified + verified,
@@ -170,6 +170,9 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         trainer.metrics.add("train", "anchor/verified_share", verified, rollouts)
         trainer.metrics.add("train", "anchor/rollouts", rollouts)
         trainer.metrics.add("train", "anchor/tokens", tokens)
+        if trainer.rollout_cache is not None:
+            trainer.metrics.add("train", "anchor/cache_hits", cached)
+            trainer.metrics.add("train", "anchor/cache_misses", rollouts - cached)
         kept = [[row for row in rows if row.kept] for rows in micro_batches]
         alone = trainer.args.teacher_sampling_time_separated
         trainer.anchor = AnchorStep(alpha=alpha, total=total, micro_batches=kept, alone=alone)
@@ -185,7 +188,8 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         # Ranks know only their own student prompts, so that all rollouts of one of them are made on its rank.
         together = args.teacher_num_generations if share else 1
         dealt = deal(slots, accelerator.num_processes, micro_batches, accelerator.process_index, together)
-        own = [slot // args.teacher_num_generations for rows in dealt for slot in rows]
+        own_slots = [slot for rows in dealt for slot in rows]
+        own = [slot // args.teacher_num_generations for slot in own_slots]
         numbers = sorted(set(own))
         if share:
             chosen = dict(zip(numbers, self.student_examples(trainer, step, len(numbers)), strict=True))
@@ -193,25 +197,39 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
             reserved = self.reserved_examples(trainer, step, prompts)
             chosen = {number: reserved[number] for number in numbers}
         examples = [chosen[number] for number in own]
-        rollouts = iter(self._generate(trainer, examples, step))
+        samples = self._samples(trainer, step, own_slots, examples)
+        rollouts = iter(self._generate(trainer, examples, samples, step))
         return [[next(rollouts) for _ in rows] for rows in dealt]
 
-    def _generate(self, trainer: "SGOPDTrainer", examples: list[dict], step: int) -> list[TeacherRollout]:
+    def _samples(self, trainer: "SGOPDTrainer", step: int, slots: list[int], examples: list[dict]) -> list[int]:
+        """Sample index of each rollout of this rank, by which the cache tells rollouts of one prompt apart."""
+        cache, each = trainer.rollout_cache, trainer.args.teacher_num_generations
+        from_the_stream = type(self).reserved_examples is TeacherAnchorCallback.reserved_examples
+        if cache is not None and trainer.args.teacher_sampling_prompts == "reserve" and from_the_stream:
+            first, _ = self.prompt_range(trainer, step)
+            return stream_samples(prompt_stream(trainer), first, slots, each, cache.repeats)
+        return step_samples([repr(example["prompt"]) for example in examples], step)
+
+    def _generate(
+        self, trainer: "SGOPDTrainer", examples: list[dict], samples: list[int], step: int
+    ) -> list[TeacherRollout]:
         prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
         seed = mixed_seed(trainer.args.seed, 3, step, trainer.accelerator.process_index)
-        sampling = trainer.teacher_sampling
-        teacher, read = teacher_of(trainer.teacher, examples), prompt_ids
-        if examples:
-            read = teacher_prompt_ids(examples, prompt_ids, trainer.tokenize_prompts)
-        completion_ids = teacher.generate(read, sampling, seed, trainer.generation_budget(read))
+        read = teacher_prompt_ids(examples, prompt_ids, trainer.tokenize_prompts)
+        if trainer.rollout_cache is not None:
+            completion_ids, cached = trainer.rollout_cache.complete(examples, read, samples, seed)
+        else:
+            teacher, budget = teacher_of(trainer.teacher, examples), trainer.generation_budget(read)
+            completion_ids = teacher.generate(read, trainer.teacher_sampling, seed, budget)
+            cached = [False] * len(completion_ids)
         verdicts = trainer.judge(examples, completion_ids) if examples else []
         return [
-            TeacherRollout(prompt, completion, self.keep(trainer.args, verdict), verdict)
-            for prompt, completion, verdict in zip(prompt_ids, completion_ids, verdicts, strict=True)
+            TeacherRollout(prompt, completion, self.keep(trainer.args, verdict), verdict, known)
+            for prompt, completion, verdict, known in zip(prompt_ids, completion_ids, verdicts, cached, strict=True)
         ]
 
     def _counts(self, trainer: "SGOPDTrainer", micro_batches: list[list[TeacherRollout]]) -> list[Any]:
-        """Denominator of the anchor, rollouts, verified rollouts and kept tokens over all ranks."""
+        """Denominator of the anchor, rollouts, verified rollouts, kept tokens and stored rollouts over all ranks."""
         rows = [row for rows in micro_batches for row in rows]
         verdicts = as_verdict_tensor([row.verdict for row in rows])
         counts = torch.tensor(
@@ -220,6 +238,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
                 len(rows),
                 int((verdicts == 1).sum()),
                 sum(len(row.completion_ids) for row in rows if row.kept),
+                sum(row.cached for row in rows),
             ],
             device=trainer.accelerator.device,
         )
@@ -254,6 +273,11 @@ def _schedule(args: Any) -> tuple[float, float, float, float]:
         args.teacher_sft_alpha_start,
         args.teacher_sft_alpha_end,
     )
+
+
+def prompt_stream(trainer: Any) -> PromptStream:
+    """The run's permutations of its training set, from which reserved teacher prompts are drawn."""
+    return PromptStream(len(trainer.train_dataset), mixed_seed(trainer.args.seed, 1))
 
 
 def sampling_of(trainer: "SGOPDTrainer") -> Sampling:

@@ -3,6 +3,9 @@
 Pure functions of seed, step and sizes: nothing has to be remembered to resume.
 """
 
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
 import torch
 
 
@@ -60,3 +63,45 @@ def deal(slots: int, world_size: int, micro_batches: int, rank: int, together: i
         if owner == rank:
             dealt[turn % micro_batches].append(slot)
     return dealt
+
+
+def stream_samples(
+    stream: PromptStream, first: int, slots: Sequence[int], each: int, repeats: Sequence[int]
+) -> list[int]:
+    """Sample index of rollouts of a stream's prompts: a row has `each` of them in every permutation.
+
+    It depends neither on the batch size nor on the number of processes, and no two rollouts of a run that have the
+    same prompt have the same.
+
+    Args:
+        stream: of the run.
+        first: position of the step's first prompt in it.
+        slots: of the rollouts in the step, those of one prompt in a row.
+        each: rollouts per prompt.
+        repeats: `occurrences` of the training set's prompts.
+    """
+    rows = stream.between(first, first + max(slots, default=-1) // each + 1)
+    return [
+        (repeats[rows[slot // each]] << 32) + (first + slot // each) // stream.num_rows * each + slot % each
+        for slot in slots
+    ]
+
+
+def step_samples(prompts: Sequence[Hashable], step: int) -> list[int]:
+    """Sample index of rollouts whose prompts were chosen in any other way: those of another step are others.
+
+    Args:
+        prompts: of each rollout of this rank.
+        step: 1-based optimizer step.
+    """
+    return [(repeat << 32) + step - 1 for repeat in occurrences(prompts)]
+
+
+def occurrences(items: Iterable[Hashable]) -> list[int]:
+    """Of each item, how often it came before."""
+    seen: Counter = Counter()
+    counts = []
+    for item in items:
+        counts.append(seen[item])
+        seen[item] += 1
+    return counts

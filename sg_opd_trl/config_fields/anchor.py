@@ -67,3 +67,11 @@ class AnchorFields:
         default=None,
         metadata={"help": "Longest teacher rollout in tokens. Default: `max_completion_length` (paper: 14336)."},
     )
+    teacher_rollouts_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where teacher rollouts are kept and read instead of generated again: a local folder, which the "
+            "run creates and adds to, or the id of a Hub data set (`user/name`, `user/name@revision`), which is only "
+            "read. Default: every run generates its own (our choice)."
+        },
+    )

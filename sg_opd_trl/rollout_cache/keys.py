@@ -1,0 +1,66 @@
+"""What a teacher rollout depends on, as facts and as one short digest of them: its context.
+
+A context is the teacher, the tokenizer and the sampling settings. Inside one, a rollout is known by the token ids of
+the prompt that the teacher reads and by its sample index. What is not the same in every respect has another digest and
+is never found.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+"""Goes into every digest: entries of another format are not found."""
+
+DIGEST_LENGTH = 24
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.index.json", "*_model*.bin", "*.py")
+
+
+def context_facts(
+    teacher: Mapping[str, Any], tokenizer: Mapping[str, Any], sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides how likely a rollout is, ready for JSON.
+
+    Args:
+        teacher: facts that tell its weights from others.
+        tokenizer: of the student, see `tokenizer_facts`.
+        sampling: fields of `teachers.Sampling`.
+    """
+    # YAML's 1 and 1.0 are one temperature.
+    numbers = {name: float(sampling[name]) for name in _NUMBERS if sampling.get(name) is not None}
+    facts = {"format": FORMAT, "teacher": teacher, "tokenizer": tokenizer, "sampling": {**sampling, **numbers}}
+    return json.loads(json.dumps(facts, default=str))
+
+
+def digest(facts: Any) -> str:
+    """Hash of JSON-ready facts, in hexadecimal digits; the order of keys does not count."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What a token id means: the whole vocabulary by its hash, and the ids that begin, end and fill."""
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocabulary": digest(tokenizer.get_vocab()), **special}
+
+
+def folder_digest(folder: Path) -> str:
+    """Hash of a model folder's configuration, weights and code; its name and its other files do not count."""
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    parts = []
+    for path in files:
+        with path.open("rb") as file:
+            parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(parts)
+
+
+def differences(left: Any, right: Any, name: str = "") -> Iterator[str]:
+    """The facts in which two contexts differ, as `sampling.temperature: 1.0 and 0.7`."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        for key in sorted({*left, *right}):
+            yield from differences(left.get(key), right.get(key), f"{name}.{key}" if name else key)
+    elif left != right:
+        yield f"{name}: {left!r:.60} and {right!r:.60}"
