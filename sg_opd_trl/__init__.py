@@ -15,6 +15,7 @@ _SOURCES = {
     "AdapterTeacher": "teachers",
     "LocalTeacher": "teachers",
     "RoutedTeacher": "teachers",
+    "ServerTeacher": "teachers",
     "math_reward": "verifiers",
     "exact_match_reward": "verifiers",
     "evaluate_model": "evaluation",
@@ -40,6 +41,7 @@ __all__ = [
     "SGOPDConfigError",
     "SGOPDError",
     "SGOPDTrainer",
+    "ServerTeacher",
     "TeacherAnchorCallback",
     "TeacherError",
     "VerifierError",
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from .config import SGOPDConfig
     from .errors import DataError, NonFiniteError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
     from .evaluation import EvaluationResult, evaluate_model, pass_at_k
-    from .teachers import AdapterTeacher, LocalTeacher, RoutedTeacher
+    from .teachers import AdapterTeacher, LocalTeacher, RoutedTeacher, ServerTeacher
     from .trainer import SGOPDTrainer
     from .verifiers import exact_match_reward, math_reward
 

@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from .config_checks import check_config
 from .config_fields import AnchorFields, GateFields, ObjectiveFields, RunningFields, TeacherFields, WeightFields
 from .core import RouteReferences, routes_need_reference
+from .teachers.remote.settings import parsed as parsed_servers
 
 
 @dataclass
@@ -63,6 +64,7 @@ class SGOPDConfig(RunningFields, AnchorFields, ObjectiveFields, WeightFields, Ga
     )
 
     def __post_init__(self) -> None:
+        self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
         check_config(self)
         super().__post_init__()
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .errors import SGOPDConfigError
+from .rollout_cache.location import wrong_rollouts_path
+from .teachers.remote.settings import server_problems
 
 if TYPE_CHECKING:
     from .config import SGOPDConfig
@@ -106,6 +108,8 @@ def check_config(config: "SGOPDConfig") -> None:
         *_wrong_cells(config),
         *_wrong_phases(config),
         *_wrong_separation(config),
+        *wrong_rollouts_path(config),
+        *server_problems(config),
         *_wrong_blocks(config),
         *_wrong_special_tokens(config),
         *_refused(config),

@@ -17,8 +17,9 @@ from .anchor import TeacherAnchorCallback
 from .config import SGOPDConfig
 from .data import check_dataset, datasets_of
 from .errors import SGOPDConfigError
-from .teachers.build import check_sources, default_reference
+from .teachers.build import default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
+from .teachers.sources import check_sources
 from .trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)

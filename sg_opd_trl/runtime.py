@@ -19,6 +19,7 @@ from .construction import card_arguments, checkpoint_facts, compare_checkpoint_f
 from .errors import NonFiniteError
 from .metrics import TrainingMetrics, timed
 from .reporting.model_card import build_model_card
+from .rollout_cache.cache import RolloutCache
 from .scoring import TokenBatch, longest, loss_mask, score_rows, sort_windows, trim_micro_batch
 from .teachers import RoutedTeacher, Sampling, Teacher
 from .teachers.reference import Reference, evaluating
@@ -40,6 +41,7 @@ class DistillationRuntime(GRPOSeam):
     vocabulary: SharedVocabulary
     reference: Reference | None
     teacher_sampling: Sampling
+    rollout_cache: RolloutCache | None
     reuses_trl_reference: bool
     aux_loss_enabled: bool
     max_completion_length: int

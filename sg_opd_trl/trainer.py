@@ -24,6 +24,7 @@ from .metrics import TrainingMetrics, reduce_over_ranks
 from .micro_batch import MicroBatchLoss
 from .objectives import Objective, build_objective
 from .objectives.base import Scores
+from .rollout_cache.cache import open_cache
 from .runtime import DistillationRuntime
 from .scoring import TokenBatch, loss_mask, token_batch
 from .teachers.build import build_reference, build_teacher, default_reference
@@ -138,6 +139,7 @@ class SGOPDTrainer(DistillationRuntime):
         self.vocabulary = self.build_vocabulary()
         self.objective: Objective = build_objective(self)
         self.teacher_sampling = sampling_of(self)
+        self.rollout_cache = open_cache(self)
         self.add_callback(AnchorBinding(self))
 
     # --- decisions: override one of these in a notebook ----------------------------------------------------------

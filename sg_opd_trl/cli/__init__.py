@@ -1,4 +1,4 @@
-"""The `sg-opd` command: `train`, `evaluate`, `study`, `demo`.
+"""The `sg-opd` command: `train`, `evaluate`, `teacher-rollouts`, `serve-teacher`, `study`, `demo`.
 
 Nothing heavy is imported here: `sg-opd --help` answers before torch would have been loaded. `python -m sg_opd_trl.cli`
 and `accelerate launch -m sg_opd_trl.cli` are the same program.
@@ -17,6 +17,8 @@ from sg_opd_trl.errors import SGOPDError
 COMMANDS = {
     "train": "distil a student as a recipe says",
     "evaluate": "measure avg@k and pass@k of a model on a data set",
+    "teacher-rollouts": "write the teacher's rollouts of a recipe before its runs, which then only read them",
+    "serve-teacher": "start the vLLM server of a recipe's teacher, or show its command",
     "study": "run recipes x seeds, several at a time, and compare them in one table",
     "demo": "prepare, distil and measure a small student of the built-in task, offline on a CPU",
 }
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=_log_level(debug), format="%(levelname)s %(name)s: %(message)s")
     # TRL's defaults and every recipe use the name that transformers has begun to replace.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    command = importlib.import_module(f"sg_opd_trl.cli.{namespace.command}")
+    command = importlib.import_module(f"sg_opd_trl.cli.{namespace.command.replace('-', '_')}")
     try:
         return command.run(rest, debug=debug)
     except SGOPDError as error:

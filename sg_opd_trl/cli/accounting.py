@@ -73,5 +73,6 @@ def _counts(trainer: Any) -> dict[str, float]:
         tokens = (use.tokens_scored, use.tokens_generated, use.tokens_reused)
         return {"seconds": use.seconds} | dict(zip(_TOKENS, tokens, strict=True))
     teacher = getattr(trainer, "teacher", None)
-    tokens = (getattr(teacher, "tokens_scored", 0), getattr(teacher, "tokens_generated", 0), 0)
+    reused = getattr(getattr(trainer, "rollout_cache", None), "tokens_reused", 0)
+    tokens = (getattr(teacher, "tokens_scored", 0), getattr(teacher, "tokens_generated", 0), reused)
     return {"seconds": 0.0} | dict(zip(_TOKENS, tokens, strict=True))

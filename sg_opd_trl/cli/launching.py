@@ -44,13 +44,14 @@ def wants_launch(command: CommandLine) -> bool:
     return False
 
 
-def launch(command: CommandLine, train_words: Sequence[str], *, debug: bool) -> int:
-    """Run `sg-opd train` in the processes that accelerate starts, and wait for them.
+def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, name: str = "train") -> int:
+    """Run `sg-opd train`, or another command, in the processes that accelerate starts, and wait for them.
 
     Args:
         command: sorted command line; its launch keys go to accelerate.
-        train_words: what the processes get after `train`.
+        words_after: what the processes get after the command's name.
         debug: show full tracebacks.
+        name: of the command.
 
     Returns:
         0, or the exit status of the first process that failed.
@@ -58,7 +59,7 @@ def launch(command: CommandLine, train_words: Sequence[str], *, debug: bool) -> 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = [*launch_words(command), "-m", "sg_opd_trl.cli", *(["--debug"] if debug else []), "train", *train_words]
+    words = [*launch_words(command), "-m", "sg_opd_trl.cli", *(["--debug"] if debug else []), name, *words_after]
     arguments = launch_command_parser().parse_args(words)
     expected = arguments.num_processes or _configured_processes(arguments.config_file)
     os.environ[EXPECTED_PROCESSES] = str(expected or "")

@@ -54,7 +54,7 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     resolve_names(settings)
     reward_funcs = load_reward_funcs(settings.script.reward_funcs)
     with settings.training.main_process_first(desc="data set"):
-        train_dataset, eval_dataset = _load_data(settings, reward_funcs)
+        train_dataset, eval_dataset = load_data(settings, reward_funcs)
     trainer = build_trainer(settings, reward_funcs, train_dataset, eval_dataset)
     checkpoint = _checkpoint(settings.training.resume_from_checkpoint)
     account = RunAccount(settings.script.method, trainer, checkpoint)
@@ -126,7 +126,8 @@ def write_run_report(
     )
 
 
-def _load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]]) -> tuple[Any, Any]:
+def load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]]) -> tuple[Any, Any]:
+    """Training rows, and evaluation rows or None, see `load_training_data`."""
     from sg_opd_trl.cli.loading import load_training_data
 
     tokenizer = None

@@ -13,9 +13,10 @@ TOKEN_METRICS = [
     "weights/prefix_mean", "weights/drift_mean", "weights/drift_max", "weights/drift_min",
 ]  # fmt: skip
 RUN_METRICS = [
-    "teacher/unusable_tokens",
+    "teacher/matching_loss", "teacher/scored_tokens", "teacher/generated_tokens", "teacher/unusable_tokens",
     "weights/special_masked",
     "anchor/alpha", "anchor/loss", "anchor/verified_share", "anchor/rollouts", "anchor/tokens",
+    "anchor/cache_hits", "anchor/cache_misses",
     "time/rollout", "time/verify", "time/teacher", "time/reference", "time/loss", "time/anchor",
 ]  # fmt: skip
 
