@@ -20,6 +20,9 @@ from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, make_rollouts,
 from trainers import Setup, Stepper, ours
 from transformers import TrainerCallback
 
+from sg_opd_trl import trainer as trainer_module
+from sg_opd_trl.micro_batch import MicroBatchLoss
+
 PHASES = ("rollout", "verify", "teacher", "reference", "loss")
 MERGE, REPORT, VERDICTS, DRAIN = "gate, routing, weights", "metrics", "verdicts and a1", "metrics of a log"
 DIRECT_CALLS = 50
@@ -63,7 +66,16 @@ def recorded_calls(stepper: Stepper) -> dict[str, tuple]:
 
         return call
 
-    trainer._merge_signals = record(MERGE, trainer._merge_signals)
+    class Recorded(MicroBatchLoss):
+        def __init__(self, trainer: Any, inputs: dict) -> None:
+            super().__init__(trainer, inputs)
+            self.given = dict(inputs)
+
+        def merge(self, student_logps: Any) -> Any:
+            calls[MERGE] = self.given, student_logps.detach()
+            return super().merge(student_logps)
+
+    trainer_module.MicroBatchLoss = Recorded
     trainer._report = record(REPORT, trainer._report)
     trainer.on_rewards = record(VERDICTS, trainer.on_rewards)
     return calls
@@ -76,7 +88,7 @@ def direct_medians(stepper: Stepper, calls: dict[str, tuple]) -> dict[str, float
     inputs, student_logps = calls[MERGE]
     functions = {
         VERDICTS: lambda: kind.on_rewards(trainer, *calls[VERDICTS]),
-        MERGE: lambda: kind._merge_signals(trainer, dict(inputs), student_logps),
+        MERGE: lambda: MicroBatchLoss(trainer, dict(inputs)).merge(student_logps),
         REPORT: lambda: kind._report(trainer, *calls[REPORT]),
         DRAIN: lambda: trainer.metrics.drain("train"),
     }

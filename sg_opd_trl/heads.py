@@ -52,6 +52,11 @@ class OutputHead:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
         return replace(self, dtype=torch.float32 if self.full_precision else dtype)
 
+    def cast(self) -> "OutputHead":
+        """The resolved and gathered head with weights of its dtype, for many tiles: autocast would cast in each."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return replace(self, weight=self.weight.to(self.dtype), bias=bias, gathered=_as_it_is)
+
     def logits(self, projected: Tensor) -> Tensor:
         """Float32 logits as they enter the softmax, from what the projection gave."""
         logits = projected.float() * self.scale
@@ -173,8 +178,10 @@ class _TiledLosses(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.head, ctx.vocab_size, ctx.token_loss, ctx.rows = head, vocab_size, token_loss, rows
         losses = hidden.new_zeros(hidden.size(0), dtype=torch.float32)
-        for tile in tiles(hidden.size(0), rows):
-            losses[tile] = token_loss(project(hidden[tile], head, vocab_size), tile)
+        with head.gathered(weight, bias):
+            whole = head.cast()
+            for tile in tiles(hidden.size(0), rows):
+                losses[tile] = token_loss(project(hidden[tile], whole, vocab_size), tile)
         return losses
 
     @staticmethod
@@ -186,11 +193,13 @@ class _TiledLosses(torch.autograd.Function):
         with head.gathered(weight, bias):
             to_weight = _zeros(weight) if needs_weight else None
             to_bias = _zeros(bias) if needs_bias else None
+            whole = head.cast()
+            matrix, offset = whole.weight[known], None if whole.bias is None else whole.bias[known]
             for tile in tiles(hidden.size(0), ctx.rows):
-                products = _products(hidden[tile], weight[known], None if bias is None else bias[known], head.dtype)
+                products = _products(hidden[tile], matrix, offset, head.dtype)
                 upstream = _gradient_of_products(products, head, ctx.token_loss, tile, gradient[tile])
                 if to_hidden is not None:
-                    to_hidden[tile] = (upstream @ weight[known].to(head.dtype)).to(hidden.dtype)
+                    to_hidden[tile] = (upstream @ matrix).to(hidden.dtype)
                 if to_weight is not None:
                     _add_product(to_weight[known], upstream.t(), hidden[tile].to(head.dtype))
                 if to_bias is not None:
@@ -249,10 +258,13 @@ def likeliest_tokens(
     logps = hidden_states.new_zeros(count, dtype=torch.float32)
     support = logps.new_zeros(count, size)
     support_ids = ids.new_zeros(count, size)
-    for tile in tiles(count, max(1, TILE_ELEMENTS // width)):
-        log_probs = project(hidden_states[tile], head, width).log_softmax(dim=-1)
-        logps[tile] = log_probs.gather(1, ids[tile].unsqueeze(1)).squeeze(1)
-        support[tile], support_ids[tile] = log_probs[:, :vocab_size].topk(size, dim=-1)
+    head = head.resolved(hidden_states)
+    with torch.no_grad(), head.gathered(head.weight, head.bias):
+        whole = head.cast()
+        for tile in tiles(count, max(1, TILE_ELEMENTS // width)):
+            log_probs = project(hidden_states[tile], whole, width).log_softmax(dim=-1)
+            logps[tile] = log_probs.gather(1, ids[tile].unsqueeze(1)).squeeze(1)
+            support[tile], support_ids[tile] = log_probs[:, :vocab_size].topk(size, dim=-1)
     return logps, support_ids, support
 
 

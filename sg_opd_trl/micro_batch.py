@@ -149,7 +149,17 @@ class MicroBatchLoss:
             targets = trainer.route_lambdas(gate, a2, inputs["verifier_advantages"])
         taught = trainer.token_weights.taught(inputs["verdicts"]).unsqueeze(1)
         matched = trainer.objective.matched(behaviour, inputs) & (self._mask != 0) & taught
+        self._check_reference(targets.lambdas, matched)
         return matched, targets
+
+    def _check_reference(self, lambdas: Tensor, matched: Tensor) -> None:
+        """Only routes of a subclass can ask for a reference that the settings did not."""
+        if not self._trainer.args.needs_reference and bool(((lambdas != 1) & matched).any()):
+            raise ValueError(
+                "`route_lambdas` returned a lambda other than 1, but no setting asked for a reference, so none was "
+                "loaded. Lambda weighs the teacher against it. Set `lambda_high` or `lambda_base` to the lambda that "
+                "is used, or return 1."
+            )
 
     def _statistics(self, signals: Signals) -> core.TokenStatistics:
         verdicts: Any = self._inputs["verdicts"]

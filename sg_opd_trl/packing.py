@@ -101,7 +101,7 @@ def packed_log_probs(
         `(B, completion_length)` float32; 0 where the mask is 0.
     """
     packed = pack(input_ids, attention_mask, completion_length)
-    with _attention(model, input_ids.device):
+    with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
         asked: Any = request.asked_of(model, packed.targets.shape, packed.pick) if request else model
         outputs = asked(**packed.model_inputs, fused_lm_head=True)
     entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
@@ -141,15 +141,15 @@ def _base(model: nn.Module) -> PreTrainedModel | None:
 
 
 def _attends_by_rows(base: PreTrainedModel, device: torch.device) -> bool:
-    if device.type != "cpu" or base.config._attn_implementation != "sdpa":
+    if device.type != "cpu" or base.config._attn_implementation != "sdpa" or not base._supports_attention_backend:
         return False
     checkpointing = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
     return not (torch.is_grad_enabled() and any(checkpointing))
 
 
-def _attention(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+def _attention(model: nn.Module, bounds: Tensor) -> AbstractContextManager[None]:
     base = _base(model)
-    return rows_apart(base) if base is not None and _attends_by_rows(base, device) else nullcontext()
+    return rows_apart(base, bounds) if base is not None and _attends_by_rows(base, bounds.device) else nullcontext()
 
 
 def _adds_virtual_tokens(module: Any) -> bool:

@@ -4,6 +4,7 @@ one call, so that the rest of the model runs without padding."""
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IMPLEMENTATION = "sg_opd_rows"
+# Not every architecture hands the bounds that its forward is given through to its attention (Nemotron does not).
+_bounds: ContextVar[tuple[int, ...]] = ContextVar("bounds of packed rows")
 # Rows share a call down to this share of its longest row: fewer calls for little padding, in attention alone.
 _LIKE_LENGTH = 0.8
 
@@ -59,12 +62,11 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seq_lens_q: Tensor,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions: `(1, heads, N, size)` each -> `(1, N, heads, size)`."""
-    plan = _plan(tuple(cu_seq_lens_q.tolist()))
+    plan = _plan(_bounds.get())
     padded = [_take(states[0].transpose(0, 1), plan.into) for states in (query, key, value)]
     results, start = [], 0
     for rows, width in plan.calls:
@@ -90,18 +92,23 @@ def _band(width: int, window: int | None, device: torch.device) -> Tensor | None
 
 
 @contextmanager
-def rows_apart(model: PreTrainedModel) -> Iterator[None]:
+def rows_apart(model: PreTrainedModel, bounds: Tensor) -> Iterator[None]:
     """Have an SDPA model attend inside packed rows only; the model is as before afterwards.
 
     Not for gradient checkpointing, whose second forward runs after the block.
+
+    Args:
+        model: whose attention goes through transformers' `AttentionInterface`.
+        bounds: `(rows + 1,)`, where the rows begin and the last one ends.
     """
     config = model.config
-    before = config._attn_implementation
+    before, token = config._attn_implementation, _bounds.set(tuple(bounds.tolist()))
     config._attn_implementation = IMPLEMENTATION
     try:
         yield
     finally:
         config._attn_implementation = before
+        _bounds.reset(token)
 
 
 # Without a mask function of that name transformers builds no mask, and hands the rows' bounds through.

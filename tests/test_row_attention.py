@@ -34,7 +34,8 @@ def test_against_each_row_alone(lengths: tuple[int, ...], window: int | None) ->
     module.num_key_value_groups = groups  # type: ignore[assignment]
     module.is_causal = True  # type: ignore[assignment]
     ends = torch.tensor(bounds(*lengths), dtype=torch.int32)
-    result, _ = _attend(module, query, key, value, None, cu_seq_lens_q=ends, sliding_window=window, scaling=0.3)
+    with rows_apart(tiny_model(0), ends):
+        result, _ = _attend(module, query, key, value, None, sliding_window=window, scaling=0.3)
     assert result.shape == (1, tokens, heads, size)
     expected = torch.zeros_like(result)
     for start, length in zip(ends.tolist(), lengths, strict=False):
@@ -52,7 +53,7 @@ def test_against_each_row_alone(lengths: tuple[int, ...], window: int | None) ->
 
 def test_the_model_is_as_before_also_after_an_error() -> None:
     model = tiny_model(0)
-    with pytest.raises(KeyError), rows_apart(model):
+    with pytest.raises(KeyError), rows_apart(model, torch.tensor([0, 3])):
         assert model.config._attn_implementation == IMPLEMENTATION
         raise KeyError
     assert model.config._attn_implementation == "sdpa"

@@ -21,7 +21,7 @@ class ObjectiveFields:
         default=32,
         metadata={
             "help": "K of 'topk_logits' and 'asymmetric', the teacher's likeliest tokens at each position "
-            "(arXiv:2603.25562: 32)."
+            "(arXiv:2603.25562: 32; AOPD: 10)."
         },
     )
     asymmetric_threshold: float = field(

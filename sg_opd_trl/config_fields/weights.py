@@ -11,7 +11,8 @@ class WeightFields:
         default=5.0,
         metadata={
             "help": "tau of the stability weight min(1, tau/abs(a2)) (paper, Eq. 9, which prints no value: 5.0 is our "
-            "choice). None switches the weight off."
+            "choice); of the losses that match distributions too. None switches the weight off, as the methods of "
+            "other papers have it."
         },
     )
     stability_norm: str = field(
@@ -56,7 +57,7 @@ class WeightFields:
         metadata={
             "help": "Strings whose tokens leave the student's loss and its denominators, for teachers with another "
             "chat template, e.g. '<think>' and '<|im_end|>' (arXiv:2603.25562). Each token of a string counts on its "
-            "own. None masks nothing (our choice)."
+            "own, as the tokenizer writes it at the start of a text. None masks nothing (our choice)."
         },
     )
     special_token_mask_scope: str = field(

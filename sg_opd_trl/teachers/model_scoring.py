@@ -94,6 +94,7 @@ class ModelScorer:
             _empty(batch, support_ids.size(2), dtype=torch.float32),
         )
         self._answer(request, results, batch, rows, max_tokens)
+        self._checked(batch, rows, results[1])
         return SupportScores(self._checked(batch, rows, results[0]), support_ids, results[1])
 
     def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
@@ -175,17 +176,18 @@ def check_ids(batch: TokenBatch, rows: Tensor, vocab_size: int, role: str) -> No
 
 
 def check_scores(logps: Tensor, role: str) -> None:
-    """Refuse log-probs that are NaN, infinite or positive.
+    """Refuse log-probs, `(B, T)` or `(B, T, K)`, that are NaN, infinite or positive.
 
     Raises:
         NonFiniteError: names the first bad value with its row and position.
     """
     bad = ~torch.isfinite(logps) | (logps > _POSITIVE_TOLERANCE)
     if bad.any():
-        row, position = bad.nonzero()[0].tolist()
+        first = bad.nonzero()[0].tolist()
+        row, position = first[:2]
         raise NonFiniteError(
             f"The {role} gave {int(bad.sum())} log-probs that are not finite or above 0, the first "
-            f"{float(logps[row, position])} in row {row} at completion token {position}. Nothing was updated. Check "
+            f"{float(logps[tuple(first)])} in row {row} at completion token {position}. Nothing was updated. Check "
             f"the {role}'s weights, or load it in float32 or bfloat16."
         )
 

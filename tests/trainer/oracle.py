@@ -99,7 +99,7 @@ def advantage(args: Any, kind: str, a1: float, ls: float, lt: float, lr: float) 
 def clipped(args: Any, logp: torch.Tensor, ls: float, a: float) -> torch.Tensor:
     ratio = (logp - ls).exp()
     inside = ratio.clamp(1 - args.epsilon, 1 + args.epsilon) * a
-    outside = ratio.clamp(max=args.delta) * a
+    outside = (ratio if args.delta is None else ratio.clamp(max=args.delta)) * a
     return inside if inside.item() < outside.item() else outside
 
 

@@ -13,12 +13,13 @@ from tiny import (
     copied_weights,
     inject_rollouts,
     inject_teacher_rollouts,
+    logged,
     parity_verifier,
     tiny_model,
     tiny_trainer,
 )
 
-from sg_opd_trl import NonFiniteError, TeacherError, VerifierError
+from sg_opd_trl import NonFiniteError, VerifierError
 
 OFF = {"teacher_sampling_enable": False}
 NO_REFERENCE = OFF | {"lambda_high": 1.0}
@@ -66,29 +67,25 @@ def test_the_checks_below_can_see_an_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [OFF, ANCHOR])
-def test_an_id_that_the_teacher_lacks(tmp_path: Path, settings: dict) -> None:
+def test_an_id_that_the_teacher_lacks_is_left_out_and_counted(tmp_path: Path, settings: dict) -> None:
+    settings = settings | {"max_steps": 1}
     trainer = tiny_trainer(tmp_path, settings=settings, model=tiny_model(0, vocab_size=30))
-    inject_rollouts(trainer, lambda prompt, row: [6, 7, 28] if row == 5 else [6, 7])
-    check_untouched(
-        trainer,
-        TeacherError,
-        "Token id 28 at position 2 of the completion in row 5",
-        "teacher",
-        "26 entries",
-        "suppress_tokens",
-    )
+    inject_rollouts(trainer, lambda prompt, row: [6, 7, 28, 8] if row == 5 else [6, 7])
+    trainer.train()
+    assert logged(trainer, "teacher/unusable_tokens") == [2.0], "28, and what follows it"
 
 
-def test_an_id_that_the_reference_lacks(tmp_path: Path) -> None:
+def test_an_id_that_the_reference_lacks_is_left_out_and_counted(tmp_path: Path) -> None:
     trainer = tiny_trainer(
         tmp_path,
-        settings=OFF,
+        settings=OFF | {"max_steps": 1},
         model=tiny_model(0, vocab_size=30),
         teacher_model=tiny_model(1, vocab_size=30),
         reference_model=tiny_model(2),
     )
     inject_rollouts(trainer, lambda prompt, row: [6 + row % 2, 7, 28])
-    check_untouched(trainer, TeacherError, "Token id 28", "in the reference, whose vocabulary has 26 entries")
+    trainer.train()
+    assert logged(trainer, "teacher/unusable_tokens") == [8.0], "one of each rollout"
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, 2, math.inf, -math.inf])
@@ -122,9 +119,11 @@ def test_accepted_verdicts(tmp_path: Path, value: Any) -> None:
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("mode", ["sampled_token", "topk_logits", "asymmetric", "full_logits"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_teacher_with_a_bad_weight(tmp_path: Path, value: float) -> None:
-    trainer = tiny_trainer(tmp_path, settings=OFF, teacher_model=poisoned(tiny_model(1), value))
+def test_a_teacher_with_a_bad_weight(tmp_path: Path, value: float, mode: str) -> None:
+    settings = OFF | {"distillation_mode": mode, "distillation_topk": 4}
+    trainer = tiny_trainer(tmp_path, settings=settings, teacher_model=poisoned(tiny_model(1), value))
     check_untouched(
         trainer, NonFiniteError, "The teacher gave", "not finite", "in row 0", "Check the teacher's weights"
     )
@@ -135,8 +134,10 @@ def test_a_teacher_with_a_bad_weight_that_writes_rollouts(tmp_path: Path) -> Non
     check_untouched(trainer, NonFiniteError, "teacher", "not finite", "Check the teacher's weights")
 
 
-def test_a_reference_with_a_bad_weight(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, settings=OFF, reference_model=poisoned(tiny_model(2)))
+@pytest.mark.parametrize("mode", ["sampled_token", "topk_logits"])
+def test_a_reference_with_a_bad_weight(tmp_path: Path, mode: str) -> None:
+    settings = OFF | {"distillation_mode": mode, "distillation_topk": 4}
+    trainer = tiny_trainer(tmp_path, settings=settings, reference_model=poisoned(tiny_model(2)))
     check_untouched(trainer, NonFiniteError, "The reference gave", "Check the reference's weights")
 
 

@@ -1,7 +1,9 @@
 """What a run leaves behind: the student, its card, and checkpoints that resume exactly or refuse."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from tiny import changed_weights, copied_weights, logged, save_pair, tiny_model,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sg_opd_trl import SGOPDConfigError, SGOPDTrainer, TeacherAnchorCallback, __version__
+from sg_opd_trl.construction import compare_checkpoint_facts
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
 # Over 4 steps P1 = 2 and P2 = 4: the checkpoint of step 2 is the boundary of the phases.
@@ -65,6 +68,32 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     assert stored["fingerprint"] in message
     assert other.teacher.identity["fingerprint"] in message
     assert "Give the original teacher" in message
+
+
+SERVED = {"name": "teacher", "root": "folder/one", "revision": None, "dtype": "float32", "fingerprint": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"name": "other"}, r"got another model \(name 'other', the checkpoint has 'teacher'\)"),
+        ({"root": "folder/two"}, "root 'folder/two', the checkpoint has 'folder/one'"),
+        ({"root": None}, None),
+        ({"revision": "v2"}, None),
+        ({"fingerprint": "a" * 16, "name": "other"}, None),
+    ],
+    ids=["same", "name", "root", "root not told", "revision not told before", "weights that are seen"],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_another_model_of_a_server_is_refused(changed: dict, said: str | None, several: bool) -> None:
+    """Its weights have no fingerprint."""
+    before, now = SERVED, SERVED | changed
+    if several:
+        before, now = {"teachers": {"math": before}}, {"teachers": {"math": now}}
+    trainer = SimpleNamespace(teacher=SimpleNamespace(identity=now), reference=None)
+    with nullcontext() if said is None else pytest.raises(SGOPDConfigError, match=said):
+        compare_checkpoint_facts(trainer, {"teacher": before, "reference": None})
 
 
 def test_another_reference_is_refused(tmp_path: Path) -> None:

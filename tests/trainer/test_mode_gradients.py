@@ -55,7 +55,8 @@ def test_asymmetric_keeps_the_routes_of_the_policy_gradient(tmp_path: Path, rout
 SETTINGS: dict[str, dict] = {
     "gate_off": {"sign_gated_extrapolation": False},
     "gate_off_extrapolated": {"sign_gated_extrapolation": False, "lambda_base": 1.25},
-    "one_token_of_support": {"distillation_topk": 1},
+    # Renormalised over one token there is nothing to match: the anchor alone is left of `topk_logits`.
+    "one_token_of_support": ANCHOR | {"distillation_topk": 1},
     "whole_vocabulary_as_support": {"distillation_topk": 26},
     "temperature": {"temperature": 0.7},
     "prefix_weights": {"iw_opd_gamma": 0.5},
@@ -135,16 +136,13 @@ def test_full_logits_at_lambda_one_is_trls_reverse_kl(tmp_path: Path) -> None:
     _, (gradient,), (step,) = train(tmp_path, settings, reference_model=None)
     student, teacher = tiny_model(0), tiny_model(TEACHER)
     student.load_state_dict(step.student)
-    width = max(len(row.prompt + row.completion) for row in step.rollouts)
-    ids = torch.tensor([row.prompt + row.completion + [0] * width for row in step.rollouts])[:, : width + 1]
-    mask = torch.tensor(
-        [
-            [0] * (len(row.prompt) - 1)
-            + [1] * len(row.completion)
-            + [0] * (width + 1 - len(row.prompt + row.completion))
-            for row in step.rollouts
-        ]
-    )
+    rows = [row.prompt + row.completion for row in step.rollouts]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.zeros(len(rows), width - 1, dtype=torch.long)
+    for place, row in zip(mask, step.rollouts, strict=True):
+        first = len(row.prompt) - 1  # the position that predicts the completion's first token
+        place[first : first + len(row.completion)] = 1
     states = [model.model(ids).last_hidden_state[:, :-1] for model in (student, teacher)]
     heads_ = [model.lm_head.weight for model in (student, teacher)]
     loss, _, tokens = _chunked_divergence_loss(*states, *heads_, mask, beta=1.0, temperature=0.8)
@@ -163,20 +161,20 @@ def test_lora_has_the_gradient_of_its_merged_weights(tmp_path: Path, kind: str) 
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     student = get_peft_model(tiny_model(0), config)
-    merged = script_generation(copy.deepcopy(student).merge_and_unload())
+    merged = script_generation(copy.deepcopy(student).merge_and_unload().requires_grad_())
     script_generation(student)
     settings = {"distillation_mode": kind} | SIZE
     full = train(tmp_path, settings, model=merged)[1][0]
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
     low = train(tmp_path, settings, model=student)[1][0]
     assert low
     for name, gradient in low.items():
-        layer = name.split("base_model.model.")[1].split(".lora_")[0]
-        module = student.get_submodule("base_model.model." + layer)
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        scaling, dense = module.scaling["default"], full[f"{layer}.weight"]
+        layer = name.split(".lora_")[0]
+        a, b = (before[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+        dense = full[layer.removeprefix("base_model.model.") + ".weight"]
+        scaling = config.lora_alpha / config.r
         expected = scaling * (b.t() @ dense if "lora_A" in name else dense @ a.t())
-        # The recorded gradient is of the first step, the weights have moved by one update of at most 0.01 since.
-        assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.99
+        assert relative_difference({name: gradient}, {name: expected}) < LIMIT
 
 
 @pytest.mark.parametrize("kind", KINDS)

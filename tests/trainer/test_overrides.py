@@ -73,6 +73,19 @@ def test_route_advantages(tmp_path: Path) -> None:
     assert run(tmp_path)[1] > 0.1
 
 
+@pytest.mark.parametrize("mode", ["topk_logits", "full_logits"])
+def test_a_lambda_without_a_reference_is_refused(tmp_path: Path, mode: str) -> None:
+    class Extrapolating(SGOPDTrainer):
+        def route_lambdas(self, *arguments: Any) -> Any:
+            routed = super().route_lambdas(*arguments)
+            return routed._replace(lambdas=torch.full_like(routed.lambdas, 1.5))
+
+    plain = {"sign_gated_extrapolation": False, "distillation_mode": mode, "distillation_topk": 4}
+    with pytest.raises(ValueError, match=r"lambda other than 1, but no setting asked for a reference.*`lambda_base`"):
+        run(tmp_path, Extrapolating, **plain)
+    run(tmp_path, Extrapolating, **plain, lambda_base=1.25)
+
+
 def test_compute_token_weights(tmp_path: Path) -> None:
     class Halved(SGOPDTrainer):
         def compute_token_weights(self, teacher_advantages: Tensor, mask: Tensor, inputs: dict) -> Tensor:
