@@ -1,4 +1,7 @@
-"""Which prompts each optimizer step of a baseline has: those that `SGOPDTrainer` has in it at the same seed."""
+"""Which prompts each optimizer step of a baseline has: those that `SGOPDTrainer` has in it at the same seed.
+
+With a group of 1, as SeqKD has it, a step takes more of them, in the same order.
+"""
 
 import math
 from dataclasses import dataclass

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ROLLOUTS_FILE = "teacher_rollouts.jsonl"
 
+Judge = Callable[[list[dict], list[str], list[list[int]]], list[float | None]]
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -54,15 +56,10 @@ class RolloutRequest:
     seed: int
     batch_size: int
 
-    def key(self, teacher: Any, end_ids: list[int], verifier: str | None) -> str:
-        """Hash of everything the rollouts and their verdicts depend on."""
-        facts = asdict(self) | {
-            "teacher": fingerprint(teacher),
-            "dtype": str(teacher.dtype),
-            "end": end_ids,
-            "verifier": verifier,
-            "examples": self.examples if verifier is not None else None,
-        }
+    def key(self, teacher: Any, end_ids: list[int]) -> str:
+        """Hash of everything the rollouts depend on; verdicts are no part of them, stored rollouts are judged anew."""
+        facts = asdict(self) | {"teacher": fingerprint(teacher), "dtype": str(teacher.dtype), "end": end_ids}
+        del facts["examples"]
         if self.temperature is None:
             del facts["seed"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -88,15 +85,17 @@ class RolloutFile:
         self.path, self.key, self.batch_size, self.total = path, key, batch_size, total
 
     def read(self) -> list[Rollout]:
-        """The complete batches of the same key; the file is left with exactly these."""
+        """The complete batches of the same key."""
         rollouts = self._rollouts()
         whole = len(rollouts) if len(rollouts) == self.total else len(rollouts) // self.batch_size * self.batch_size
-        rollouts = rollouts[:whole]
+        return rollouts[:whole]
+
+    def replace(self, rollouts: list[Rollout]) -> None:
+        """Leave the file with exactly these, whole or as it was."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(json.dumps({"key": self.key}) + "\n" + _lines(rollouts), encoding="utf-8")
         partial.replace(self.path)
-        return rollouts
 
     def append(self, rollouts: list[Rollout]) -> None:
         """Add batches."""
@@ -123,20 +122,18 @@ def teacher_rollouts(
     teacher: Any,
     tokenizer: Any,
     request: RolloutRequest,
-    judge: Callable[[list[dict], list[str], list[list[int]]], list[float | None]] | None,
+    judge: Judge | None,
     *,
-    verifier: str | None,
     path: Path,
     args: Any,
 ) -> tuple[list[Rollout], TeacherUse]:
-    """Read the rollouts that are stored, write the others, all processes together.
+    """Read the rollouts that are stored and judge them anew, write the others, all processes together.
 
     Args:
         teacher: model on this process's device.
         tokenizer: of the student.
         request: what is asked for.
         judge: `(rows, texts, completion ids) -> verdicts`; None leaves rollouts unjudged.
-        verifier: name of what judges, None without.
         path: file of the rollouts, read and written by the main process.
         args: training arguments.
 
@@ -146,9 +143,10 @@ def teacher_rollouts(
     started = time.perf_counter()
     end_ids = end_token_ids(teacher, tokenizer)
     total, size = len(request.prompt_ids), request.batch_size
-    file = RolloutFile(path, request.key(teacher, end_ids, verifier), size, total)
+    file = RolloutFile(path, request.key(teacher, end_ids), size, total)
     # As many lists as objects are exchanged: accelerate broadcasts the entries of a list.
-    rollouts: list[Rollout] = broadcast_object_list([file.read() if args.process_index == 0 else None])[0]
+    found = _stored(file, tokenizer, request, judge) if args.process_index == 0 else None
+    rollouts: list[Rollout] = broadcast_object_list([found])[0]
     use = TeacherUse(tokens_reused=_tokens(rollouts) if args.process_index == 0 else 0)
     starts = list(range(len(rollouts), total, size))
     config = request.generation_config(end_ids, teacher, tokenizer)
@@ -169,8 +167,19 @@ def teacher_rollouts(
     return rollouts, use
 
 
+def _stored(file: RolloutFile, tokenizer: Any, request: RolloutRequest, judge: Judge | None) -> list[Rollout]:
+    """What the file holds, with verdicts of now: verifier or golds may have changed under their names."""
+    rollouts, size = file.read(), request.batch_size
+    judged: list[Rollout] = []
+    for start in range(0, len(rollouts), size):
+        ids = [rollout.completion_ids for rollout in rollouts[start : start + size]]
+        judged += _judged(tokenizer, request, start, ids, judge)
+    file.replace(judged)
+    return judged
+
+
 def _write(
-    teacher: Any, tokenizer: Any, request: RolloutRequest, config: GenerationConfig, start: int, judge: Any
+    teacher: Any, tokenizer: Any, request: RolloutRequest, config: GenerationConfig, start: int, judge: Judge | None
 ) -> list[Rollout]:
     """One batch, whose randomness depends on the seed and its place alone."""
     batch = slice(start, start + request.batch_size)
@@ -183,10 +192,17 @@ def _write(
             ids = generate_completions(teacher, request.prompt_ids[batch], config, role="teacher")
         finally:
             teacher.generation_config = own_config
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return _judged(tokenizer, request, start, ids, judge)
+
+
+def _judged(
+    tokenizer: Any, request: RolloutRequest, start: int, ids: list[list[int]], judge: Judge | None
+) -> list[Rollout]:
+    """Completions of the batch that begins at `start`, with their verdicts."""
     verdicts: Sequence[float | None] = [None] * len(ids)
     if judge is not None:
-        verdicts = judge(request.examples[batch], texts, ids)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        verdicts = judge(request.examples[start : start + len(ids)], texts, ids)
     return [Rollout(completion, verdict) for completion, verdict in zip(ids, verdicts, strict=True)]
 
 

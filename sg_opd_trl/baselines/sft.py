@@ -16,7 +16,7 @@ from ..evaluation_sampling import encode_prompt
 from ..verdicts import RunVerifier
 from .config import SeqKDConfig, TeacherSFTConfig
 from .order import StepPlan, fill_steps, plan_steps
-from .rollouts import ROLLOUTS_FILE, Rollout, RolloutRequest, teacher_rollouts
+from .rollouts import ROLLOUTS_FILE, Judge, Rollout, RolloutRequest, teacher_rollouts
 from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -125,13 +125,13 @@ def _written(
 ) -> tuple[list[Rollout], TeacherUse]:
     spread = request.examples[:: max(1, len(request.examples) // RENDERED)]
     teacher = load_teacher(args, tokenizer, [example["prompt"] for example in spread])
-    judge, name = None, None
+    judge = None
     if args.teacher_sampling_filter_correct:
         names = [getattr(function, "__name__", type(function).__name__) for function in reward_funcs]
         verifier = RunVerifier(reward_funcs, names, args.verifier_reward_func, binary=True)
-        judge, name = _judge(verifier), verifier.name
+        judge = _judge(verifier)
     path = Path(args.output_dir) / ROLLOUTS_FILE
-    result = teacher_rollouts(teacher, tokenizer, request, judge, verifier=name, path=path, args=args)
+    result = teacher_rollouts(teacher, tokenizer, request, judge, path=path, args=args)
     del teacher
     gc.collect()
     if torch.cuda.is_available():
@@ -139,7 +139,7 @@ def _written(
     return result
 
 
-def _judge(verifier: RunVerifier) -> Callable[[list[dict], list[str], list[list[int]]], list[float | None]]:
+def _judge(verifier: RunVerifier) -> Judge:
     def judge(examples: list[dict], texts: list[str], completion_ids: list[list[int]]) -> list[float | None]:
         chat = not isinstance(examples[0]["prompt"], str)
         completions: list = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts

@@ -1,5 +1,6 @@
 """`sg-opd study`: recipes x seeds, resumable, and one table of what came out."""
 
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,9 +74,12 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         return 0
     if options.report_only:
         _settle_choices(plan)
-        _write(plan, console)
+        with _lock(plan.study.output_dir) as alone:
+            _write(plan, console, files=alone)
         return 0
-    with _alone(plan.study.output_dir):
+    with _lock(plan.study.output_dir) as alone:
+        if not alone:
+            raise _in_use(plan.study.output_dir)
         try:
             failures = _work(plan, options.jobs, console)
         except KeyboardInterrupt:
@@ -128,10 +132,11 @@ def _work(plan: Plan, at_once: int, console: "Console") -> "list[Failure]":
     """All jobs that have no result yet: the tuning jobs, then the runs and the models."""
     from sg_opd_trl.study.execution import run_jobs
     from sg_opd_trl.study.progress import StudyProgress
+    from sg_opd_trl.study.tuning import save_choices
 
     tuning, runs = _pending(plan.wanted(plan.tuning)), _pending(plan.wanted(plan.runs))
     models = _pending(plan.models)
-    _check(plan.wanted([*plan.tuning, *plan.runs]) if tuning or runs else [], console)
+    _check([*(plan.wanted([*plan.tuning, *plan.runs]) if tuning or runs else []), *models], console)
     total = len(tuning) + len(runs) + len(models)
     console.print(f"{plan.study.name}: {total} jobs to do, {at_once} at a time, in {plan.study.output_dir}")
     with StudyProgress(console, total, at_once, _timing(plan)) as progress:
@@ -139,6 +144,8 @@ def _work(plan: Plan, at_once: int, console: "Console") -> "list[Failure]":
         keep = plan.study.keep_models
         failures = run_jobs(tuning, at_once=at_once, watcher=progress, keep_models=False)
         _settle_choices(plan)
+        if plan.choices is not None and plan.study.tuning is not None:
+            save_choices(plan.study, plan.choices)
         _resize(progress, len(tuning), _pending(plan.wanted(plan.runs)), models)
         failures += run_jobs(
             [*models, *_pending(plan.wanted(plan.runs))], at_once=at_once, watcher=progress, keep_models=keep
@@ -153,14 +160,13 @@ def _resize(progress: "StudyProgress", done: int, runs: "list[Job]", models: "li
 
 
 def _settle_choices(plan: Plan) -> None:
-    """From the tuning results: the choices, their file, and the runs with the chosen values."""
+    """From the tuning results: the choices, and the runs with the chosen values."""
     from sg_opd_trl.study.plan import run_jobs_of
-    from sg_opd_trl.study.tuning import choose, save_choices
+    from sg_opd_trl.study.tuning import choose
 
     if plan.study.tuning is None:
         return
     plan.choices = choose(plan.study, plan.tuning)
-    save_choices(plan.study, plan.choices)
     values = {name: entry["chosen"] for name, entry in plan.choices["runs"].items()}
     plan.runs = run_jobs_of(plan.study, plan.recipes, values, plan.study.tuning.field)
 
@@ -172,17 +178,19 @@ def _pending(jobs: "Iterable[Job]") -> "list[Job]":
 
 
 def _check(jobs: "Iterable[Job]", console: "Console") -> None:
-    """Build the settings of one job of every run, so that hours of work do not end in a misspelt key.
+    """Build the settings of one job of every run and read the problems, so that hours do not end in a misspelt key.
 
     Raises:
-        SGOPDConfigError: a recipe that `sg-opd train` refuses.
+        SGOPDConfigError: a recipe that `sg-opd train` refuses, or problems or flags that `sg-opd evaluate` does.
     """
     import yaml
 
     from sg_opd_trl.study.execution import check_recipes
 
-    first = {job.name: job for job in reversed(list(jobs))}
-    if not first:
+    found = list(jobs)
+    first = {job.name: job for job in reversed(found) if job.recipe is not None}
+    evaluations = {json.dumps(job.evaluate, sort_keys=True, default=str): job.commands[-1][1:] for job in found}
+    if not found:
         return
     console.print("Checking the recipes")
     with tempfile.TemporaryDirectory() as folder:
@@ -191,8 +199,8 @@ def _check(jobs: "Iterable[Job]", console: "Console") -> None:
             paths.append(str(Path(folder) / f"{name}.yaml"))
             Path(paths[-1]).write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
         said: list[str] = []
-        if check_recipes(paths, said.append):
-            raise SGOPDConfigError(f"A run of the study is refused. {''.join(said).replace(folder, '...')}")
+        if check_recipes(paths, evaluations.values(), said.append):
+            raise SGOPDConfigError(f"The study is refused. {''.join(said).replace(folder, '...')}")
 
 
 def _timing(plan: Plan) -> "Timing":
@@ -222,7 +230,8 @@ def _list_jobs(plan: Plan, at_once: int, console: "Console") -> None:
     console.print(f"{len(waiting)} jobs to do, {at_once} at a time: {estimate if waiting else 'nothing left'}")
 
 
-def _write(plan: Plan, console: "Console") -> None:
+def _write(plan: Plan, console: "Console", *, files: bool = True) -> None:
+    """The table on the console, and in files unless another process works in the folder."""
     from sg_opd_trl.reporting.curves import can_draw
     from sg_opd_trl.study.page import write_study
     from sg_opd_trl.study.results import failures_of
@@ -231,28 +240,36 @@ def _write(plan: Plan, console: "Console") -> None:
 
     groups = summarise(plan.study, plan.runs, plan.models)
     failures = failures_of([*plan.tuning, *plan.models, *plan.runs])
-    written = write_study(plan.study, groups, plan.choices, failures)
     console.print(to_markdown(plan.study, groups, plan.choices, failures), markup=False)
+    if not files:
+        console.print(f"A study runs in {plan.study.output_dir}, which writes the files when it ends.", markup=False)
+        return
+    written = write_study(plan.study, groups, plan.choices, failures)
     console.print("\n".join(map(str, written)), markup=False)
     if not can_draw():
         console.print('No plots: they need matplotlib, `pip install "sg-opd-trl[plot]"`. Then run this again.')
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two studies in one folder would delete each other's half-finished runs."""
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder for itself, until the end of the block."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
-        raise SGOPDConfigError(
-            f"`output_dir` must be used by one study at a time, got {folder}, where another one runs. They would "
-            "delete each other's runs. Wait for it, or set `--output_dir`."
-        ) from error
+    except Timeout:
+        yield False
+        return
     try:
-        yield
+        yield True
     finally:
         lock.release()
+
+
+def _in_use(folder: Path) -> SGOPDConfigError:
+    return SGOPDConfigError(
+        f"`output_dir` must be used by one study at a time, got {folder}, where another one runs. They would delete "
+        "each other's runs. Wait for it, or set `--output_dir`."
+    )

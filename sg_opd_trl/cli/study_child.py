@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from sg_opd_trl.cli import EXIT_USER_ERROR, main
-from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.errors import SGOPDConfigError, SGOPDError
 
 _GRACE_SECONDS = 5.0
 
@@ -22,27 +22,54 @@ def run_commands(commands: Sequence[Sequence[str]]) -> int:
     """Run commands until one fails.
 
     Args:
-        commands: arguments of `sg-opd` per command, or `["check", RECIPE]` to build a recipe's settings only.
+        commands: arguments of `sg-opd` per command; or `["check", RECIPE]` to build a recipe's settings only; or
+            `["check_evaluation", ...]` with arguments of `sg-opd evaluate`, to do all of it that needs no model.
 
     Returns:
         The status of the first command that failed, else 0.
     """
     for command in commands:
-        status = _check(command[1]) if command[0] == "check" else main(list(command))
+        check = _CHECKS.get(command[0])
+        status = check(command[1:]) if check is not None else main(list(command))
         if status:
             return status
     return 0
 
 
-def _check(recipe: str) -> int:
+def _check(words: Sequence[str]) -> int:
     from sg_opd_trl.cli.parsing import build_settings, read_command_line
 
     try:
-        build_settings(read_command_line(["--config", recipe]))
+        build_settings(read_command_line(["--config", words[0]]))
     except SGOPDConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_USER_ERROR
+        return _refuse(str(error))
     return 0
+
+
+def _check_evaluation(words: Sequence[str]) -> int:
+    """Flags and their bounds, verifier, data set, split and columns."""
+    from sg_opd_trl.cli.evaluate import _parser, _rows
+    from sg_opd_trl.cli.rewards import load_reward_funcs
+    from sg_opd_trl.evaluation import pass_at_k
+    from sg_opd_trl.evaluation_sampling import Decoding
+
+    try:
+        options = _parser().parse(words)
+        pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
+        Decoding(options.temperature, options.top_p, options.max_new_tokens, options.batch_size, options.seed)
+        load_reward_funcs([options.reward_func])
+        _rows(options)
+    except (SGOPDError, ValueError) as error:  # a ValueError is what `datasets` says to an unknown configuration
+        return _refuse(f"Its `evaluate` or the split of `tune` cannot be used: {error}")
+    return 0
+
+
+def _refuse(text: str) -> int:
+    sys.stderr.write(f"{text}\n")
+    return EXIT_USER_ERROR
+
+
+_CHECKS = {"check": _check, "check_evaluation": _check_evaluation}
 
 
 def _end_with_parent() -> None:

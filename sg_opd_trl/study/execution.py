@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,18 +67,26 @@ def run_jobs(jobs: Iterable[Job], *, at_once: int, watcher: Watcher, keep_models
     """
     waiting, running, failures = list(jobs), list[Running](), list[Failure]()
     environment = child_environment(at_once)
+
+    def fail(failure: Failure) -> None:
+        failures.append(failure)
+        record_failure(failure.job, failure.reason)
+        watcher.failed(failure)
+
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(_start(waiting.pop(0), environment))
+                begun = _begin(waiting.pop(0), environment)
+                if isinstance(begun, Failure):
+                    fail(begun)
+                else:
+                    running.append(begun)
             time.sleep(_POLL_SECONDS)
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
                 outcome = _outcome(item, keep_models)
                 if isinstance(outcome, Failure):
-                    failures.append(outcome)
-                    record_failure(outcome.job, outcome.reason)
-                    watcher.failed(outcome)
+                    fail(outcome)
                 else:
                     watcher.done(item.job, outcome, waiting, running)
             watcher.tick(waiting, running)
@@ -100,17 +108,22 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_recipes(paths: Iterable[str], report: Callable[[str], None]) -> int:
-    """Have a child process build the settings of recipes, so that this process needs none of the heavy libraries.
+def check_recipes(paths: Iterable[str], evaluations: Iterable[Sequence[str]], report: Callable[[str], None]) -> int:
+    """Have a child process build the settings of recipes and read the problems that students will be measured on.
+
+    A child, so that this process needs none of the heavy libraries.
 
     Args:
         paths: recipe files.
+        evaluations: arguments of `sg-opd evaluate`; the model need not be there yet.
         report: receives what the child said when one of them is refused.
 
     Returns:
         The child's exit status.
     """
-    commands = json.dumps([["check", path] for path in paths])
+    commands = json.dumps(
+        [*(["check", path] for path in paths), *(["check_evaluation", *words] for words in evaluations)]
+    )
     done = subprocess.run(
         [sys.executable, "-m", CHILD, commands],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=child_environment(1),
@@ -118,6 +131,14 @@ def check_recipes(paths: Iterable[str], report: Callable[[str], None]) -> int:
     if done.returncode:
         report(done.stderr.strip() or done.stdout.strip())
     return done.returncode
+
+
+def _begin(job: Job, environment: Mapping[str, str]) -> Running | Failure:
+    """A folder that cannot be written to is this job's failure, not the study's."""
+    try:
+        return _start(job, environment)
+    except OSError as error:
+        return Failure(job, f"cannot be started: {error}")
 
 
 def _start(job: Job, environment: Mapping[str, str]) -> Running:

@@ -3,17 +3,25 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..errors import SGOPDConfigError
+from .contents import local_contents
 from .spec import Pair, RunSpec, Study, slug
 
 Recipes = Mapping[Path, Mapping[str, Any]]
 STUDENT, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
-_PAIRED = (STUDENT, "dataset_name", "dataset_train_split")
+PAIRED: Mapping[str, Any] = {
+    **{STUDENT: None, "model_revision": "main"},
+    **{"dataset_name": None, "dataset_config": None, "dataset_train_split": "train", "dataset_streaming": False},
+    **{"datasets": None, "streaming": False, "test_split_size": None},
+    **{"question_column": None, "answer_column": None, "instruction": None, "system_prompt": None},
+    **{"min_difficulty": None, "difficulty_column": "difficulty", "max_prompt_tokens": None, "shuffle_dataset": True},
+}
+"""What all runs of a seed share, with the value that a recipe without it has: student, problems and their order."""
 _SHARED_FOLDER = "runs"
 
 
@@ -22,7 +30,7 @@ class Job:
     """Something that one child process does.
 
     `kind` is "run", "tune" or "model"; the last measures `model` and trains nothing, so that `recipe` is None. `value`
-    is what a tuning job tries.
+    is what a tuning job tries, `contents` are digests of the local files that the job reads.
     """
 
     kind: str
@@ -34,6 +42,7 @@ class Job:
     recipe: dict[str, Any] | None
     evaluate: dict[str, Any]
     value: Any = None
+    contents: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -52,8 +61,8 @@ class Job:
         """Hash of all that shapes the result, the version of this package included, its folder not."""
         recipe = {name: value for name, value in (self.recipe or {}).items() if name != "output_dir"}
         model = self.model if self.recipe is None else None
-        parts = json.dumps([recipe, model, self.evaluate, __version__], sort_keys=True, default=str)
-        return hashlib.sha256(parts.encode()).hexdigest()[:24]
+        parts = [recipe, model, self.evaluate, __version__, *([self.contents] if self.contents else [])]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
     @property
     def commands(self) -> list[list[str]]:
@@ -98,7 +107,11 @@ def run_jobs_of(study: Study, recipes: Recipes, choices: Mapping[str, Any], fiel
 
 
 def tuning_jobs_of(study: Study, recipes: Recipes) -> list[Job]:
-    """The jobs that a choice is made from: every run with a choice of its own x values x seeds, on the first pair."""
+    """The jobs that a choice is made from: every run with a choice of its own x values x seeds, on the first pair.
+
+    Raises:
+        SGOPDConfigError: as `run_jobs_of`.
+    """
     if study.tuning is None:
         return []
     tuning, pair = study.tuning, study.pairs[0]
@@ -110,6 +123,7 @@ def tuning_jobs_of(study: Study, recipes: Recipes) -> list[Job]:
                 folder = study.output_dir / "tuning" / run.name / f"{tuning.field}={slug(value)}" / f"seed{seed}"
                 chosen = {tuning.field: value}
                 jobs.append(_training_job("tune", study, run, pair, seed, folder, recipes, chosen, evaluate, value))
+    _check_paired(jobs)
     return jobs
 
 
@@ -123,10 +137,14 @@ def model_jobs_of(study: Study, runs: Iterable[Job]) -> list[Job]:
             value = (job.recipe or {}).get(key)
             if isinstance(value, str):
                 names[value] = None
+    folder, evaluate = study.output_dir / "models", study.evaluate
     return [
-        Job("model", name, None, None, study.output_dir / "models" / slug(name), name, None, study.evaluate)
+        Job(
+            "model", name, None, None, folder / slug(name), name, None, evaluate,
+            contents=local_contents({}, evaluate, name),
+        )
         for name in names
-    ]
+    ]  # fmt: skip
 
 
 def choice_owner(run: RunSpec) -> str | None:
@@ -154,6 +172,7 @@ def _training_job(
         recipe |= {name: _with_seed(setting, seed) for name, setting in layer.items()}
     student = folder / "student"
     recipe = {"report": False, **recipe, "seed": seed, "output_dir": str(student), "push_to_hub": False}
+    evaluate = dict(evaluate or study.evaluate)
     return Job(
         kind=kind,
         name=run.name,
@@ -162,8 +181,9 @@ def _training_job(
         folder=folder,
         model=str(student),
         recipe=recipe,
-        evaluate=dict(evaluate or study.evaluate),
+        evaluate=evaluate,
         value=value,
+        contents=local_contents(recipe, evaluate),
     )
 
 
@@ -186,12 +206,12 @@ def _with_seed(value: Any, seed: int) -> Any:
 
 
 def _check_paired(jobs: Iterable[Job]) -> None:
-    """Runs of one pair and seed start from one student and see one data set."""
+    """Runs of one pair and seed start from one student and see one data set in one order; steps may differ."""
     first: dict[tuple[str | None, int | None], Job] = {}
     for job in jobs:
         other = first.setdefault((job.pair, job.seed), job)
-        for name in _PAIRED:
-            ours, theirs = (job.recipe or {}).get(name), (other.recipe or {}).get(name)
+        for name, default in PAIRED.items():
+            ours, theirs = (job.recipe or {}).get(name, default), (other.recipe or {}).get(name, default)
             if ours != theirs:
                 raise SGOPDConfigError(
                     f"`{name}` must be the same in all runs of a study, got {ours!r} in `{job.name}` and {theirs!r} "

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 RESULT, LOG, COMMANDS, FAILED = "result.json", "log.txt", "commands.json", "failed.txt"
 _KEPT = ("log_history.json", "run.json", "report.html", "README.md")
 _TOKENS = ("teacher_tokens_generated", "teacher_tokens_scored")
+_REUSED = "teacher_tokens_reused"
 
 
 def read_result(job: Job) -> dict[str, Any] | None:
@@ -27,9 +28,16 @@ def read_result(job: Job) -> dict[str, Any] | None:
 
 
 def prepare(job: Job) -> None:
-    """An empty folder with the recipe and the commands; what an unfinished attempt left is removed."""
+    """An empty folder with the recipe and the commands; what an unfinished attempt left is removed.
+
+    Raises:
+        OSError: a folder that cannot be made or emptied; hidden files, such as a network disk's, may stay.
+    """
     shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir(parents=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    left = sorted(path.name for path in job.folder.iterdir() if not path.name.startswith("."))
+    if left:
+        raise OSError(f"{job.folder} cannot be emptied, {left} of an earlier attempt are left")
     if job.recipe is not None:
         text = yaml.safe_dump(job.recipe, sort_keys=False, allow_unicode=True)
         (job.folder / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -69,7 +77,10 @@ def finish(job: Job, seconds: float, *, keep_model: bool) -> dict[str, Any]:
 
 def record_failure(job: Job, reason: str) -> None:
     """Leave the reason in the job's folder, where a later table finds it; the next attempt removes it."""
-    (job.folder / FAILED).write_text(reason + "\n", encoding="utf-8")
+    try:
+        (job.folder / FAILED).write_text(reason + "\n", encoding="utf-8")
+    except OSError as error:
+        logger.warning("The failure of %s is not in its folder: %s", job.label, error)
 
 
 def failures_of(jobs: Iterable[Job]) -> list[str]:
@@ -102,7 +113,8 @@ def _cost(run: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any
     seconds = run.get("seconds")
     if seconds is None:
         seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
-    return {"seconds": seconds, **{name: run.get(name) for name in _TOKENS}}
+    reused = {_REUSED: run[_REUSED]} if _REUSED in run else {}
+    return {"seconds": seconds, **{name: run.get(name) for name in _TOKENS}, **reused}
 
 
 def _reward_curve(log: list[Mapping[str, Any]]) -> list[list[float]]:

@@ -207,7 +207,9 @@ def _evaluate(top: Block) -> dict[str, Any]:
     block = Block(top.required("evaluate"), f"block `evaluate` of the {top.where}", EVALUATE_KEYS)
     block.text("dataset_name")
     block.required("max_new_tokens")
-    return {"dataset_split": "test", "num_samples": 8, "seed": 0, **block.values}
+    # Null is the default: as a word of a command line it would be the text "None".
+    given = {name: value for name, value in block.values.items() if value is not None}
+    return {"dataset_split": "test", "num_samples": 8, "seed": 0, **given}
 
 
 def _tuning(top: Block) -> Tuning | None:

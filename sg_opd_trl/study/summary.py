@@ -10,7 +10,7 @@ from .results import read_result
 from .spec import Study
 from .statistics import Estimate, contrast_by_seed, t_interval
 
-COSTS = ("teacher_tokens_generated", "teacher_tokens_scored", "seconds")
+COSTS = ("teacher_tokens_generated", "teacher_tokens_scored", "seconds", "teacher_tokens_reused")
 ALL_PAIRS = "mean over pairs"
 
 

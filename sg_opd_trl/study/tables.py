@@ -11,8 +11,10 @@ from .summary import COSTS, Group, Row
 NOTHING = "–"
 INTERVALS = (
     "Intervals: 95% Student t over seeds. Differences are paired: the same seed means the same student before "
-    "training and the same order of problems. They are not corrected for the number of comparisons, so with twenty "
-    "rows one interval is expected to miss 0 by chance."
+    "training and the same order of problems. Steps and batch sizes are each recipe's own: where they differ, so does "
+    "the number of problems seen. SeqKD has one sequence per prompt and takes as many distinct prompts a step as the "
+    "other methods have sequences: 128, where the others take 16 with 8 sequences each. Intervals are not corrected "
+    "for the number of comparisons, so with twenty rows one interval is expected to miss 0 by chance."
 )
 
 
@@ -29,6 +31,8 @@ def columns(study: Study) -> list[str]:
 def cells(study: Study, row: Row) -> list[str]:
     """One row of the main table."""
     tokens = [show_tokens(row.costs[cost]) for cost in COSTS[:2]]
+    if reused := row.costs["teacher_tokens_reused"]:
+        tokens[0] += f" (+ {show_tokens(reused)} reused)"
     return [
         row.name,
         show_estimate(row.score),
@@ -61,12 +65,14 @@ CHOICE_COLUMNS = ["run", "chosen", "scores on the tuning problems, %"]
 
 
 def choice_cells(choices: Mapping[str, Any] | None) -> list[list[str]]:
-    """Rows of the choices: run, value, all means."""
+    """Rows of the choices: run, value, all means; a choice among some of the values only says so."""
     rows = []
     for name, entry in (choices or {"runs": {}})["runs"].items():
         scores = ", ".join(f"{item['value']}: {100 * item['mean']:.1f}" for item in entry["scores"])
         edge = " (edge of the grid)" if entry["edge"] else ""
-        rows.append([name, f"{entry['chosen']}{edge}", scores])
+        finished, missing = len(entry["scores"]), len(entry.get("missing", ()))
+        part = f" ({finished} of {finished + missing} values)" if missing else ""
+        rows.append([name, f"{entry['chosen']}{edge}{part}", scores])
     return rows
 
 

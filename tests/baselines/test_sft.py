@@ -151,13 +151,28 @@ def test_other_settings_are_written_anew(pair: Pair, tmp_path: Path, changes: di
     assert again.teacher_use.tokens_generated == sum(len(line["completion_ids"]) for line in stored(tmp_path))
 
 
-def test_another_teacher_data_set_or_verifier_is_written_anew(pair: Pair, tmp_path: Path) -> None:
-    def other_verifier(completions: list, **_: Any) -> list[float]:
-        return [1.0] * len(completions)
+def test_another_teacher_writes_anew(pair: Pair, tmp_path: Path) -> None:
+    built(pair, tmp_path)
+    assert built(pair, tmp_path, teacher_model_name_or_path=pair.student).teacher_use.tokens_reused == 0
+
+
+def test_stored_rollouts_are_judged_anew(pair: Pair, tmp_path: Path) -> None:
+    """A verifier that was edited has its old name, and its verdicts are others."""
+
+    def parity_verifier(completion_ids: list, **_: Any) -> list[float]:
+        return [float((len(ids) + ids[0]) % 2 == 1) for ids in completion_ids]
 
     built(pair, tmp_path)
-    for changes in ({"teacher_model_name_or_path": pair.student}, {"verifier": other_verifier}):
-        assert built(pair, tmp_path, **changes).teacher_use.tokens_reused == 0
+    before = stored(tmp_path)
+    again = built(pair, tmp_path, verifier=parity_verifier)
+    after = stored(tmp_path)
+    assert again.teacher_use.tokens_generated == 0
+    assert [line["completion_ids"] for line in after] == [line["completion_ids"] for line in before]
+    assert [line["verdict"] for line in after] == parity_verifier([line["completion_ids"] for line in after])
+    assert [line["verdict"] for line in after] != [line["verdict"] for line in before]
+    right = [line["completion_ids"] for line in after if line["verdict"]]
+    for row in again.train_dataset:
+        assert [label for label in row["labels"] if label != -100] in right
 
 
 @pytest.mark.parametrize("cut", ["after a batch", "inside a batch", "inside a line"])

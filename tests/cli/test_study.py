@@ -1,20 +1,15 @@
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from filelock import FileLock
 
-from sg_opd_trl.cli import main, study_child
-from sg_opd_trl.study import execution, page
+from sg_opd_trl.cli import main
+from sg_opd_trl.study import execution, page, progress
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOKE = ROOT / "recipes" / "studies" / "smoke.yaml"
 
 
 @pytest.fixture
@@ -126,6 +121,65 @@ def test_tuning_comes_first_and_its_choice_is_used_and_shown(study, tmp_path, ca
     assert recipe["learning_rate"] == 1e-3
 
 
+def test_only_finished_tuning_writes_choices(study, tmp_path, capsys, monkeypatch):
+    tune = {"field": "learning_rate", "values": [1e-4, 1e-3], "seeds": [9], "split": "tune"}
+    path, choices = study(tune=tune, measure_models=False), tmp_path / "out" / "choices.json"
+
+    def interrupted(self, job, *_):
+        if (job.name, job.value) == ("opd", 1e-4):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.StudyProgress, "done", interrupted)
+        assert main(["study", path]) == 130
+    assert "| opd | 0.0001 (edge of the grid) (1 of 2 values) |" in capsys.readouterr().out
+    assert not choices.exists()
+    assert main(["study", path, "--report_only"]) == 0
+    assert "(1 of 2 values)" in capsys.readouterr().out
+    assert not choices.exists()
+    assert main(["study", path]) == 0
+    assert json.loads(choices.read_text())["runs"]["opd"]["complete"] is True
+    stamp = choices.stat().st_mtime_ns
+    assert main(["study", path, "--dry_run"]) == 0
+    assert main(["study", path, "--report_only"]) == 0
+    assert choices.stat().st_mtime_ns == stamp
+
+
+def test_failed_tuning_is_said_in_the_table_and_in_the_file(study, tmp_path, capsys):
+    tune = {"field": "fake_failure", "values": [1, 9], "seeds": [9], "split": "tune"}
+    assert main(["study", study(tune=tune, seeds=[0], measure_models=False)]) == 1
+    assert "| opd | 1 (edge of the grid) (1 of 2 values) |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "choices.json").read_text())["runs"]["opd"]["missing"] == [9]
+    other = study(choices="out/choices.json", output_dir="other", name="other")
+    assert main(["study", other]) == 2
+    assert "without the values [9]" in capsys.readouterr().err
+
+
+def test_a_report_of_a_running_study_is_shown_and_writes_nothing(study, tmp_path, capsys):
+    main(["study", study(seeds=[0])])
+    table = tmp_path / "out" / "tiny.md"
+    table.unlink()
+    capsys.readouterr()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert main(["study", study(seeds=[0]), "--report_only"]) == 0
+    shown = capsys.readouterr().out
+    assert "| gated | 50.0 " in shown
+    assert "A study runs in" in shown
+    assert not table.exists()
+    assert main(["study", study(seeds=[0]), "--report_only"]) == 0
+    assert table.exists()
+
+
+@pytest.mark.parametrize("where", ["evaluate", "tune"])
+def test_problems_that_cannot_be_read_stop_the_study_before_it_starts(study, tmp_path, capsys, where):
+    tune = {"field": "learning_rate", "values": [1e-4], "seeds": [9], "split": "fake_absent"}
+    evaluate = {"dataset_name": "d", "max_new_tokens": 8, "dataset_split": "fake_absent"}
+    changes = {"tune": tune} if where == "tune" else {"evaluate": evaluate}
+    assert main(["study", study(**changes)]) == 2
+    assert "The study is refused. `dataset_split` must be one of the others" in capsys.readouterr().err
+    assert list((tmp_path / "out").rglob("log.txt")) == []
+
+
 def test_a_recipe_that_train_refuses_stops_the_study_before_it_starts(study, tmp_path, capsys):
     runs = {"opd": {"recipe": "recipe.yaml"}, "b": {"recipe": "recipe.yaml", "settings": {"fake_unknown": 1}}}
     assert main(["study", study(runs=runs)]) == 2
@@ -158,14 +212,6 @@ def test_a_missing_file_is_told(tmp_path, capsys):
     assert "absent.yaml" in capsys.readouterr().err
 
 
-def test_a_child_stops_at_the_first_command_that_fails(monkeypatch):
-    seen = []
-    monkeypatch.setattr(study_child, "main", lambda words: seen.append(words) or (3 if words == ["b"] else 0))
-    assert study_child.run_commands([["a"], ["b"], ["c"]]) == 3
-    assert seen == [["a"], ["b"]]
-    assert study_child.run_commands([["a"]]) == 0
-
-
 @pytest.mark.slow
 def test_the_check_of_recipes_is_the_one_of_train(tiny_recipe, tmp_path, capsys):
     values = yaml.safe_load(tiny_recipe.read_text())
@@ -183,77 +229,3 @@ def test_the_check_of_recipes_is_the_one_of_train(tiny_recipe, tmp_path, capsys)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     assert main(["study", str(tmp_path / "study.yaml")]) == 2
     assert "Did you mean `lambda_high`?" in capsys.readouterr().err.replace("\n", " ")
-
-
-@pytest.mark.slow
-def test_a_killed_study_leaves_nothing_running_and_goes_on_where_it_was(tiny, tmp_path):
-    study = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
-    study["output_dir"] = str(tmp_path / "out")
-    study["settings"] |= {
-        **{"model_name_or_path": tiny.student, "dataset_name": tiny.data, "per_device_train_batch_size": 4},
-        **{"num_generations": 2, "max_completion_length": 8, "teacher_model_name_or_path": tiny.teacher},
-    }
-    study["evaluate"] |= {"dataset_name": tiny.data, "max_new_tokens": 8, "limit": 4}
-    for run in study["runs"].values():
-        run["recipe"] = str((SMOKE.parent / run["recipe"]).resolve())
-    path = tmp_path / "smoke.yaml"
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
-    command = [sys.executable, "-m", "sg_opd_trl.cli", "study", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "first.txt").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        first = tmp_path / "out" / "runs" / "opd" / "seed0" / "result.json"
-        second = tmp_path / "out" / "runs" / "sg_opd" / "seed0"
-        deadline = time.monotonic() + 400
-        while not (second / "log.txt").is_file() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert first.is_file(), (tmp_path / "first.txt").read_text()
-        children = descendants(process.pid)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert children
-    deadline = time.monotonic() + 20
-    while any(map(is_running, children)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(is_running, children))
-    assert not (second / "result.json").exists()
-    stamp = first.stat().st_mtime_ns
-
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "3 jobs to do" in again.stdout
-    assert first.stat().st_mtime_ns == stamp
-    table = json.loads((tmp_path / "out" / "smoke.json").read_text(encoding="utf-8"))
-    opd, sg_opd = table["groups"][0]["runs"]
-    assert (opd["missing"], sg_opd["missing"]) == (0, 0)
-    assert sg_opd["difference"]["count"] == 2
-    assert opd["teacher_tokens_scored"] > 0
-    assert [step for step, _ in opd["reward"]] == [1, 2, 3]
-    assert list((tmp_path / "out").rglob("*.safetensors")) == []
-    # The first step's entropy is of the first rollouts: the same student, prompts and samples at the same seed.
-    first_entropy = {
-        (name, seed): json.loads((tmp_path / "out" / "runs" / name / f"seed{seed}" / "log_history.json").read_text())[
-            0
-        ]["entropy"]
-        for name in ("opd", "sg_opd")
-        for seed in (0, 1)
-    }
-    assert first_entropy["opd", 0] == pytest.approx(first_entropy["sg_opd", 0], abs=1e-6)
-    assert first_entropy["opd", 1] == pytest.approx(first_entropy["sg_opd", 1], abs=1e-6)
-    assert abs(first_entropy["opd", 0] - first_entropy["opd", 1]) > 1e-5
-
-
-def descendants(pid):
-    """Process ids below one process, from `/proc`."""
-    found = []
-    for path in Path("/proc").glob(f"{pid}/task/*/children"):
-        for child in path.read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

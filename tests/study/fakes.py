@@ -67,6 +67,11 @@ def child(commands):
                 return 2
             continue
         options = dict(zip(command[1::2], command[2::2], strict=True))
+        if command[0] == "check_evaluation":
+            if options["--dataset_split"] == "fake_absent":
+                sys.stderr.write("`dataset_split` must be one of the others.")
+                return 2
+            continue
         if command[0] == "train":
             folder = Path(options["--config"]).parent
             recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

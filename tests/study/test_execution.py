@@ -114,6 +114,38 @@ def test_a_result_that_cannot_be_read_is_a_failure(fake_child, tmp_path, monkeyp
     assert "the result cannot be read" in failures[0].reason
 
 
+def test_a_folder_that_cannot_be_made_is_a_failure_of_its_run_alone(fake_child, tmp_path):
+    first, second = jobs(study(tmp_path))[:2]
+    first.folder.parent.mkdir(parents=True)
+    first.folder.write_text("a file where the folder should be")
+    failures, recorder = run([first, second])
+    assert [failure.job for failure in failures] == [first]
+    assert failures[0].reason.startswith("cannot be started: ")
+    assert [label for label, _ in recorder.ended] == [first.label, second.label]
+    assert results.read_result(second) is not None
+
+
+def test_what_cannot_be_removed_of_an_earlier_attempt_is_not_built_upon(tmp_path, monkeypatch):
+    job = jobs(study(tmp_path))[0]
+    monkeypatch.setattr(results.shutil, "rmtree", lambda *_, **__: None)
+    job.folder.mkdir(parents=True)
+    (job.folder / ".nfs0001").touch()
+    results.prepare(job)
+    assert (job.folder / "recipe.yaml").is_file()
+    with pytest.raises(OSError, match=r"cannot be emptied, \['commands.json', 'recipe.yaml'\]"):
+        results.prepare(job)
+
+
+@pytest.mark.parametrize("cost", [{}, {"teacher_tokens_reused": 12}])
+def test_reused_tokens_are_kept_where_a_run_has_them(tmp_path, cost):
+    job = jobs(study(tmp_path))[0]
+    (job.folder / "student").mkdir(parents=True)
+    (job.folder / "student" / "run.json").write_text(json.dumps({"seconds": 1.0, **cost}))
+    (job.folder / "evaluation.json").write_text("{}")
+    found = results.finish(job, 2.0, keep_model=False)
+    assert {name: value for name, value in found.items() if "reused" in name} == cost
+
+
 def test_the_real_child_ends_with_the_pipe_that_the_study_holds(tmp_path):
     commands = json.dumps([["train", "--config", str(tmp_path / "absent.yaml")]])
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}

@@ -1,3 +1,7 @@
+import dataclasses
+import hashlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +45,46 @@ def test_runs_that_start_from_different_students_are_refused():
         SGOPDConfigError, match=r"`model_name_or_path` must be the same.*'x' in `b`.*'student' in `opd`"
     ):
         jobs(changed)
+
+
+OTHER = {
+    **{"model_name_or_path": "x", "model_revision": "v2", "dataset_name": "x", "dataset_config": "x"},
+    **{"dataset_train_split": "x", "dataset_streaming": True, "datasets": [{"path": "x"}], "streaming": True},
+    **{"test_split_size": 0.1, "question_column": "x", "answer_column": "x", "instruction": "x", "system_prompt": "x"},
+    **{"min_difficulty": 6, "difficulty_column": "x", "max_prompt_tokens": 9, "shuffle_dataset": False},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_runs_that_see_other_problems_are_refused_also_while_tuning(name):
+    runs = {"opd": {"recipe": "a"}, "b": {"recipe": "a", "settings": {name: OTHER[name]}}}
+    with pytest.raises(SGOPDConfigError, match=f"`{name}` must be the same in all runs"):
+        jobs(study("/out", runs=runs))
+    spec = study("/out", runs=runs, tune=TUNE)
+    with pytest.raises(SGOPDConfigError, match=f"`{name}` must be the same in all runs"):
+        plan.tuning_jobs_of(spec, recipes(spec))
+    assert set(plan.PAIRED) == set(OTHER)
+
+
+def test_a_default_that_is_written_out_is_no_difference():
+    from sg_opd_trl.cli.parsing import run_dataclasses
+
+    known = {field.name: field for kind in run_dataclasses("sg_opd") for field in dataclasses.fields(kind)}
+    assert set(plan.PAIRED) <= set(known)
+    written = {
+        name: known[name].default
+        for name in plan.PAIRED
+        if name not in ("model_name_or_path", "dataset_name", "datasets")
+    }
+    assert len(written) > 10
+    runs = {"opd": {"recipe": "a"}, "b": {"recipe": "a", "settings": {**written, "max_steps": 9}}}
+    assert len(jobs(study("/out", runs=runs, seeds=[0]))) == 2
+
+
+def test_the_guide_lists_what_is_compared():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "study_guide.md").read_text(encoding="utf-8")
+    table = text.partition("**Pairing.**")[2].partition("Nothing else is compared")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(plan.PAIRED)
 
 
 def test_pairs_replace_student_and_teacher_and_leave_runs_without_a_teacher_alone():
@@ -96,6 +140,37 @@ def test_the_key_changes_with_everything_but_the_folder(monkeypatch):
     assert jobs(study("/out", evaluate={"dataset_name": "problems", "max_new_tokens": 9}))[0].key != key
     monkeypatch.setattr(plan, "__version__", "99")
     assert jobs(study("/out"))[0].key != key
+
+
+def test_the_key_changes_with_the_content_of_local_files(tmp_path):
+    data = tmp_path / "problems.jsonl"
+    spec = study("/out", settings={"dataset_name": str(data)})
+    key = jobs(spec)[0].key
+    data.write_text("one\n")
+    first = jobs(spec)[0].key
+    data.write_text("two\n\n")
+    assert len({key, first, jobs(spec)[0].key}) == 3
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    before = [
+        job.key
+        for job in plan.model_jobs_of(study("/out"), jobs(study("/out"), teacher_model_name_or_path=str(teacher)))
+    ]
+    (teacher / "model.safetensors").write_bytes(b"1")
+    after = [
+        job.key
+        for job in plan.model_jobs_of(study("/out"), jobs(study("/out"), teacher_model_name_or_path=str(teacher)))
+    ]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False]
+
+
+def test_names_alone_have_the_keys_that_they_always_had(monkeypatch):
+    """Results that exist are found again: the key of version 0.1.0, hashed by hand."""
+    monkeypatch.setattr(plan, "__version__", "0.1.0")
+    job = jobs(study("/out", settings={"model_name_or_path": "builtin/arithmetic-student@{seed}"}))[0]
+    recipe = {**{key: value for key, value in job.recipe.items() if key != "output_dir"}}
+    text = json.dumps([recipe, None, job.evaluate, "0.1.0"], sort_keys=True)
+    assert job.key == hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def test_commands_train_and_then_evaluate_the_student():

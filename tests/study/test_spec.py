@@ -10,7 +10,7 @@ from sg_opd_trl.cli.evaluate import _parser
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.study.spec import EVALUATE_KEYS, STUDY_KEYS, read_study
 
-from .fakes import study, values
+from .fakes import jobs, study, values
 
 TUNE = {"field": "learning_rate", "values": [1e-4, 1e-3], "seeds": [9], "split": "tune"}
 
@@ -25,6 +25,14 @@ def test_paths_are_relative_to_the_file_and_defaults_are_filled_in():
     }
     assert (found.pairs, found.tuning, found.keep_models, found.measure_models) == ((None,), None, False, True)
     assert study("/elsewhere").output_dir == Path("/elsewhere")
+
+
+def test_null_in_evaluate_is_the_default_and_never_the_word():
+    given = {"limit": None, "num_samples": None, "instruction": None, "temperature": 0.5}
+    found = study("/out", evaluate={"dataset_name": "problems", "max_new_tokens": 8, **given})
+    plain = study("/out", evaluate={"dataset_name": "problems", "max_new_tokens": 8, "temperature": 0.5})
+    assert found.evaluate == plain.evaluate
+    assert "None" not in jobs(found)[0].commands[-1]
 
 
 def test_a_sweep_is_one_run_per_point_of_its_grid():

@@ -9,7 +9,7 @@ from sg_opd_trl.study import page, plan
 from sg_opd_trl.study.page import write_study
 from sg_opd_trl.study.statistics import Estimate
 from sg_opd_trl.study.summary import ALL_PAIRS, summarise
-from sg_opd_trl.study.tables import show_estimate, show_tokens, show_weights, to_json, to_markdown
+from sg_opd_trl.study.tables import cells, show_estimate, show_tokens, show_weights, to_json, to_markdown
 
 from .fakes import SCORES, finish_all, jobs, study, write
 
@@ -37,7 +37,10 @@ def test_means_and_paired_differences_by_hand(tmp_path):
     estimate = gated.difference
     assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.09, -0.02384, 0.20384), abs=1e-4)
     assert gated.pass_rate == pytest.approx(0.79)
-    assert gated.costs == {"teacher_tokens_generated": 1000, "teacher_tokens_scored": 2e6, "seconds": 8.0}
+    assert gated.costs == {
+        **{"teacher_tokens_generated": 1000, "teacher_tokens_scored": 2e6, "seconds": 8.0},
+        "teacher_tokens_reused": None,
+    }
     assert gated.curve == {1: pytest.approx([0.30, 0.32, 0.265]), 2: pytest.approx([0.60, 0.64, 0.53])}
     assert group.models["teacher"] == Estimate(0.9, 0.8, 1.0, 1, "problems")
     assert group.models["student before"].mean == pytest.approx(0.2)
@@ -56,6 +59,23 @@ def test_a_lost_seed_leaves_the_pairs_that_are_there_and_unknown_costs_are_not_a
     assert gated.differences == pytest.approx({0: 0.10, 2: 0.13})
     assert gated.costs["teacher_tokens_scored"] is None
     assert gated.costs["seconds"] == 8.0
+
+
+def test_reused_tokens_are_beside_those_that_were_generated(tmp_path):
+    spec = study(tmp_path)
+    found = jobs(spec)
+    for job in found:
+        reused = {"teacher_tokens_reused": 500} if job.name == "gated" else {}
+        write(job, 0.5, teacher_tokens_generated=0, **reused)
+    opd, gated = (cells(spec, row)[5] for row in summarise(spec, found, [])[0].rows)
+    assert (opd, gated) == ("0", "0 (+ 500 reused)")
+
+
+def test_the_note_says_what_the_pairing_leaves_open(tmp_path):
+    spec, _, groups = finished(tmp_path)
+    text = to_markdown(spec, groups, None, [])
+    assert "Steps and batch sizes are each recipe's own" in text
+    assert "SeqKD has one sequence per prompt" in text
 
 
 def test_one_seed_shows_the_interval_over_problems_and_says_so(tmp_path):

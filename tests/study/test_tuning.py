@@ -4,6 +4,7 @@ import pytest
 
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.study.plan import tuning_jobs_of
+from sg_opd_trl.study.tables import choice_cells
 from sg_opd_trl.study.tuning import choose, load_choices, save_choices
 
 from .fakes import recipes, study, write
@@ -37,6 +38,9 @@ def test_the_best_mean_is_chosen_and_a_value_that_lost_a_seed_is_not(tuned):
 
 def test_another_study_reads_the_choices(tuned, tmp_path):
     spec, choices = tuned
+    (lost,) = [job for job in tuning_jobs_of(spec, recipes(spec)) if not (job.folder / "result.json").exists()]
+    write(lost, 0.1)
+    choices = choose(spec, tuning_jobs_of(spec, recipes(spec)))
     path = save_choices(spec, choices)
     other = study(tmp_path, choices=str(path))
     assert load_choices(other, path)["runs"]["opd"]["chosen"] == 1e-3
@@ -61,3 +65,37 @@ def test_a_run_of_which_nothing_finished_has_no_choice(tmp_path):
     spec = study(tmp_path, tune=TUNE)
     assert choose(spec, tuning_jobs_of(spec, recipes(spec)))["runs"] == {}
     assert json.loads(save_choices(spec, choose(spec, [])).read_text())["field"] == "learning_rate"
+
+
+def test_a_choice_says_which_values_it_has_not_seen(tuned):
+    opd, gated = tuned[1]["runs"]["opd"], tuned[1]["runs"]["gated"]
+    assert (opd["complete"], opd["missing"]) == (True, [])
+    assert (gated["complete"], gated["missing"]) == (False, [1e-2])
+    assert [cells[1] for cells in choice_cells(tuned[1])] == ["0.001", "0.0001 (edge of the grid) (2 of 3 values)"]
+
+
+def test_an_unfinished_choice_is_refused_where_it_is_needed(tuned, tmp_path):
+    spec, choices = tuned
+    path = save_choices(spec, choices)
+    runs = {"opd": {"recipe": "a"}, "gated": {"recipe": "a", "tune": False}}
+    assert load_choices(study(tmp_path, choices="c", runs=runs), path)["runs"]["opd"]["chosen"] == 1e-3
+    runs["gated"]["tune"] = "gated"
+    with pytest.raises(SGOPDConfigError, match=r"choice for `gated` .*without the values \[0.01\].*Run the study"):
+        load_choices(study(tmp_path, choices="c", runs=runs), path)
+    for entry in choices["runs"].values():  # as files were before they said so
+        del entry["complete"], entry["missing"]
+    with pytest.raises(SGOPDConfigError, match=r"choice for `opd` .*does not say so"):
+        load_choices(study(tmp_path, choices="c"), save_choices(spec, choices))
+
+
+def test_a_choice_made_on_the_tables_own_problems_is_refused(tmp_path):
+    entry = {"chosen": 1e-3, "edge": False, "complete": True, "missing": [], "scores": []}
+    choices = {"field": "x", "dataset": "problems", "split": "test", "runs": {"opd": entry, "gated": entry}}
+    path = tmp_path / "choices.json"
+    for changes in ({}, {"dataset": None}):
+        path.write_text(json.dumps({key: value for key, value in (choices | changes).items() if value is not None}))
+        with pytest.raises(SGOPDConfigError, match="another split than `evaluate`, got 'test'"):
+            load_choices(study(tmp_path), path)
+    for changes in ({"split": "tune"}, {"dataset": "others"}):
+        path.write_text(json.dumps(choices | changes))
+        assert load_choices(study(tmp_path), path)["field"] == "x"
