@@ -227,7 +227,7 @@ def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
     """Refuse to resume with other weights in the teacher or reference.
 
     Raises:
-        SGOPDConfigError: names the model and both fingerprints.
+        SGOPDConfigError: names the model and both fingerprints, or where there are none, both names.
     """
     for role, model in (("teacher", trainer.teacher), ("reference", trainer.reference)):
         stored = _identities(role, state.get(role))
@@ -239,13 +239,27 @@ def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
                 "checkpoint's model."
             )
         for name, facts in stored.items():
-            before, now = facts.get("fingerprint"), current[name].get("fingerprint")
-            if before is not None and now is not None and before != now:
+            difference = _difference(facts, current[name])
+            if difference is not None:
                 raise SGOPDConfigError(
-                    f"The {name} must be the one of the checkpoint, got other weights (fingerprint {now}, the "
-                    f"checkpoint has {before} of {facts['name']!r}). The resumed run would optimise something "
-                    f"else. Give the original {name}, or start a new run from the checkpoint's model."
+                    f"The {name} must be the one of the checkpoint, got {difference}. The resumed run would optimise "
+                    f"something else. Give the original {name}, or start a new run from the checkpoint's model."
                 )
+
+
+def _difference(before: dict, now: dict) -> str | None:
+    """How a model differs from the checkpoint's, for a message; None where it does not, or nothing tells."""
+    old, new = before.get("fingerprint"), now.get("fingerprint")
+    if old is not None and new is not None:
+        other = f"other weights (fingerprint {new}, the checkpoint has {old} of {before['name']!r})"
+        return other if old != new else None
+    if old is not None or new is not None:
+        return None
+    # A server's weights are not seen: it is known by its model's name and by what that was loaded from.
+    for key in ("name", "root", "revision"):
+        if None not in (before.get(key), now.get(key)) and before[key] != now[key]:
+            return f"another model ({key} {now[key]!r}, the checkpoint has {before[key]!r})"
+    return None
 
 
 def _identities(role: str, identity: dict | None) -> dict[str, dict]:

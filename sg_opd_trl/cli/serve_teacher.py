@@ -12,7 +12,7 @@ from typing import Any
 
 from sg_opd_trl.cli.evaluate import CommandParser
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teachers.remote.settings import API_KEY_VARIABLE, Address, read_address, read_servers
+from sg_opd_trl.teachers.remote.settings import API_KEY_VARIABLE, Address, api_key, read_address, read_servers
 
 _DEFAULT_URL = "http://localhost:8000"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -58,7 +58,13 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     options, fields = _parser().parse_known_args(words[:end])
     from sg_opd_trl.cli.parsing import build_settings, read_command_line
 
-    settings = build_settings(read_command_line(["--config", options.config, *fields]))
+    command_line = read_command_line(["--config", options.config, *fields])
+    if command_line.method != "sg_opd":
+        raise SGOPDConfigError(
+            f"`method` must be 'sg_opd', got {command_line.method!r}. No other method asks a teacher behind a server. "
+            "Leave method out."
+        )
+    settings = build_settings(command_line)
     servers = find_servers(settings.training, options.teacher, options.replica)
     on_cpu = not _has_accelerator()
     commands = [server_words(server, settings, options, on_cpu=on_cpu) + words[end + 1 :] for server in servers]
@@ -242,7 +248,7 @@ def _has_accelerator() -> bool:
 def _variables(on_cpu: bool) -> dict[str, str]:
     """What is set for the server besides the environment of this process, which wins."""
     variables = {name: value for name, value in _CPU_VARIABLES.items() if on_cpu and name not in os.environ}
-    key = os.environ.get(API_KEY_VARIABLE)
+    key = api_key()
     return variables | ({"VLLM_API_KEY": key} if key else {})
 
 

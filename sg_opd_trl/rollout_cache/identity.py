@@ -5,6 +5,7 @@ folder may move, and a model that was trained on under the same name is another 
 """
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import SGOPDConfigError
-from ..teachers import AdapterTeacher, LocalTeacher, Teacher
+from ..teachers import AdapterTeacher, LocalTeacher, ServerTeacher, Teacher
 from ..trl_seam import get_config_model_id, is_sharded
 from .keys import digest, folder_digest
 
 _NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version", "attn_implementation", "dtype")
 _NOT_OF_THE_WEIGHTS = (
     *("trust_remote_code", "device_map", "attn_implementation"),
+    *("max_memory", "offload_folder", "low_cpu_mem_usage"),
+    # Where files are found, and with which key: facts are uploaded with a store.
+    *("token", "use_auth_token", "cache_dir", "proxies", "force_download", "local_files_only"),
     # It has a fact of its own, as it is without being asked for.
     *("dtype", "torch_dtype"),
 )
+_SECRETS = ("token", "use_auth_token")
+_LOOK_UP = ("token", "cache_dir", "proxies", "local_files_only")
 _WRAPPERS = ("base_layer", "original_module")
 """What PEFT puts into the names of weights it wraps, which depends on the student's own adapter."""
 
@@ -40,42 +46,84 @@ def teacher_facts(teacher: Teacher, student: Any) -> dict[str, Any]:
     """
     if isinstance(teacher, AdapterTeacher):
         return _of_adapter(teacher, student)
+    if isinstance(teacher, ServerTeacher):
+        return {"identity": _of_server(teacher.identity)}
     if not isinstance(teacher, LocalTeacher):
-        # A server says which model it serves; a teacher of the user's own says what it is.
+        # A teacher of the user's own says what it is.
         return {"identity": _without_paths(teacher.identity)}
     model = teacher.accelerator.unwrap_model(teacher.model)
     facts = {"dtype": str(model.dtype)}
-    if teacher.loaded_from is None:
-        return facts | _of_weights(model, sharded=is_sharded(teacher.accelerator))
-    name, revision, options = teacher.loaded_from
-    options = {key: value for key, value in options.items() if key not in _NOT_OF_THE_WEIGHTS}
-    return facts | source_facts(name, revision) | ({"options": options} if options else {})
+    source = None if teacher.loaded_from is None else _of_source(*teacher.loaded_from)
+    return facts | (source or _of_weights(model, sharded=is_sharded(teacher.accelerator)))
 
 
-def source_facts(name: str, revision: str | None) -> dict[str, Any]:
+def source_facts(
+    name: str, revision: str | None, *, subfolder: str = "", gguf_file: str | None = None, **where: Any
+) -> dict[str, Any] | None:
     """Facts of a model or adapter by path or Hub id.
+
+    Args:
+        name: path or Hub id.
+        revision: of a Hub id.
+        subfolder: as for `from_pretrained`.
+        gguf_file: as for `from_pretrained`.
+        **where: further options of `from_pretrained` that say where files are found.
+
+    Returns:
+        None where the files that are loaded are not known as weights.
 
     Raises:
         SGOPDConfigError: a Hub id whose commit is not known.
     """
     if Path(name).is_dir():
-        kind = "adapter" if (Path(name) / "adapter_config.json").is_file() else "model"
-        return {kind: {"contents": folder_digest(Path(name))}}
-    adapter = find_adapter_config_file(name, revision=revision)
-    file = adapter or cached_file(name, "config.json", revision=revision)
+        contents = folder_digest(Path(name), subfolder, gguf_file)
+        kind = "adapter" if (Path(name) / subfolder / "adapter_config.json").is_file() else "model"
+        return None if contents is None else {kind: {"contents": contents}}
+    if gguf_file is not None and Path(gguf_file).is_file():
+        # It is loaded in place of the weights on the Hub.
+        return None
+    where |= {"subfolder": subfolder} if subfolder else {}
+    adapter = find_adapter_config_file(name, revision=revision, **where)
+    file = adapter or cached_file(name, gguf_file or "config.json", revision=revision, **where)
     commit = extract_commit_hash(file, None)
     if commit is None:
-        raise SGOPDConfigError(
-            f"`teacher_rollouts_path` must go with a teacher that can be told from others, got {name!r}, whose commit "
-            "is not known. Its rollouts could be taken for another's. Give the teacher as a local folder, or leave "
-            "teacher_rollouts_path out."
-        )
+        raise _not_to_be_told(f"{name!r}, whose commit is not known", "Give the teacher as a local folder")
     return {"adapter" if adapter else "model": {"id": name, "commit": commit}}
+
+
+def _of_source(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Facts of a model by what it was loaded from and how; None where its files do not tell it from others."""
+    where = {key: options[key] for key in _LOOK_UP if options.get(key) is not None}
+    facts = source_facts(
+        name,
+        revision or options.get("revision"),
+        subfolder=options.get("subfolder") or "",
+        gguf_file=options.get("gguf_file"),
+        **where,
+    )
+    # An adapter that `from_pretrained` found has a base, whose weights are elsewhere.
+    if facts is None or "adapter" in facts:
+        return None
+    kept = {key: value for key, value in options.items() if key not in _NOT_OF_THE_WEIGHTS}
+    return facts | ({"options": _without_paths(kept)} if kept else {})
+
+
+def _of_server(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a server says of itself, with the contents of folders that are here too in place of their names."""
+    facts = _without_paths(identity)
+    for key in ("name", "root"):
+        if isinstance(identity.get(key), str) and os.path.isdir(identity[key]):
+            contents = folder_digest(Path(identity[key]))
+            facts |= {} if contents is None else {key: f"contents {contents}"}
+    return facts
 
 
 def _of_adapter(teacher: AdapterTeacher, student: Any) -> dict[str, Any]:
     base = student.get_base_model()
-    facts = {"dtype": str(base.dtype)} | source_facts(teacher.path, teacher.revision)
+    source = source_facts(teacher.path, teacher.revision)
+    if source is None:
+        raise _not_to_be_told(f"{teacher.path!r}, where no weights are found", "Give the adapter with its weights")
+    facts = {"dtype": str(base.dtype)} | source
     # The student's own adapter and others of its kind are no part of the teacher.
     return facts | {"base": _of_weights(base, sharded=is_sharded(teacher.accelerator), left_out=student.peft_config)}
 
@@ -83,10 +131,10 @@ def _of_adapter(teacher: AdapterTeacher, student: Any) -> dict[str, Any]:
 def _of_weights(model: Any, *, sharded: bool, left_out: Collection[str] = ()) -> dict[str, Any]:
     """Hash of all weights and of the configuration, the adapters of some names left out."""
     if sharded:
-        raise SGOPDConfigError(
-            f"`teacher_rollouts_path` must go with a teacher that can be told from others, got the sharded weights of "
-            f"{get_config_model_id(model.config) or type(model).__name__!r}, of which no process has all. Give the "
-            "teacher as a path with weights of its own, or leave teacher_rollouts_path out."
+        name = get_config_model_id(model.config) or type(model).__name__
+        raise _not_to_be_told(
+            f"the sharded weights of {name!r}, of which no process has all",
+            "Give the teacher as a path with weights of its own",
         )
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -100,8 +148,21 @@ def _of_weights(model: Any, *, sharded: bool, left_out: Collection[str] = ()) ->
     return {"weights": total.hexdigest()[:32], "config": config}
 
 
+def _not_to_be_told(got: str, way_out: str) -> SGOPDConfigError:
+    return SGOPDConfigError(
+        f"`teacher_rollouts_path` must go with a teacher that can be told from others, got {got}. Its rollouts could "
+        f"be taken for another's. {way_out}, or leave teacher_rollouts_path out."
+    )
+
+
 def _without_paths(facts: Any) -> Any:
-    """Facts with absolute paths as hashes: a store may be published, and folders are named after people."""
+    """Facts without keys, and with absolute paths as hashes: a store may be published, and folders are named after
+    people.
+    """
     if isinstance(facts, Mapping):
-        return {key: _without_paths(value) for key, value in facts.items()}
-    return f"path {digest(facts)}" if isinstance(facts, str) and Path(facts).is_absolute() else facts
+        return {key: _without_paths(value) for key, value in facts.items() if key not in _SECRETS}
+    if isinstance(facts, list | tuple):
+        return [_without_paths(value) for value in facts]
+    if isinstance(facts, str | Path) and (Path(facts).is_absolute() or str(facts).startswith("~")):
+        return f"path {digest(str(facts))}"
+    return facts

@@ -7,7 +7,7 @@ is never found.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ FORMAT = 1
 
 DIGEST_LENGTH = 24
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
-_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.index.json", "*_model*.bin", "*.py")
+_DESCRIPTIONS = ("config.json", "adapter_config.json", "*.index.json", "*.py")
+_WEIGHTS = ("*.safetensors", "*_model*.bin")
 
 
 def context_facts(
@@ -47,14 +48,34 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     return {"vocabulary": digest(tokenizer.get_vocab()), **special}
 
 
-def folder_digest(folder: Path) -> str:
-    """Hash of a model folder's configuration, weights and code; its name and its other files do not count."""
-    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+def folder_digest(folder: Path, subfolder: str = "", gguf_file: str | None = None) -> str | None:
+    """Hash of a model folder's configuration, weights and code; its name and its other files do not count.
+
+    Args:
+        folder: of the model.
+        subfolder: below it, where configuration and weights are.
+        gguf_file: what has the weights in their place, a path of its own or in the folder.
+
+    Returns:
+        None without weights: what is left would not tell them from others.
+    """
+    inside = folder / subfolder
+    files, weights = _matching(inside, _DESCRIPTIONS) | _matching(folder, ("*.py",)), _matching(inside, _WEIGHTS)
+    if gguf_file is not None:
+        # As `from_pretrained` looks for it.
+        found = [path for path in (Path(gguf_file), inside / gguf_file) if path.is_file()]
+        files, weights = files | weights, set(found[:1])
+    if not weights:
+        return None
     parts = []
-    for path in files:
+    for path in sorted(files | weights, key=lambda path: (path.name, path)):
         with path.open("rb") as file:
             parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
     return digest(parts)
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:
+    return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
 
 
 def differences(left: Any, right: Any, name: str = "") -> Iterator[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from ..anchor import TeacherAnchorCallback, prompt_stream
@@ -96,6 +96,8 @@ def precompute(trainer: Any, wanted: list[tuple[int, int]], batch_size: int) -> 
     read_ids = teacher_prompt_ids(list(examples.values()), prompt_ids, trainer.tokenize_prompts)
     read = dict(zip(examples, read_ids, strict=True))
     missing = [(row, sample) for row, sample in wanted if not cache.holds(examples[row], read[row], sample)]
+    # What was read may differ, as other runs append: all go through one list, in calls of the same number.
+    missing = broadcast_object_list([missing])[0]
     together = batch_size * accelerator.num_processes
 
     def judge(rows: list[dict], completion_ids: list[list[int]]) -> list[float | None]:

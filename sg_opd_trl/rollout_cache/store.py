@@ -127,8 +127,10 @@ class RolloutStore:
             return
         try:
             self._describe({rollout.context for rollout in rollouts})
-            with self._own_file.open("ab", buffering=0) as file:
+            with self._own_file.open("ab") as file:
+                # Buffered: a plain file may take a part of what it is given, and says so only in its answer.
                 file.write(b"".join(rollout.line() for rollout in rollouts))
+                file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise DataError(

@@ -1,7 +1,6 @@
 """A teacher behind vLLM's OpenAI-compatible HTTP API."""
 
 import logging
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,9 @@ from ..heads import OutputHead
 from ..scoring import TokenBatch
 from .base import HiddenScores, Sampling, SupportScores
 from .model_scoring import check_ids
-from .remote import API_KEY_VARIABLE, CompletionsClient, RequestLimits, read_servers
+from .remote import CompletionsClient, RequestLimits, read_servers
 from .remote.answers import SequenceScores
-from .remote.settings import MAX_RETRIES, TIMEOUT
+from .remote.settings import MAX_RETRIES, TIMEOUT, api_key
 from .server_checks import check_server, too_long
 from .server_sampling import request_settings
 
@@ -39,7 +38,7 @@ class ServerTeacher:
         model: name, path or Hub id of the model; default: the only one served.
         timeout: seconds that a request may take, its retries included.
         max_retries: how often a request that failed everywhere is sent again.
-        concurrency: requests to a server at a time.
+        concurrency: requests of this process to a server at a time.
         headers: of every request; default: the key in SG_OPD_TEACHER_API_KEY as a bearer token, if it is set.
 
     Attributes:
@@ -47,7 +46,8 @@ class ServerTeacher:
         tokens_generated: tokens generated so far by this process.
 
     Raises:
-        SGOPDConfigError: a URL that is none, or one with credentials, or limits out of range.
+        SGOPDConfigError: a URL that is none, or one with credentials, a header or key that HTTP cannot send, or limits
+            out of range.
     """
 
     role = "teacher"
@@ -70,8 +70,8 @@ class ServerTeacher:
                 "ServerTeacher must be given the URLs of one teacher, got a mapping. Each `teacher_id` has a teacher "
                 "of its own. Pass {name: ServerTeacher(url), ...} as `teacher_model`."
             )
-        key = os.environ.get(API_KEY_VARIABLE)
         if headers is None:
+            key = api_key()
             headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = CompletionsClient(servers, RequestLimits(timeout, max_retries, concurrency), headers)
         self.expected = model
@@ -93,7 +93,13 @@ class ServerTeacher:
         """
         self.vocab_size = max(trainer.tokenizer.get_vocab().values()) + 1
         check_server(self, trainer, tokenizer)
-        self.identity = {"name": self.client.model, "root": self.client.root, "fingerprint": None}
+        self.identity = {
+            "name": self.client.model,
+            "root": self.client.root,
+            "revision": trainer.args.teacher_model_revision,
+            "dtype": _served_dtype(trainer),
+            "fingerprint": None,
+        }
 
     # --- scoring -------------------------------------------------------------------------------------------------
     def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
@@ -197,6 +203,12 @@ class ServerTeacher:
                 ids[end],
             )
         return ids[:end]
+
+
+def _served_dtype(trainer: Any) -> str:
+    """What `sg-opd serve-teacher` serves in, as a server does not tell: the teacher's own, else the student's."""
+    given = (trainer.args.teacher_model_init_kwargs or {}).get("dtype")
+    return str(given or trainer.model.dtype).removeprefix("torch.")
 
 
 def _no_hidden_states() -> SGOPDConfigError:

@@ -112,6 +112,11 @@ def test_what_cannot_be_served(recipe: Any, tmp_path: Path, capsys: pytest.Captu
     assert "must be a full model for `sg-opd serve-teacher`, got the adapter" in refused(capsys, recipe())
 
 
+@pytest.mark.parametrize("method", ["gkd", "seqkd"])
+def test_another_method_is_refused(recipe: Any, capsys: pytest.CaptureFixture, method: str) -> None:
+    assert f"`method` must be 'sg_opd', got '{method}'" in refused(capsys, recipe(method=method))
+
+
 def test_without_vllm_the_command_is_shown(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     said = refused(capsys, recipe())
     assert "vLLM must be installed in this environment" in said
@@ -126,7 +131,7 @@ def test_this_process_becomes_the_server(
     monkeypatch.setattr(serve_teacher, "_installed", lambda name: name == package)
     monkeypatch.setattr(serve_teacher.shutil, "which", lambda name, path: f"bin/{Path(name).name}")
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
-    monkeypatch.setenv("SG_OPD_TEACHER_API_KEY", KEY)
+    monkeypatch.setenv("SG_OPD_TEACHER_API_KEY", KEY + "\n")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")
     assert main(["serve-teacher", "--config", recipe()]) == 0
     ((program, words, environment),) = started

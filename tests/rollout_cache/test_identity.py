@@ -1,7 +1,6 @@
 """Facts of a teacher: they change with what decides its rollouts, and with nothing else."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from sg_opd_trl import AdapterTeacher, LocalTeacher, SGOPDConfigError
+from sg_opd_trl import AdapterTeacher, LocalTeacher, ServerTeacher, SGOPDConfigError
 from sg_opd_trl.rollout_cache import identity
 from sg_opd_trl.rollout_cache.identity import source_facts, teacher_facts
 
@@ -88,16 +87,112 @@ def test_a_hub_id_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
         source_facts("user/model", None)
 
 
-def test_a_server_is_known_by_its_model_and_folders_by_their_hash() -> None:
-    def server(name: str, root: str) -> Any:
-        return SimpleNamespace(identity={"name": name, "root": root, "fingerprint": None})
+def given_options(path: Path, **options: Any) -> Any:
+    """A loaded teacher that says it was loaded so."""
+    teacher = loaded(path)
+    teacher.loaded_from = str(path), None, options
+    return teacher
 
+
+def test_where_files_are_found_and_with_which_key_is_no_part_of_the_facts(tmp_path: Path) -> None:
+    tiny_model(1).save_pretrained(tmp_path)
+    own = {
+        **{"token": "hf_secret", "use_auth_token": "hf_secret", "proxies": {"https": "http://me:secret@host"}},
+        **{"cache_dir": "/models/somebody/cache", "offload_folder": "/somebody/offload", "max_memory": {0: "1GB"}},
+        **{"local_files_only": True, "force_download": False, "low_cpu_mem_usage": True},
+    }
+    facts = teacher_facts(given_options(tmp_path), None)
+    assert teacher_facts(given_options(tmp_path, **own), None) == facts
+    deep = {"quantization_config": {"token": "hf_secret", "of": ["/models/somebody/a", "~somebody/b"], "bits": 4}}
+    inside = teacher_facts(given_options(tmp_path, **deep), None)
+    assert inside != facts
+    assert inside["options"]["quantization_config"]["bits"] == 4
+    assert not any(word in str(inside) for word in ("secret", "somebody"))
+
+
+def test_weights_in_a_subfolder_count(tmp_path: Path) -> None:
+    tiny_model(0).save_pretrained(tmp_path)
+    found = []
+    for seed in (1, 1, 2):
+        tiny_model(seed).save_pretrained(tmp_path / "sub")
+        found.append(teacher_facts(loaded(tmp_path, subfolder="sub"), None))
+    assert found[0] == found[1] != found[2]
+    assert "contents" in found[0]["model"]
+
+
+def test_a_gguf_file_counts(tmp_path: Path) -> None:
+    tiny_model(1).save_pretrained(tmp_path)
+    found = []
+    for weights in ("one", "one", "two"):
+        (tmp_path / "model.gguf").write_text(weights)
+        found.append(teacher_facts(given_options(tmp_path, gguf_file="model.gguf"), None))
+    assert found[0] == found[1] != found[2]
+
+
+def test_weights_in_no_known_file_are_hashed_as_they_are_loaded(tmp_path: Path) -> None:
+    tiny_model(1).save_pretrained(tmp_path / "model")
+    teacher = loaded(tmp_path / "model")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    teacher.loaded_from = str(tmp_path / "odd"), None, {}
+    assert teacher_facts(teacher, None) == teacher_facts(local(teacher.model), None)
+    assert "weights" in teacher_facts(teacher, None)
+    (tmp_path / "local.gguf").write_text("weights")
+    teacher.loaded_from = "user/model", None, {"gguf_file": str(tmp_path / "local.gguf")}
+    assert "weights" in teacher_facts(teacher, None), "a file here is loaded in place of the one on the Hub"
+
+
+def test_a_hub_id_is_looked_up_where_it_was_loaded_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model(1).save_pretrained(tmp_path / "model")
+    teacher, asked = loaded(tmp_path / "model"), []
+
+    def cached_file(name: str, file: str, **where: Any) -> str:
+        asked.append((file, where))
+        return commit
+
+    commit = snapshot(tmp_path, "a" * 40)
+    monkeypatch.setattr(identity, "find_adapter_config_file", lambda name, **where: None)
+    monkeypatch.setattr(identity, "cached_file", cached_file)
+    teacher.loaded_from = "user/model", None, {"revision": "v2", "subfolder": "sub", "token": "hf_secret"}
+    facts = teacher_facts(teacher, None)
+    assert asked == [("config.json", {"revision": "v2", "subfolder": "sub", "token": "hf_secret"})]
+    assert facts["model"] == {"id": "user/model", "commit": "a" * 40}
+    assert facts["options"]["subfolder"] == "sub"
+    assert "secret" not in str(facts)
+
+
+def server(name: str, root: str | None, **more: Any) -> ServerTeacher:
+    teacher = ServerTeacher("http://localhost:8000")
+    teacher.identity = {"name": name, "root": root, "revision": None, "dtype": "float32", "fingerprint": None} | more
+    return teacher
+
+
+def test_a_server_is_known_by_its_model_and_folders_by_their_hash() -> None:
     facts = teacher_facts(server("served", "/models/somebody/model"), None)
     assert facts["identity"]["name"] == "served"
     assert "somebody" not in str(facts)
     assert facts != teacher_facts(server("other", "/models/somebody/model"), None)
     assert facts != teacher_facts(server("served", "/models/somebody/model2"), None)
+    assert facts != teacher_facts(server("served", "/models/somebody/model", revision="v2"), None)
+    assert facts != teacher_facts(server("served", "/models/somebody/model", dtype="bfloat16"), None)
     assert teacher_facts(server("served", "user/model"), None)["identity"]["root"] == "user/model"
+    assert teacher_facts(server("n" * 5000, None), None)["identity"]["name"] == "n" * 5000
+
+
+@pytest.mark.parametrize("key", ["name", "root"])
+def test_a_server_of_a_folder_that_is_here_is_known_by_its_contents(tmp_path: Path, key: str) -> None:
+    def facts(folder: Path) -> dict:
+        return teacher_facts(server(**({"name": "served", "root": None} | {key: str(folder)})), None)
+
+    for name, weights in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(weights)
+    before = facts(tmp_path / "a")
+    assert before == facts(tmp_path / "b") != facts(tmp_path / "c")
+    (tmp_path / "a" / "model.safetensors").write_text("three")
+    assert facts(tmp_path / "a") != before
+    (tmp_path / "empty").mkdir()
+    assert facts(tmp_path / "empty")["identity"][key].startswith("path ")
 
 
 # --- an adapter on the student's base --------------------------------------------------------------------------------

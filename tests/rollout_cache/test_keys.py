@@ -135,6 +135,31 @@ def test_weights_under_another_name_are_another_folder(tmp_path: Path) -> None:
     assert folder_digest(model_folder(tmp_path / "a", one)) != folder_digest(model_folder(tmp_path / "b", two))
 
 
+def test_a_folder_without_weights_says_nothing_of_them(tmp_path: Path) -> None:
+    assert folder_digest(model_folder(tmp_path / "a", {"config.json": "{}", "weights.pt": "x"})) is None
+    below = model_folder(tmp_path / "b", {"config.json": "{}"})
+    model_folder(below / "sub", MODEL)
+    assert folder_digest(below) is None
+    assert folder_digest(below, "sub") is not None
+
+
+def test_weights_in_a_subfolder_and_in_a_gguf_file_count(tmp_path: Path) -> None:
+    made = []
+    for name, text in (("a", "weights"), ("b", "weights"), ("c", "weightz")):
+        folder = model_folder(tmp_path / name, MODEL | {"modeling.py": "x = 1"})
+        model_folder(folder / "sub", MODEL | {"model.safetensors": text, "model.gguf": text})
+        made.append([folder_digest(folder), folder_digest(folder, "sub"), folder_digest(folder, "sub", "model.gguf")])
+        made[-1].append(folder_digest(tmp_path / "a", "", str(folder / "sub" / "model.gguf")))
+    assert made[0] == made[1]
+    assert made[0][0] == made[2][0]
+    assert all(left != right for left, right in zip(made[0][1:], made[2][1:], strict=True))
+    assert made[0][1] != made[0][2]
+    assert folder_digest(tmp_path / "a", "", "no.gguf") is None
+    before = folder_digest(tmp_path / "a", "sub")
+    (tmp_path / "a" / "modeling.py").write_text("x = 2", encoding="utf-8")
+    assert folder_digest(tmp_path / "a", "sub") != before, "code lies in the folder itself"
+
+
 def test_differences_are_named() -> None:
     left = context_facts(TEACHER, {}, SAMPLING)
     right = context_facts(TEACHER | {"dtype": "torch.bfloat16"}, {}, SAMPLING | {"temperature": 0.7})

@@ -192,6 +192,23 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_setting(
     assert reading(tmp_path).get(A, (3, 4), 0) == [5, 6, 1]
 
 
+def test_a_write_that_takes_only_a_part_is_an_error(tmp_path: Path) -> None:
+    """A limit on the size of files: the system takes what fits, and says so only in its answer."""
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom sg_opd_trl.errors import DataError\n"
+        "from sg_opd_trl.rollout_cache.store import RolloutStore, StoredRollout\n"
+        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))\n"
+        "store = RolloutStore(Path(sys.argv[1]))\n"
+        "try:\n    store.add([StoredRollout('a' * 24, (3, 4), 0, [5] * 10_000)])\n"
+        "except DataError as error:\n    sys.exit('File too large' not in str(error))\n"
+        "sys.exit('a part was written, and nothing said')\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_datasets_reads_a_store_with_and_without_verdicts(tmp_path: Path) -> None:
     from datasets import load_dataset
 

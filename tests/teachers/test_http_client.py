@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.errors import NonFiniteError, SGOPDConfigError, SGOPDError, TeacherError
-from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits
+from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits, transport
 from sg_opd_trl.teachers.remote.settings import parsed, read_address, read_servers
 from teachers.fake_server import SECRET, FakeServer, scripted_completion, scripted_logps, send
 
@@ -223,6 +223,21 @@ def test_faults_at_the_start(fault: str) -> None:
         message = failure(lambda: connected(server))
     assert said in message
     assert "`teacher_model_server_url`" in message
+
+
+def endless(handler: Any, path: str) -> bool:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(1000):
+        handler.wfile.write(b"400\r\n" + b" " * 1024 + b"\r\n")
+    return True
+
+
+@pytest.mark.parametrize("behave", [endless, status(200, SECRET * 500)], ids=["chunks", "one piece"])
+def test_an_answer_without_end(behave: Callable[[Any, str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_LARGEST", 4096)
+    monkeypatch.setattr(transport, "_PIECE", 1024)
+    with FakeServer(behave=behave) as server:
+        assert "its answer is larger than 0.00390625 MiB" in failure(lambda: connected(server))
 
 
 def test_a_server_that_is_down() -> None:
@@ -520,12 +535,31 @@ def test_addresses(text: str, shown: str, path: str) -> None:
         f"http://me:{SECRET}@[bad",
         f"http://host/v1?key={SECRET}",
         f"ftp://me:{SECRET}@host",
+        f"htps://host/{SECRET}",
+        f"host/{SECRET}",
+        f"http://host/{SECRET} x",
+        f"http://host/{SECRET}\x7f",
+        f"http://host/{SECRET}\u00e9",
+        f"http://ho st/{SECRET}",
     ],
 )
 def test_urls_with_secrets_are_refused_without_showing_them(text: str) -> None:
     with pytest.raises(SGOPDConfigError, match="`teacher_model_server_url` must") as caught:
         read_address(text)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "value", [f"{SECRET}\r", f"{SECRET}\nX: 1", f"\x00{SECRET}", f"{SECRET}\x85", f"{SECRET}\u2026", SECRET.encode()]
+)
+def test_headers_that_http_cannot_send_are_refused_without_showing_them(value: Any) -> None:
+    with pytest.raises(SGOPDConfigError, match=r"in the value of the header 'X-Key', not shown here") as caught:
+        CompletionsClient(["http://a"], LIMITS, {"X-Key": value})
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(SGOPDConfigError, match="in the name of a header, not shown here") as caught:
+        CompletionsClient(["http://a"], LIMITS, {f"{SECRET}:": "x"})
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    CompletionsClient(["http://a"], LIMITS, {"Authorization": "Bearer caf\u00e9 1"})
 
 
 @pytest.mark.parametrize("text", ["", "localhost:8000", "host", "http://", "http://host:port", "ftp://host"])

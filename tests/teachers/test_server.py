@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def test_a_run_with_rollouts_of_its_own(tmp_path: Path, server: FakeServer) -> N
     assert len({request["seed"] for request in asked}) == len(asked) > 1
     assert trainer.teacher.tokens_generated > 0
     assert all(value == value for value in logged(trainer, "loss"))
-    assert trainer.checkpoint_state()["teacher"] == {"name": "teacher", "root": "folder/teacher", "fingerprint": None}
+    known = {"name": "teacher", "root": "folder/teacher", "revision": None, "dtype": "float32", "fingerprint": None}
+    assert trainer.checkpoint_state()["teacher"] == known
 
 
 class Outage(TrainerCallback):
@@ -205,6 +207,27 @@ def test_the_key_comes_from_the_environment(
     server.headers.clear()
     by_url(tmp_path, server.url)
     assert {headers.get("Authorization") for headers in server.headers} == {None}
+
+
+def test_a_key_with_a_line_end_or_worse_never_reaches_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SG_OPD_TEACHER_API_KEY", f" {SECRET}\r\n")
+    teacher = ServerTeacher("http://a")
+    assert teacher.client.replicas[0].connections.headers == {"Authorization": f"Bearer {SECRET}"}
+    monkeypatch.setenv("SG_OPD_TEACHER_API_KEY", " \n")
+    assert ServerTeacher("http://a").client.replicas[0].connections.headers == {}
+    for odd in (f"{SECRET}\r\nX: {SECRET}", f"{SECRET}\u2026"):
+        monkeypatch.setenv("SG_OPD_TEACHER_API_KEY", odd)
+        with pytest.raises(
+            SGOPDConfigError, match="Correct the environment variable SG_OPD_TEACHER_API_KEY"
+        ) as caught:
+            ServerTeacher("http://a")
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_revision_and_dtype_that_are_served_are_part_of_who_teaches(tmp_path: Path, server: FakeServer) -> None:
+    named = {"teacher_model_name_or_path": "teacher", "teacher_model_revision": "v2"}
+    trainer = by_url(tmp_path, server.url, settings=named | {"teacher_model_init_kwargs": {"dtype": "bfloat16"}})
+    assert (trainer.teacher.identity["revision"], trainer.teacher.identity["dtype"]) == ("v2", "bfloat16")
 
 
 # --- refused before the first step -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from ...errors import SGOPDConfigError, TeacherError
 from .answers import Aborted
+from .places import Places
 from .refusals import refusal
 from .settings import MAX_RETRIES, TIMEOUT, limit_problems
 from .transport import Connections, Outage, Stop, status_text
@@ -20,8 +21,8 @@ Read = Callable[[bytes, str], Answer]
 """`(body, address) -> what it says`."""
 
 _FIRST_DELAY, _DELAY_FACTOR = 0.5, 4.0
-# How long a replica that failed is asked only after the others.
-_REST_SECONDS = 30.0
+# How long a replica that failed is asked only after the others: twice as long each time that it fails after its rest.
+_REST_SECONDS, _LONGEST_REST = 30.0, 960.0
 _GRACE_SECONDS = 1.0
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
@@ -42,7 +43,7 @@ class RequestLimits(NamedTuple):
             equal share of the time that is left before it goes to the next.
         max_retries: how often it is sent again after it has failed everywhere; the waits are 0.5, 2, 8, 32, 128 s and
             so on, and never more than half of the time that is left.
-        concurrency: requests to a replica at a time.
+        concurrency: requests of this process to a replica at a time; others wait for their turn, in their own time.
     """
 
     timeout: float = TIMEOUT
@@ -67,12 +68,15 @@ class Replica:
 
     Args:
         connections: to it.
+        concurrency: requests of this process to it at a time.
     """
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, concurrency: int) -> None:
         self.connections = connections
         self.address = str(connections.address)
+        self._places = Places(concurrency)
         self._failed_at = self._resting_until = 0.0
+        self._rest_seconds = 0.0
         self._lock = threading.Lock()
 
     @property
@@ -87,6 +91,17 @@ class Replica:
             Outage: it may go better another time.
             TeacherError: it will not.
         """
+        deadline = time.monotonic() + seconds
+        if not self._places.take(seconds):
+            raise Outage("it had no free place in time")
+        try:
+            if stop.is_set():
+                raise Outage("the request was given up")
+            return self._ask(request, read, deadline - time.monotonic(), stop)
+        finally:
+            self._places.give_back()
+
+    def _ask(self, request: Request, read: Read[Answer], seconds: float, stop: Stop) -> Answer:
         started = time.monotonic()
         try:
             reply = self.connections.exchange(*request, seconds, stop)
@@ -96,22 +111,25 @@ class Replica:
                 raise refusal(self.address, reply)
             answer = read(reply.body, self.address)
         except Aborted:
-            self._rest("it gave up the request")
+            self._rest("it gave up the request", started)
             raise Outage("it gave up the request") from None
         except Outage as outage:
             if not stop.is_set():
-                self._rest(outage.reason)
+                self._rest(outage.reason, started)
             raise
         with self._lock:
             # An answer to what was asked before the failure does not say that it is back.
             if started > self._failed_at:
-                self._resting_until = 0.0
+                self._resting_until = self._rest_seconds = 0.0
         return answer
 
-    def _rest(self, reason: str) -> None:
+    def _rest(self, reason: str, started: float) -> None:
         with self._lock:
+            if started >= self._resting_until:
+                # What fails during a rest, or began before it, is the failure that is known already.
+                self._rest_seconds = min(max(2 * self._rest_seconds, _REST_SECONDS), _LONGEST_REST)
             known, self._failed_at = self.resting, time.monotonic()
-            self._resting_until = self._failed_at + _REST_SECONDS
+            self._resting_until = self._failed_at + self._rest_seconds
         if not known:
             logger.warning("The teacher server %s failed: %s. Requests to it are tried again.", self.address, reason)
 

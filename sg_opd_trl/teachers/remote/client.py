@@ -8,7 +8,7 @@ from ...errors import TeacherError
 from .answers import CompletionAnswer, SequenceScores, ServedModel, read_json, read_models, shown_names
 from .asking import Read, Replica, Request, RequestLimits, ask, ask_all
 from .refusals import RefusedRequest
-from .settings import read_address
+from .settings import check_headers, read_address
 from .transport import Connections
 
 COMPLETIONS = "/v1/completions"
@@ -31,7 +31,7 @@ class CompletionsClient:
         max_length: longest prompt and completion together, None if unknown; set by `connect`.
 
     Raises:
-        SGOPDConfigError: a URL that is none, or limits out of range.
+        SGOPDConfigError: a URL that is none, a header that HTTP cannot send, or limits out of range.
     """
 
     def __init__(
@@ -39,7 +39,9 @@ class CompletionsClient:
     ) -> None:
         self.limits = limits or RequestLimits()
         self.limits.check()
-        self.replicas = [Replica(Connections(read_address(url), headers or {})) for url in urls]
+        check_headers(headers or {})
+        connections = [Connections(read_address(url), headers or {}) for url in urls]
+        self.replicas = [Replica(one, self.limits.concurrency) for one in connections]
         self.model = ""
         self.root: str | None = None
         self.max_length: int | None = None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,11 @@ TIMEOUT, MAX_RETRIES = 600.0, 5
 
 _PORTS = {"http": 80, "https": 443}
 _WAY_OUT = "Set for example http://localhost:8000."
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+_HEADER_VALUE = re.compile(r"[ -~\xa0-\xff]*")
+# What a message shows of a URL: scheme and host, not the path, in which some gateways have a key.
+_SHOWN = re.compile(r"([\w+.-]+:/*)?[^/\\\s]*")
+_UNSENDABLE = re.compile(r"[\x00-\x20\x7f]")
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,37 @@ def read_address(text: str) -> Address:
             "a key, or pass ServerTeacher(url, headers=...) as `teacher_model`."
         )
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise _bad_url(repr(text[:100]), "It says how the server is reached.")
+        shown = _SHOWN.match(text)
+        raise _bad_url(repr(shown[0][:100] if shown else ""), "It says how the server is reached.")
+    if _UNSENDABLE.search(parts.hostname + parts.path) or not parts.path.isascii():
+        raise _bad_url("one with characters that a URL cannot have, not shown here", "HTTP cannot send it.")
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return Address(parts.scheme, parts.hostname, _PORTS[parts.scheme] if port is None else port, path)
+
+
+def api_key() -> str | None:
+    """The key in SG_OPD_TEACHER_API_KEY, None without one; a line end, as files have one, is no part of it."""
+    return os.environ.get(API_KEY_VARIABLE, "").strip() or None
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Refuse what HTTP cannot send; `http.client` would show the value, which may be a key, in its error.
+
+    Raises:
+        SGOPDConfigError: names the header and does not show its value.
+    """
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            shown, part = "a header", "name"
+        elif not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            shown, part = f"the header {name!r}", "value"
+        else:
+            continue
+        raise SGOPDConfigError(
+            f"`headers` must be of printable Latin-1 characters, got others in the {part} of {shown}, not shown here. "
+            f"HTTP cannot send them. Correct the environment variable {API_KEY_VARIABLE}, or the headers that are "
+            "given to ServerTeacher."
+        )
 
 
 def _bad_url(got: str, reason: str) -> SGOPDConfigError:

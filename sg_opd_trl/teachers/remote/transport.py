@@ -18,6 +18,8 @@ from .settings import Address
 
 _CONNECT_TIMEOUT = 10.0
 _SHORTEST_WAIT = 0.001
+# Of an answer, and what is read of it at once (our choice); log-probs of a long sequence are some tens of MiB.
+_LARGEST, _PIECE = 2**30, 2**20
 # A peer whose machine is gone is noticed after about two minutes: first probe, time between probes, number of probes.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
@@ -107,7 +109,7 @@ class Connections:
             stop: may end it before.
 
         Raises:
-            Outage: no connection, a response that is not HTTP or ends early, or no time left.
+            Outage: no connection, a response that is not HTTP, ends early or is far too large, or no time left.
         """
         deadline = time.monotonic() + seconds
         connection = self._take()
@@ -146,7 +148,7 @@ class Connections:
             body_headers = {} if payload is None else {"Content-Type": "application/json"}
             connection.request(method, self.address.path + path, payload, self.headers | body_headers)
             response = connection.getresponse()
-            reply = Reply(response.status, response.read())
+            reply = Reply(response.status, _whole(response))
             keep = not response.will_close
             return reply
         finally:
@@ -248,6 +250,23 @@ def _time_left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return max(left, _SHORTEST_WAIT)
+
+
+def _whole(response: http.client.HTTPResponse) -> bytes:
+    """The body, unless it is larger than an answer can be.
+
+    Raises:
+        Outage: it is.
+        IncompleteRead: it ended early.
+    """
+    body = bytearray()
+    while piece := response.read(_PIECE):
+        body += piece
+        if len(body) > _LARGEST:
+            raise Outage(f"its answer is larger than {_LARGEST / 2**20:g} MiB")
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    return bytes(body)
 
 
 def _reason(error: Exception) -> str:
