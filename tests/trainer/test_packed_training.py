@@ -57,9 +57,10 @@ def build(folder: Path, settings: dict, **arguments: Any) -> tuple[Any, StepReco
     return trainer, recorder
 
 
-def pack_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact on the CPU too, where transformers builds the mask that keeps rows apart; only slow."""
-    monkeypatch.setattr(trl_seam.trainer, "should_pack", lambda model, mask: True)
+def pack_everywhere(monkeypatch: pytest.MonkeyPatch, packed: bool = True) -> None:
+    """Whatever padding there is, and under gradient checkpointing; or nowhere."""
+    for module in (trl_seam.trainer, trl_seam.models):
+        monkeypatch.setattr(module, "should_pack", lambda model, mask: packed)
 
 
 def metrics(trainer: Any) -> list[dict[str, float]]:
@@ -110,6 +111,7 @@ def test_packed_training_is_padded_training(
         trainer.train()
         return trainer, recorder, seen
 
+    pack_everywhere(monkeypatch, packed=False)
     *padded, seen = run()
     assert seen.packed == []
     pack_everywhere(monkeypatch)
@@ -177,6 +179,7 @@ def test_a_lora_student_and_its_own_reference(tmp_path: Path, monkeypatch: pytes
         run[0].train()
         return run
 
+    pack_everywhere(monkeypatch, packed=False)
     padded = run()
     pack_everywhere(monkeypatch)
     assert_same_run(run(), padded)
@@ -184,9 +187,11 @@ def test_a_lora_student_and_its_own_reference(tmp_path: Path, monkeypatch: pytes
 
 # --- the decision ----------------------------------------------------------------------------------------------------
 def test_the_kernel_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is forced: student, teacher and reference attend through transformers' flash attention path."""
-    padded = build(tmp_path, ANCHOR | HALVES)
-    padded[0].train()
+    """Nothing is forced in the packed run: student, teacher and reference attend through transformers' flash attention path."""
+    with pytest.MonkeyPatch.context() as patch:
+        pack_everywhere(patch, packed=False)
+        padded = build(tmp_path, ANCHOR | HALVES)
+        padded[0].train()
     packed = build(tmp_path, ANCHOR | HALVES)
     models = [packed[0].model, packed[0].teacher.model, packed[0].reference.model]
     seen = [count_tokens(model) for model in models]
@@ -200,7 +205,9 @@ def test_the_kernel_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_model_is_decided_by_its_own_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, _ = build(tmp_path, NO_ANCHOR | {"max_steps": 1})
+    student_model = tiny_model(0)
+    student_model.set_attn_implementation("eager")
+    trainer, _ = build(tmp_path, NO_ANCHOR | {"max_steps": 1}, model=student_model)
     student, teacher = count_tokens(trainer.model), count_tokens(trainer.teacher.model)
     use_kernel(monkeypatch, trainer.teacher.model)
     trainer.train()
@@ -236,6 +243,7 @@ def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_teache
         kept = [{k: v for k, v in entry.items() if k.startswith(names)} for entry in trainer.state.log_history]
         return seen, kept
 
+    pack_everywhere(monkeypatch, packed=False)
     seen, expected = run()
     assert seen.packed == []
     assert len(expected[-1]) >= 2
