@@ -354,21 +354,30 @@ def test_the_first_failure_ends_the_others() -> None:
         server.change = choice(lambda c: c.pop("prompt_logprobs"))
         with pytest.raises(TeacherError, match="without `prompt_logprobs`"):
             client.score([SEQUENCES[0], SEQUENCES[1], IDS], [1, 1, 1])
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 2.5
         _wait_until(lambda: not _client_threads())
 
 
 def test_a_waiting_run_can_be_interrupted() -> None:
+    # A process that was started in the background of a shell ignores the signal otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_a_waiting_run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_a_waiting_run() -> None:
     with FakeServer() as server:
         client = connected(server, limits=RequestLimits(timeout=20.0, max_retries=5))
-        server.delay = lambda request: 1.0
+        server.delay = lambda request: 3.0
         waiting = client.replicas[0].connections
         main = threading.main_thread().ident
         threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             client.score([IDS] * 4, [1] * 4)
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 2.5
         _wait_until(lambda: not _client_threads())
         assert not waiting._idle
         server.delay = lambda request: 0.0

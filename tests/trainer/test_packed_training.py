@@ -187,7 +187,7 @@ def test_a_lora_student_and_its_own_reference(tmp_path: Path, monkeypatch: pytes
 
 # --- the decision ----------------------------------------------------------------------------------------------------
 def test_the_kernel_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is forced in the packed run: student, teacher and reference attend through transformers' flash attention path."""
+    """Student, teacher and reference attend through transformers' flash attention path: nothing is forced then."""
     with pytest.MonkeyPatch.context() as patch:
         pack_everywhere(patch, packed=False)
         padded = build(tmp_path, ANCHOR | HALVES)
