@@ -17,10 +17,15 @@ OWN = [field for field in fields(SGOPDConfig) if field.name not in INHERITED]
 COUNTS = ["teacher_num_generations", "teacher_max_completion_length", "max_tokens_per_scoring_batch"]
 CPU = ["--output_dir", "unused", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
 
+SERVER = ["--teacher_model_server_url", "http://localhost:8000"]  # what these two settings are of
+
 # name -> (words on the command line, value)
 PARSED: dict[str, tuple[list[str], Any]] = {
     "teacher_model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
     "reference_model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
+    "teacher_model_server_url": (["http://localhost:8000"], "http://localhost:8000"),
+    "teacher_request_timeout": (["30", *SERVER], 30.0),
+    "teacher_max_retries": (["2", *SERVER], 2),
     "disagree_cell_lambdas": (["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0]),
     "disagree_mode": (["cells"], "cells"),
     "neutral_mode": (["conflict"], "conflict"),
