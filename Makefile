@@ -23,9 +23,9 @@ CODE := sg_opd_trl tests benchmarks docs notebooks
 # says so and ends.
 BENCHMARKS := step_time overhead memory scaling rollouts end_to_end gpu_step
 # Smaller than the scripts' own defaults, which docs/performance.md uses: for a first look in about ten minutes.
-step_time_flags ?= --repeats 1 --longest 256
+step_time_flags ?= --repeats 1 --longest 192
 overhead_flags ?= --steps 6
-memory_flags ?= --lengths 64 128
+memory_flags ?= --lengths 64
 rollouts_flags ?= --limit 64 --repeats 2
 
 help: ## list the targets
