@@ -3,8 +3,9 @@
 Names are imported on first use, so that `import sg_opd_trl` costs nothing and `sg_opd_trl.core` needs torch alone.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .first_use import imported_on_first_use
 
 __version__ = "0.1.0"
 
@@ -61,14 +62,4 @@ if TYPE_CHECKING:
     from .trainer import SGOPDTrainer
     from .verifiers import exact_match_reward, math_reward
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name in _SOURCES:
-        return getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES])
+__getattr__, __dir__ = imported_on_first_use(__name__, _SOURCES, _MODULES)

@@ -3,8 +3,9 @@
 Names are imported on first use: the report needs neither torch nor transformers, and nothing here needs matplotlib.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..first_use import imported_on_first_use
 
 _SOURCES = {
     "CompactProgressCallback": "progress",
@@ -19,12 +20,4 @@ if TYPE_CHECKING:
     from .progress import CompactProgressCallback
     from .report import write_report
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SOURCES:
-        return getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = imported_on_first_use(__name__, _SOURCES)

@@ -3,8 +3,9 @@
 Names are imported on first use, so that the HTTP client in `remote` needs neither torch nor transformers.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..first_use import imported_on_first_use
 
 _SOURCES = {
     "AdapterTeacher": "adapter",
@@ -24,12 +25,4 @@ if TYPE_CHECKING:
     from .routed import RoutedTeacher
     from .server import ServerTeacher
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SOURCES:
-        return getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = imported_on_first_use(__name__, _SOURCES)
