@@ -210,20 +210,19 @@ class DistillationRuntime(GRPOSeam):
         elsewhere = sum(self.seconds.values()) - inside
         self.seconds["loss"] += time.perf_counter() - start - elsewhere
         if self.accelerator.sync_gradients:
-            self._report_times()
-            self._report_teacher_tokens()
+            self._report_cost()
         return loss
 
-    def _report_times(self) -> None:
-        seconds = torch.tensor([self.seconds[part] for part in _TIMED_PARTS], device=self.accelerator.device)
-        ranks = self.accelerator.gather(seconds.unsqueeze(0))
-        for part, total in zip(_TIMED_PARTS, ranks.sum(dim=0).tolist(), strict=True):
-            self.metrics.add("train", f"time/{part}", total, ranks.size(0))
+    def _report_cost(self) -> None:
+        """Seconds of the step's parts and tokens of the teacher; whole numbers, which every device adds up exactly."""
+        nanoseconds = [round(self.seconds[part] * 1e9) for part in _TIMED_PARTS]
+        own = [*nanoseconds, self.teacher.tokens_scored, self.teacher.tokens_generated]
+        ranks = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device))
+        *totals, scored, generated = ranks.sum(dim=0).tolist()
+        for part, total in zip(_TIMED_PARTS, totals, strict=True):
+            self.metrics.add("train", f"time/{part}", total / 1e9, ranks.size(0))
         self.seconds.clear()
-
-    def _report_teacher_tokens(self) -> None:
-        own = torch.tensor([[self.teacher.tokens_scored, self.teacher.tokens_generated]])
-        now = self.accelerator.gather(own.to(self.accelerator.device)).sum(dim=0).tolist()
+        now = (scored, generated)
         self.teacher_tokens = [count + before for count, before in zip(now, self._tokens_before, strict=True)]
         for name, count in zip(("scored", "generated"), self.teacher_tokens, strict=True):
             self.metrics.set("train", f"teacher/{name}_tokens", count)
