@@ -26,6 +26,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
 from sg_opd_trl import SGOPDConfig, SGOPDTrainer
+from sg_opd_trl.baselines.gkd import PromptCollator
 from sg_opd_trl.scoring import pad_rows
 from sg_opd_trl.trl_seam import add_fused_head, fused_log_probs
 
@@ -241,14 +242,8 @@ def _micro_batch_rows(setup: Setup) -> list[slice]:
 def _prompt_tensors(setup: Setup, rows: slice, device: torch.device) -> dict[str, Tensor]:
     """Prompts of some rows as TRL's collators of prompt-only data make them."""
     words = [prompt.split() for prompt in setup.rollouts.prompts for _ in range(ROLLOUTS_PER_PROMPT)][rows]
-    ids, mask = (x.to(device) for x in pad_rows([[int(word[1:]) for word in row] for row in words], PAD, left=True))
-    return {
-        "prompts": ids,
-        "prompt_attention_mask": mask,
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": torch.full_like(ids, -100),
-    }
+    batch = PromptCollator(PAD)([{"prompt_ids": [int(word[1:]) for word in row]} for row in words])
+    return {name: values.to(device) for name, values in batch.items()}
 
 
 def _recorded_generate(setup: Setup) -> Recorded:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 
 FORMAT_VERSION = 1
 """Raised when the code changes what the same settings produce; part of every cache key."""
@@ -59,6 +59,10 @@ class SupervisedSettings:
     check_samples: int = 4
 
 
+_TEACHER = ModelSettings(hidden_size=96, num_layers=3, intermediate_size=288)
+_STUDENT = ModelSettings(hidden_size=64, num_layers=2, intermediate_size=192)
+
+
 @dataclass(frozen=True)
 class TaskSettings:
     """A whole built-in task: problem sets, teacher and student."""
@@ -74,28 +78,20 @@ class TaskSettings:
 class ArithmeticSettings(TaskSettings):
     """The task `arithmetic`: a good teacher. All values are our choice, picked by measurement."""
 
-    data: DataSettings = field(default_factory=DataSettings)
-    teacher_model: ModelSettings = field(
-        default_factory=lambda: ModelSettings(hidden_size=96, num_layers=3, intermediate_size=288)
+    data: DataSettings = DataSettings()
+    teacher_model: ModelSettings = _TEACHER
+    teacher_training: SupervisedSettings = SupervisedSettings(
+        batch_size=48, max_steps=250, schedule_steps=250, learning_rate=3e-3
     )
-    teacher_training: SupervisedSettings = field(
-        default_factory=lambda: SupervisedSettings(
-            batch_size=48, max_steps=250, schedule_steps=250, learning_rate=3e-3
-        )
-    )
-    student_model: ModelSettings = field(
-        default_factory=lambda: ModelSettings(hidden_size=64, num_layers=2, intermediate_size=192)
-    )
-    student_training: SupervisedSettings = field(
-        default_factory=lambda: SupervisedSettings(
-            batch_size=32,
-            max_steps=400,
-            schedule_steps=400,
-            learning_rate=4e-3,
-            num_problems=600,
-            slip_probability=0.15,
-            stop_accuracy=0.25,
-        )
+    student_model: ModelSettings = _STUDENT
+    student_training: SupervisedSettings = SupervisedSettings(
+        batch_size=32,
+        max_steps=400,
+        schedule_steps=400,
+        learning_rate=4e-3,
+        num_problems=600,
+        slip_probability=0.15,
+        stop_accuracy=0.25,
     )
 
 
@@ -106,33 +102,25 @@ class ChainSettings(TaskSettings):
     Picked for the accuracy of teacher and student and for the time they take, before any method was compared.
     """
 
-    data: DataSettings = field(default_factory=lambda: DataSettings(num_train=5000))
-    teacher_model: ModelSettings = field(
-        default_factory=lambda: ModelSettings(hidden_size=96, num_layers=3, intermediate_size=288)
+    data: DataSettings = DataSettings(num_train=5000)
+    teacher_model: ModelSettings = _TEACHER
+    teacher_training: SupervisedSettings = SupervisedSettings(
+        batch_size=48,
+        max_steps=400,
+        schedule_steps=400,
+        learning_rate=4e-3,
+        forgotten_borrow_probability=0.3,
     )
-    teacher_training: SupervisedSettings = field(
-        default_factory=lambda: SupervisedSettings(
-            batch_size=48,
-            max_steps=400,
-            schedule_steps=400,
-            learning_rate=4e-3,
-            forgotten_borrow_probability=0.3,
-        )
-    )
-    student_model: ModelSettings = field(
-        default_factory=lambda: ModelSettings(hidden_size=64, num_layers=2, intermediate_size=192)
-    )
-    student_training: SupervisedSettings = field(
-        default_factory=lambda: SupervisedSettings(
-            batch_size=32,
-            max_steps=800,
-            schedule_steps=800,
-            learning_rate=4e-3,
-            num_problems=600,
-            slip_probability=0.15,
-            stop_accuracy=0.10,
-            check_from=100,
-        )
+    student_model: ModelSettings = _STUDENT
+    student_training: SupervisedSettings = SupervisedSettings(
+        batch_size=32,
+        max_steps=800,
+        schedule_steps=800,
+        learning_rate=4e-3,
+        num_problems=600,
+        slip_probability=0.15,
+        stop_accuracy=0.10,
+        check_from=100,
     )
 
 
