@@ -1,39 +1,25 @@
 """Two ranks share a folder: a file each, nothing generated twice, and a process alone reads what they wrote."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from two_ranks import FLAGS, launch, run_module
 
 from . import two_ranks_script as script
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-# On a machine without a GPU this gives two ranks over gloo; `--cpu` would silently start one process.
-TWO = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 
-
-def two_processes(*words: str) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-m", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def succeed(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("two")
-    launcher = ["accelerate.commands.launch", *TWO, "--num_machines", "1", "--dynamo_backend", "no"]
-    two_processes(*launcher, script.__file__, str(output))
+    succeed(launch(script.__file__, str(output)))
     return output
 
 
@@ -86,11 +72,11 @@ def test_the_command_writes_with_two_processes_what_training_with_two_asks_for(t
         **script.SETTINGS,
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    config = ["--config", str(tmp_path / "recipe.yaml"), *TWO]
-    two_processes("sg_opd_trl.cli", "teacher-rollouts", *config, "--batch_size", "2")
+    config = ["--config", str(tmp_path / "recipe.yaml"), *FLAGS]
+    succeed(run_module("sg_opd_trl.cli", "teacher-rollouts", *config, "--batch_size", "2"))
     lines = [line for path in (tmp_path / "store").glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) == 12
-    two_processes("sg_opd_trl.cli", "train", *config)
+    succeed(run_module("sg_opd_trl.cli", "train", *config))
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["teacher_tokens_generated"] == 0
     assert run["teacher_tokens_reused"] > 0

@@ -1,10 +1,12 @@
-"""A stand-in for vLLM that answers from a tiny model in this process."""
+"""A stand-in for vLLM that answers from a tiny model in this process, and trainers that are taught by it."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import tiny_tokenizer, tiny_trainer
 
 from teachers.fake_server import FakeServer
 
@@ -39,3 +41,15 @@ def model_server(model: Any, **arguments: Any) -> FakeServer:
         return tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
     return FakeServer(**({"logps": logps, "complete": complete, "tokenize": tokenize} | arguments))
+
+
+def by_url(folder: Path, url: Any, *, settings: dict | None = None, **arguments: Any) -> Any:
+    """A trainer whose teacher is named in the configuration."""
+    given = {"teacher_model": None, "teacher_processing_class": None} | arguments
+    own = {"teacher_model_server_url": url, "teacher_request_timeout": 20.0}
+    return tiny_trainer(folder, settings=own | (settings or {}), **given)
+
+
+def refused(folder: Path, url: Any, kind: type[Exception], said: str, **arguments: Any) -> None:
+    with pytest.raises(kind, match=said):
+        by_url(folder, url, **arguments)

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ from sg_opd_trl.teachers.remote.asking import Replica, Request
 from sg_opd_trl.teachers.remote.places import Places
 from sg_opd_trl.teachers.remote.transport import Outage, Reply, Stop
 from teachers.fake_server import FakeServer
+from teachers.http_cases import wait_until
 
 IDS = [3, 5, 6, 4]
 REQUEST = Request("GET", "/")
@@ -36,13 +36,6 @@ def replica(concurrency: int = 4) -> Any:
 
 def ask(one: Any, seconds: float = 1.0) -> str:
     return one.ask(REQUEST, lambda body, where: body.decode(), seconds, Stop())
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # --- places ----------------------------------------------------------------------------------------------------------

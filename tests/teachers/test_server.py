@@ -1,16 +1,13 @@
-"""`ServerTeacher` over a stand-in server: what it asks, what it refuses before the first step, and whole runs."""
+"""`ServerTeacher` over a stand-in server: what it asks, and whole runs."""
 
 import json
-import logging
 import threading
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny import (
     ANCHOR,
     GradientRecorder,
@@ -18,40 +15,18 @@ from tiny import (
     inject_teacher_rollouts,
     logged,
     relative_difference,
-    save_pair,
-    tiny_config,
-    tiny_data,
     tiny_model,
-    tiny_tokenizer,
     tiny_trainer,
 )
 from transformers import TrainerCallback
 
-from sg_opd_trl import LocalTeacher, RoutedTeacher, ServerTeacher, SGOPDConfigError, TeacherError
+from sg_opd_trl import LocalTeacher, ServerTeacher, SGOPDConfigError, TeacherError
 from sg_opd_trl.teachers import Sampling
-from teachers.fake_server import SECRET, FakeServer, send
-from teachers.model_server import model_server
+from teachers.fake_server import SECRET, FakeServer
+from teachers.model_server import by_url
 from teachers.test_parity import BATCH, PROMPTS, ROWS
 
 SAMPLING = Sampling(max_new_tokens=6, eos_token_ids=(1,), pad_token_id=0)
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with model_server(tiny_model(1)) as started:
-        yield started
-
-
-def by_url(folder: Path, url: Any, *, settings: dict | None = None, **arguments: Any) -> Any:
-    """A trainer whose teacher is named in the configuration."""
-    given = {"teacher_model": None, "teacher_processing_class": None} | arguments
-    own = {"teacher_model_server_url": url, "teacher_request_timeout": 20.0}
-    return tiny_trainer(folder, settings=own | (settings or {}), **given)
-
-
-def refused(folder: Path, url: Any, kind: type[Exception], said: str, **arguments: Any) -> None:
-    with pytest.raises(kind, match=said):
-        by_url(folder, url, **arguments)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -228,165 +203,3 @@ def test_revision_and_dtype_that_are_served_are_part_of_who_teaches(tmp_path: Pa
     named = {"teacher_model_name_or_path": "teacher", "teacher_model_revision": "v2"}
     trainer = by_url(tmp_path, server.url, settings=named | {"teacher_model_init_kwargs": {"dtype": "bfloat16"}})
     assert (trainer.teacher.identity["revision"], trainer.teacher.identity["dtype"]) == ("v2", "bfloat16")
-
-
-# --- refused before the first step -----------------------------------------------------------------------------------
-def test_settings_that_a_server_cannot_serve(tmp_path: Path, server: FakeServer) -> None:
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"`temperature=0\.7` is not supported.*Set temperature=1"),
-        settings={"temperature": 0.7},
-    )
-    with pytest.raises(SGOPDConfigError, match=r"`temperature=0\.7` is not supported with a teacher server"):
-        tiny_trainer(tmp_path, settings={"temperature": 0.7}, teacher_model=ServerTeacher(server.url))
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"`distillation_mode='full_logits'` is not supported.*topk_logits"),
-        settings={"distillation_mode": "full_logits"},
-    )
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"`generation_kwargs` must hold .*got \['num_beams'\]"),
-        settings={"generation_kwargs": {"num_beams": 2}},
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"teacher_max_retries": 3}, "`teacher_max_retries` must go with `teacher_model_server_url`, got 3"),
-        ({"teacher_request_timeout": 1.0}, r"`teacher_request_timeout` must go with .*got 1\.0"),
-        ({"teacher_model_server_url": "http://a", "teacher_max_retries": -1}, "must be a whole number of at least 0"),
-        ({"teacher_model_server_url": "http://a", "teacher_request_timeout": 0}, r"must be a number in \(0, inf\)"),
-        ({"teacher_model_server_url": "a:8000"}, "must be made of http or https URLs, got 'a:8000'"),
-    ],
-)
-def test_refused_settings(tmp_path: Path, settings: dict, said: str) -> None:
-    with pytest.raises(SGOPDConfigError, match=said):
-        tiny_config(tmp_path, **settings)
-
-
-def test_a_list_of_replicas_on_a_command_line(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, teacher_model_server_url='["http://a", "http://b"]')
-    assert config.teacher_model_server_url == ["http://a", "http://b"]
-
-
-def test_more_log_probs_than_the_server_allows(tmp_path: Path, server: FakeServer) -> None:
-    def behave(handler: Any, path: str) -> bool:
-        if path != "/v1/completions":
-            return False
-        said = "Requested prompt logprobs of 32, which is greater than max allowed: 20"
-        return send(handler, 400, json.dumps({"error": {"message": said}}).encode())
-
-    server.behave = behave
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"`distillation_topk` must not exceed.*got 22.*--max-logprobs -1"),
-        settings={"distillation_mode": "topk_logits", "distillation_topk": 22},
-    )
-
-
-def test_a_context_that_is_too_short(tmp_path: Path) -> None:
-    with model_server(tiny_model(1), max_length=12) as server:
-        refused(tmp_path, server.url, SGOPDConfigError, r"must take 18 tokens.*got 12.*--max-model-len 18")
-
-
-def test_another_tokenizer(tmp_path: Path, server: FakeServer) -> None:
-    server.tokenize = lambda text: [9, *tiny_tokenizer()(text)["input_ids"]]
-    refused(tmp_path, server.url, TeacherError, r"tokenizer must be the student's.*from token 0 on")
-
-
-def test_a_server_that_does_not_tell_its_tokenizer(
-    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.tokenize = None
-    by_url(tmp_path, server.url)
-    assert "is taken on trust" in caplog.text
-    caplog.clear()
-    by_url(tmp_path, server.url, teacher_processing_class=tiny_tokenizer())
-    assert "is taken on trust" not in caplog.text
-    other = tiny_tokenizer("1023456789+=abcdefgh ")
-    refused(tmp_path, server.url, TeacherError, "got 2 differences", teacher_processing_class=other)
-
-
-def test_logits_instead_of_log_probs(tmp_path: Path, server: FakeServer) -> None:
-    server.logps = lambda ids: [[-0.1] * 26 for _ in ids]
-    refused(
-        *(tmp_path, server.url, TeacherError, r"must send log-probs.*--logprobs-mode processed_logprobs"),
-        settings={"distillation_mode": "topk_logits", "distillation_topk": 4},
-    )
-
-
-def test_replicas_with_different_weights(tmp_path: Path, server: FakeServer) -> None:
-    with model_server(tiny_model(2)) as other:
-        refused(tmp_path, [server.url, other.url], TeacherError, "must serve one model, got log-probs .* that differ")
-
-
-def test_another_model_than_the_one_named(tmp_path: Path, server: FakeServer) -> None:
-    named = {"teacher_model_name_or_path": "another"}
-    refused(tmp_path, server.url, TeacherError, "must serve 'another', got 'teacher'", settings=named)
-
-
-def test_advice_on_the_dead_zone(tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        by_url(tmp_path, server.url)
-        assert "`gate_dead_zone`=0.0001 is below" in caplog.text
-        caplog.clear()
-        by_url(tmp_path, server.url, settings={"gate_dead_zone": 0.05})
-        by_url(tmp_path, server.url, settings={"sign_gated_extrapolation": False})
-    assert "`gate_dead_zone`" not in caplog.text
-
-
-# --- which server for which teacher ----------------------------------------------------------------------------------
-def test_given_twice_or_not_to_be_told_apart(tmp_path: Path, server: FakeServer) -> None:
-    said = "must be given once, got `teacher_model` and `teacher_model_server_url`"
-    refused(tmp_path, server.url, SGOPDConfigError, said, teacher_model=tiny_model(1))
-    refused(
-        *(tmp_path, {"a": server.url}, SGOPDConfigError, "must be a mapping with the names"),
-        settings={"teacher_model_name_or_path": "teacher"},
-    )
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"must hold nothing but dtype .* got \['attn_implementation'\]"),
-        settings={"teacher_model_init_kwargs": {"attn_implementation": "eager", "dtype": "float32"}},
-    )
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, "`teacher_model_revision` must go with"),
-        settings={"teacher_model_revision": "v2"},
-    )
-    with pytest.raises(SGOPDConfigError, match="URLs of one teacher, got a mapping"):
-        ServerTeacher({"a": server.url})
-
-
-def routed_data() -> Dataset:
-    return tiny_data().add_column("teacher_id", ["one", "other"] * 8)
-
-
-def test_servers_by_teacher_id_beside_local_teachers(tmp_path: Path, server: FakeServer) -> None:
-    path = save_pair(tmp_path / "local", 2)
-    trainer = by_url(
-        *(tmp_path, {"one": server.url}),
-        settings={"teacher_model_name_or_path": {"one": "teacher", "other": path}},
-        train_dataset=routed_data(),
-    )
-    kinds = {label: type(teacher) for label, teacher in trainer.teacher.teachers.items()}
-    assert kinds == {"one": ServerTeacher, "other": LocalTeacher}
-    assert trainer.teacher.distillation_modes == {"sampled_token", "topk_logits", "asymmetric"}
-    trainer.train()
-    assert all(teacher.tokens_scored for teacher in trainer.teacher.distinct)
-
-
-def test_one_server_with_several_models(tmp_path: Path, server: FakeServer) -> None:
-    """Adapters that a server has beside their base."""
-    server.models.append({"id": "adapter", "root": "folder/adapter", "parent": "teacher"})
-    names = {"one": "teacher", "other": "adapter", "third": "adapter"}
-    server.change = lambda path, request, answer: answer | {"model": request["model"]} if "model" in answer else None
-    trainer = by_url(
-        *(tmp_path, server.url), settings={"teacher_model_name_or_path": names}, train_dataset=routed_data()
-    )
-    assert isinstance(trainer.teacher, RoutedTeacher)
-    assert [teacher.client.model for teacher in trainer.teacher.distinct] == ["teacher", "adapter"]
-
-
-def test_the_named_folders_tokenizer_is_checked(tmp_path: Path, server: FakeServer) -> None:
-    path = save_pair(tmp_path / "teacher", 1)
-    server.models[0]["root"] = path
-    named = {"teacher_model_name_or_path": path}
-    assert by_url(tmp_path, server.url, settings=named).teacher.client.model == "teacher"
-    tiny_tokenizer("1023456789+=abcdefgh ").save_pretrained(path)
-    refused(tmp_path, server.url, TeacherError, "got 2 differences", settings=named)

@@ -1,40 +1,20 @@
 """Two gloo ranks give the gradient and the metrics of one process on the same global batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_ranks import launch
 
 from . import distributed_script as script
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-# On a machine without a GPU this gives two ranks over gloo; `--cpu` would silently start one process.
-LAUNCH = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-]
-
-
-def launch(action: str, output: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [*LAUNCH, script.__file__, action, str(output)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
     output = tmp_path_factory.mktemp("two") / "results.pt"
-    done = launch("cases", output, timeout=300)
+    done = launch(script.__file__, "cases", str(output))
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(output, weights_only=True)
 
@@ -94,7 +74,7 @@ def test_a_bad_log_prob_on_one_rank_stops_every_rank(two_ranks: dict) -> None:
 
 
 def test_a_bad_verdict_on_one_rank_ends_the_run(tmp_path: Path) -> None:
-    done = launch("fail", tmp_path / "results.pt", timeout=120)
+    done = launch(script.__file__, "fail", str(tmp_path / "results.pt"), timeout=120)
     assert done.returncode != 0
     assert "VerifierError" in done.stderr
     assert not (tmp_path / "results.pt").exists()

@@ -6,9 +6,7 @@ Or it is refused at construction, and then it is in the table of refused cells: 
 import gc
 import itertools
 import math
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,11 +16,11 @@ import pytest
 import torch
 from accelerate import PartialState
 from tiny import relative_difference, tiny_config
+from two_ranks import launch
 
 from sg_opd_trl import SGOPDConfigError
 from trainer.distributed_script import check_same_weights
 from trainer.mode_grid import AXES, COMMON, KINDS, MODES, PHASED, Cell, run, run_once
-from trainer.test_distributed import LAUNCH, ROOT
 
 LIMIT = 1e-5
 FULL = [axis for axis in AXES if "lora" not in AXES[axis]]
@@ -240,14 +238,7 @@ COMPARED = ("gate/", "teacher/", "weights/", "anchor/")
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
     output = tmp_path_factory.mktemp("two") / "results.pt"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [*LAUNCH, __file__, str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = launch(__file__, str(output), timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(output, weights_only=True)
     assert results.pop("ranks") == 2

@@ -1,7 +1,5 @@
 """Two gloo ranks that train without padding give the gradient of one process with padding."""
 
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,11 +8,11 @@ import pytest
 import torch
 from accelerate import PartialState
 from tiny import relative_difference
+from two_ranks import launch
 from varlen_attention import count_tokens
 
 from sg_opd_trl import trl_seam
 from trainer import distributed_script as script
-from trainer.test_distributed import LAUNCH, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -39,14 +37,7 @@ def run_distributed_cases() -> dict[str, dict]:
 
 def test_two_ranks_pack_and_run_the_policy_once_per_micro_batch(tmp_path: Path) -> None:
     output = tmp_path / "results.pt"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [*LAUNCH, __file__, str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = launch(__file__, str(output))
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(output, weights_only=True)
     for case in DISTRIBUTED:
