@@ -13,7 +13,7 @@ TASKS: dict[str, type[ArithmeticSettings] | type[ChainSettings]] = {
     "arithmetic": ArithmeticSettings,
     "chains": ChainSettings,
 }
-ROLES = ("teacher", "student")
+ROLES = ("teacher", "student", "servable-teacher")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def resolve(name: str, settings: TaskSettings | None = None) -> str:
 
     `builtin/arithmetic` and `builtin/chains` are data sets with splits `train`, `test` and `tune` for
     `datasets.load_dataset`; with `-teacher` or `-student` after it the name is a model for `from_pretrained`,
-    tokenizer and chat template included. `@SEED` after a model's name, such as `builtin/arithmetic-student@2`, gives
+    tokenizer and chat template included; `-servable-teacher` is a teacher for vLLM on a CPU. `@SEED` after a model's name, such as `builtin/arithmetic-student@2`, gives
     another one made in the same way; 0 without it.
 
     Args:
@@ -108,8 +108,9 @@ def _dataset_folder(task: str, settings: TaskSettings) -> Path:
 def _model_folder(task: str, role: str, seed: int, settings: TaskSettings) -> Path:
     from .cache import cached_folder
 
-    shape: ModelSettings = getattr(settings, f"{role}_model")
-    training: SupervisedSettings = getattr(settings, f"{role}_training")
+    field = role.replace("-", "_")
+    shape: ModelSettings = getattr(settings, f"{field}_model")
+    training: SupervisedSettings = getattr(settings, f"{field}_training")
 
     def build(folder: Path) -> dict[str, object]:
         from .prepare import prepare_model

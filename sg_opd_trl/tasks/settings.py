@@ -65,13 +65,22 @@ _STUDENT = ModelSettings(hidden_size=64, num_layers=2, intermediate_size=192)
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """A whole built-in task: problem sets, teacher and student."""
+    """A whole built-in task: problem sets, teacher and student, and a teacher that vLLM can serve on a CPU."""
 
     data: DataSettings
     teacher_model: ModelSettings
     teacher_training: SupervisedSettings
     student_model: ModelSettings
     student_training: SupervisedSettings
+    # On a CPU vLLM has no heads below 32; the teacher's shape stays as it is for the results that were made with it.
+    servable_teacher_model: ModelSettings = ModelSettings(
+        hidden_size=96, num_layers=3, intermediate_size=288, num_heads=3
+    )
+
+    @property
+    def servable_teacher_training(self) -> SupervisedSettings:
+        """That of the teacher."""
+        return self.teacher_training
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def test_dataset_loads_with_its_splits(task: str, cache: Path, tiny: ArithmeticS
     assert len(questions) == 12 + 6 + 5
 
 
-@pytest.mark.parametrize("name", ["builtin/arithmetic-teacher", "builtin/chains-student"])
+@pytest.mark.parametrize(
+    "name", ["builtin/arithmetic-teacher", "builtin/chains-student", "builtin/arithmetic-servable-teacher"]
+)
 def test_model_folder_loads(name: str, cache: Path, tiny: ArithmeticSettings) -> None:
     folder = resolve(name, tiny)
     tokenizer = AutoTokenizer.from_pretrained(folder)
