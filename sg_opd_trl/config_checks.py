@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .errors import SGOPDConfigError
 from .rollout_cache.location import wrong_rollouts_path
+from .rollout_engine import engine_problems
 from .teachers.remote.settings import server_problems
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def check_config(config: "SGOPDConfig") -> None:
         *_wrong_separation(config),
         *wrong_rollouts_path(config),
         *server_problems(config),
+        *engine_problems(config),
         *_wrong_blocks(config),
         *_wrong_special_tokens(config),
         *_refused(config),

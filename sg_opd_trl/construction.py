@@ -17,6 +17,7 @@ from .anchor import TeacherAnchorCallback
 from .config import SGOPDConfig
 from .data import check_dataset, datasets_of
 from .errors import SGOPDConfigError
+from .rollout_engine import check_rollout_engine
 from .teachers.build import default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
 from .teachers.sources import check_sources
@@ -180,6 +181,7 @@ def check_run(trainer: Any) -> None:
             prompts_per_generation_batch=prompts,
             name=name,
         )
+    check_rollout_engine(trainer)
     student = trainer.accelerator.unwrap_model(trainer.model)
     if REFERENCE_ADAPTER in (getattr(student, "peft_config", None) or {}):
         save_without_reference(student)

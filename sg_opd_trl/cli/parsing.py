@@ -113,6 +113,8 @@ def build_settings(command: CommandLine) -> TrainSettings:
     Raises:
         SGOPDConfigError: a value of the wrong type, out of range, or a combination that is refused.
     """
+    from sg_opd_trl.rollout_engine import check_prompt_room
+
     parser = make_parser(command.method)
     values = dict(command.fields)
     if isinstance(values.get("reward_funcs"), str):
@@ -125,7 +127,9 @@ def build_settings(command: CommandLine) -> TrainSettings:
     except (TypeError, ValueError) as error:
         where = f" (recipe {command.config})" if command.config else ""
         raise SGOPDConfigError(f"The settings{where} are not valid: {error}") from error
-    return TrainSettings(*built)
+    settings = TrainSettings(*built)
+    check_prompt_room(settings.training, settings.script.max_prompt_tokens, "`max_prompt_tokens`")
+    return settings
 
 
 def make_parser(method: str) -> "RunParser":
