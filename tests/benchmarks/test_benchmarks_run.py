@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from repository import ROOT, read
+from teachers.model_server import model_server
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sg_opd_trl.tasks import resolve
 from sg_opd_trl.tasks.settings import ArithmeticSettings, DataSettings, ModelSettings, SupervisedSettings
@@ -104,6 +106,25 @@ def test_benchmark_of_the_built_in_task(name: str, task: Task, tmp_path: Path) -
         assert set(result["ratios"].values()) == {None}
 
 
+def test_benchmark_of_a_served_teacher(task: Task, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(task.teacher)
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    model = AutoModelForCausalLM.from_pretrained(task.teacher)
+    with model_server(model, model=task.teacher, tokenize=tokenize) as server:
+        flags = ["--threads", "1", "--steps", "1", "--repeats", "1", "--url", server.url, *task.flags]
+        result = check_output("server_teacher", run("server_teacher", flags, tmp_path))
+    assert len(result["ratios"]) == 3
+    assert len(server.completions) > 100, "it was really asked"
+
+
+def test_benchmark_without_a_server_says_so(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="nothing measured"):
+        run("server_teacher", [], tmp_path)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert "no GPU: nothing measured" in run("gpu_step", [], tmp_path)
@@ -111,9 +132,9 @@ def test_gpu_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
 
 def test_make_runs_every_benchmark() -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
-    assert scripts == {*RANDOM_MODELS, *BUILT_IN_TASK}
+    assert scripts == {*RANDOM_MODELS, *BUILT_IN_TASK, "server_teacher"}
     (names,) = re.findall(r"^BENCHMARKS := (.+)$", read("Makefile"), flags=re.MULTILINE)
-    assert sorted(names.split()) == sorted(scripts)
+    assert sorted([*names.split(), "server_teacher"]) == sorted(scripts), "that one needs a server"
 
 
 def test_useful_flops_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
