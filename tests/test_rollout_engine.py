@@ -52,9 +52,7 @@ def test_accepted(tmp_path: Path, mode: str) -> None:
 def test_prompts_and_completions_fit_exactly_or_not_at_all(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=16)
     check_prompt_room(config, 10, "prompts")
-    with pytest.raises(
-        SGOPDConfigError, match=r"at least 17, got 16: prompts and `max_completion_length` take"
-    ):
+    with pytest.raises(SGOPDConfigError, match=r"at least 17, got 16: prompts and `max_completion_length` take"):
         check_prompt_room(config, 11, "prompts")
     check_prompt_room(config, None, "prompts")
     config.vllm_mode = "server"
@@ -73,9 +71,7 @@ def test_prompts_of_the_data_set(tmp_path: Path) -> None:
     trainer.args = tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=longest + 6)
     check_rollout_engine(trainer)
     trainer.args.vllm_max_model_length -= 1
-    with pytest.raises(
-        SGOPDConfigError, match=rf"at least {longest + 6}, got {longest + 5}: the longest of"
-    ):
+    with pytest.raises(SGOPDConfigError, match=rf"at least {longest + 6}, got {longest + 5}: the longest of"):
         check_rollout_engine(trainer)
 
 
@@ -83,7 +79,5 @@ def test_a_recipe_whose_longest_prompts_do_not_fit() -> None:
     words = ["--config", "recipes/arithmetic/opd.yaml", "--use_vllm", "true", "--vllm_mode", "colocate"]
     words += ["--max_prompt_tokens", "100", "--vllm_max_model_length"]
     build_settings(read_command_line([*words, "148"]))
-    with pytest.raises(
-        SGOPDConfigError, match=r"at least 148, got 147: `max_prompt_tokens` and"
-    ):
+    with pytest.raises(SGOPDConfigError, match=r"at least 148, got 147: `max_prompt_tokens` and"):
         build_settings(read_command_line([*words, "147"]))
