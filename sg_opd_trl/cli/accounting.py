@@ -45,15 +45,15 @@ class RunAccount(TrainerCallback):
         """Write the costs into the checkpoint."""
         self.write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
-    def write(self, folder: Path) -> None:
-        """Write `run.json` into a folder; all processes must call it."""
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write `run.json` into a folder; all processes must call it. The one that writes returns its contents."""
         own = _counts(self.trainer)
         for name, count in self._at_start.items():
             own[name] -= count
         own["seconds"] += time.perf_counter() - self._started
         ranks = gather_object([own])
         if not self.trainer.accelerator.is_main_process:
-            return
+            return {}
         facts: dict[str, Any] = {
             "method": self.method,
             "seed": self.trainer.args.seed,
@@ -64,6 +64,18 @@ class RunAccount(TrainerCallback):
             facts[name] = int(sum(rank[name] for rank in ranks) + self._before.get(name, 0))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return facts
+
+
+def shown_cost(facts: dict[str, Any]) -> str:
+    """`run.json` in one line."""
+    parts = [f"{facts['steps']} steps in {facts['seconds']:.1f} s"]
+    if any(facts[name] for name in _TOKENS):
+        scored, generated, reused = (f"{facts[name]:,}" for name in _TOKENS)
+        parts.append(
+            f"tokens of the teacher: {scored} scored, {generated} generated, {reused} read from stored rollouts"
+        )
+    return "; ".join(parts)
 
 
 def _counts(trainer: Any) -> dict[str, float]:

@@ -48,7 +48,7 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     Returns:
         Folder of the student.
     """
-    from sg_opd_trl.cli.accounting import RunAccount
+    from sg_opd_trl.cli.accounting import RunAccount, shown_cost
 
     dataset_name = settings.script.dataset_name
     resolve_names(settings)
@@ -62,9 +62,9 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     trainer.train(resume_from_checkpoint=checkpoint)
 
     trainer.save_model(str(settings.output_dir))
-    account.write(settings.output_dir)
+    cost = account.write(settings.output_dir)
     if trainer.accelerator.is_main_process:
-        _say(f"Student saved to {settings.output_dir}")
+        _say(f"Student saved to {settings.output_dir}\n{shown_cost(cost)}")
         evaluations = measure(settings.output_dir) if measure is not None else {}
         _write_card(trainer, evaluations, dataset_name)
         _write_logs(settings, trainer.state.log_history, evaluations)

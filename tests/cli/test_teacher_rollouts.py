@@ -51,6 +51,26 @@ def test_training_reads_what_was_written_and_generates_nothing(
     assert rows(tmp_path / "store") == stored
 
 
+def test_the_second_run_of_a_sweep_generates_no_teacher_token_and_both_say_what_they_cost(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ["--config", str(tiny_recipe), "--report", "false", "--teacher_rollouts_path", str(tmp_path / "store")]
+    costs, said = [], []
+    for number, lambda_high in enumerate(("1.8", "1.25")):
+        folder = tmp_path / f"run{number}"
+        words = [*recipe, *SIX, "--lambda_high", lambda_high, "--output_dir", str(folder)]
+        assert main(["train", *words]) == 0
+        costs.append(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        said.append(" ".join(capsys.readouterr().out.split()))
+    first, second = costs
+    assert (first["teacher_tokens_reused"], second["teacher_tokens_generated"]) == (0, 0)
+    assert second["teacher_tokens_reused"] == first["teacher_tokens_generated"] > 0
+    for cost, text in zip(costs, said, strict=True):
+        assert f"2 steps in {cost['seconds']:.1f} s; tokens of the teacher: " in text
+        generated, reused = cost["teacher_tokens_generated"], cost["teacher_tokens_reused"]
+        assert f"scored, {generated} generated, {reused} read from stored rollouts" in text
+
+
 def test_a_killed_command_goes_on_where_it_stopped(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
