@@ -47,6 +47,9 @@ class Server:
         self._process: subprocess.Popen | None = None
 
     def start(self) -> "Server":
+        """Unless it runs already; `wait` for it."""
+        if self._process is not None:
+            return self
         with self.log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *self.words],
@@ -69,9 +72,14 @@ class Server:
     def kill(self) -> None:
         """End it with all of its processes, as a machine that fails does."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of its processes."""
+        if self._process is not None:
+            os.killpg(self._process.pid, number)
 
     def _answers(self) -> bool:
         try:

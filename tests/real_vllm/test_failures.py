@@ -1,5 +1,6 @@
 """Servers that end, come back, or have no log-probs, while real components run."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,17 +61,6 @@ def undisturbed(server: Server, teacher_folder: str, tmp_path_factory: pytest.Te
     return logged(trainer, "loss")
 
 
-def test_a_killed_replica_is_replaced_by_the_other(
-    tmp_path: Path, server: Server, second: Server, teacher_folder: str, undisturbed: list[float]
-) -> None:
-    second.start().wait()
-    urls = f'["{second.url}", "{server.url}"]'
-    trainer = three_steps(tmp_path, teacher_folder, urls, second.kill)
-    trainer.train()
-    assert logged(trainer, "loss") == pytest.approx(undisturbed, abs=1e-4)
-    assert len(undisturbed) == 3
-
-
 def test_a_server_restarted_while_the_run_waits_loses_nothing(
     tmp_path: Path, second: Server, teacher_folder: str, undisturbed: list[float]
 ) -> None:
@@ -83,25 +73,37 @@ def test_a_server_restarted_while_the_run_waits_loses_nothing(
     trainer = three_steps(tmp_path, teacher_folder, second.url, restart)
     trainer.train()
     assert logged(trainer, "loss") == pytest.approx(undisturbed, abs=1e-4)
+    assert len(undisturbed) == 3
 
 
-def test_a_server_that_stays_away_ends_the_run_in_time(tmp_path: Path, second: Server, teacher_folder: str) -> None:
-    """Last of those that use the second server, which is still there from the one before."""
+def test_a_server_that_hangs_ends_the_run_in_time(tmp_path: Path, second: Server, teacher_folder: str) -> None:
     second.start().wait()
-    trainer = three_steps(tmp_path, teacher_folder, second.url, None, teacher_request_timeout=20, save_strategy="no")
-    limits = RequestLimits(timeout=2.0, max_retries=5, concurrency=64)
-    after_first: dict[str, Any] = {}
+    trainer = three_steps(tmp_path, teacher_folder, second.url)
+    before: dict[str, Any] = {}
 
-    def end_it() -> None:
-        second.kill()
-        trainer.teacher.client.limits = limits
-        after_first.update(weights=copied_weights(trainer.model), time=time.monotonic())
+    def hang() -> None:
+        second.signal(signal.SIGSTOP)
+        trainer.teacher.client.limits = RequestLimits(timeout=3.0, max_retries=5, concurrency=64)
+        before.update(weights=copied_weights(trainer.model), time=time.monotonic())
 
-    trainer.add_callback(AfterFirstStep(end_it))
-    with pytest.raises(TeacherError, match="`teacher_request_timeout`=2"):
-        trainer.train()
-    assert time.monotonic() - after_first["time"] < 15
-    assert changed_weights(trainer.model, after_first["weights"]) == []
+    trainer.add_callback(AfterFirstStep(hang))
+    try:
+        with pytest.raises(TeacherError, match="`teacher_request_timeout`=3"):
+            trainer.train()
+        # Three seconds, two of grace, and what the student does until it asks.
+        assert time.monotonic() - before["time"] < 10
+    finally:
+        second.signal(signal.SIGCONT)
+    assert changed_weights(trainer.model, before["weights"]) == []
+
+
+def test_a_killed_replica_is_replaced_by_the_other(
+    tmp_path: Path, server: Server, second: Server, teacher_folder: str, undisturbed: list[float]
+) -> None:
+    second.start().wait()
+    trainer = three_steps(tmp_path, teacher_folder, f'["{second.url}", "{server.url}"]', second.kill)
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx(undisturbed, abs=1e-4)
 
 
 # --- a server without log-probs --------------------------------------------------------------------------------------
@@ -127,8 +129,5 @@ def test_it_is_refused_before_the_run(tmp_path: Path, without_logprobs: Server, 
 def test_its_answers_are_refused(without_logprobs: Server, teacher_folder: str) -> None:
     client = CompletionsClient([without_logprobs.url], RequestLimits(timeout=30, max_retries=0))
     client.model, client._names = teacher_folder, frozenset({teacher_folder, f"{teacher_folder}@main"})
-    started = time.monotonic()
-    with pytest.raises(TeacherError) as caught:
+    with pytest.raises(TeacherError, match="`teacher_model_server_url` must name.*Serve the teacher with vLLM"):
         client.score([[5, 6, 7, 8]], [2])
-    assert time.monotonic() - started < 32
-    assert "log" in str(caught.value), caught.value
