@@ -129,5 +129,5 @@ def test_it_is_refused_before_the_run(tmp_path: Path, without_logprobs: Server, 
 def test_its_answers_are_refused(without_logprobs: Server, teacher_folder: str) -> None:
     client = CompletionsClient([without_logprobs.url], RequestLimits(timeout=30, max_retries=0))
     client.model, client._names = teacher_folder, frozenset({teacher_folder, f"{teacher_folder}@main"})
-    with pytest.raises(TeacherError, match="`teacher_model_server_url` must name.*Serve the teacher with vLLM"):
+    with pytest.raises(TeacherError, match=r"`teacher_model_server_url` must name.*Serve the teacher with vLLM"):
         client.score([[5, 6, 7, 8]], [2])
