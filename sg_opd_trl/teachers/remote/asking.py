@@ -1,7 +1,6 @@
 """Asking servers that may fail: so many requests at a time, tried again, moved to another replica, over in time."""
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,6 @@ Read = Callable[[bytes, str], Answer]
 _FIRST_DELAY, _DELAY_FACTOR = 0.5, 4.0
 # How long a replica that failed is asked only after the others: twice as long each time that it fails after its rest.
 _REST_SECONDS, _LONGEST_REST = 30.0, 960.0
-_GRACE_SECONDS = 1.0
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -173,75 +171,14 @@ def ask(
                 reasons[i] = outage.reason
         left = deadline - time.monotonic()
         if left <= 0 or stop.is_set() or rounds > limits.max_retries:
-            raise _failed(replicas, reasons, rounds, time.monotonic() - started, limits)
+            raise no_answer(replicas, reasons, rounds, time.monotonic() - started, limits)
         stop.wait(min(_FIRST_DELAY * _DELAY_FACTOR ** (rounds - 1), left / 2))
 
 
-def ask_all(
-    replicas: Sequence[Replica],
-    requests: Sequence[Request],
-    reader: Callable[[int], Read[Answer]],
-    limits: RequestLimits,
-) -> list[Answer]:
-    """The answers to all requests, in their order; the first failure ends all of them.
-
-    Args:
-        replicas: of one model; the requests are dealt to them in turn.
-        requests: what is sent.
-        reader: number of a request -> what checks its answer.
-        limits: of each request.
-
-    Raises:
-        TeacherError: as in `ask`.
-    """
-    stop, todo = Stop(), queue.SimpleQueue[int]()
-    done = queue.SimpleQueue[tuple[int, Answer | Exception]]()
-    for number in range(len(requests)):
-        todo.put(number)
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                number = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                answer: Answer | Exception = ask(replicas, number, requests[number], reader(number), limits, stop)
-            except Exception as error:  # noqa: BLE001  # raised again by the thread that waits
-                answer = error
-            done.put((number, answer))
-
-    for _ in range(min(len(requests), limits.concurrency * len(replicas))):
-        # Daemons: an interrupted run does not wait for them.
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        return _collected(replicas, len(requests), done, limits)
-    finally:
-        stop.now()
-
-
-def _collected(
-    replicas: Sequence[Replica],
-    count: int,
-    done: "queue.SimpleQueue[tuple[int, Answer | Exception]]",
-    limits: RequestLimits,
-) -> list[Answer]:
-    answers: dict[int, Answer] = {}
-    while len(answers) < count:
-        try:
-            number, answer = done.get(timeout=limits.timeout + _GRACE_SECONDS)
-        except queue.Empty:
-            # A thread hangs where the deadline does not reach: in the system's look-up of a host name.
-            raise _failed(replicas, {}, 1, limits.timeout, limits) from None
-        if isinstance(answer, Exception):
-            raise answer
-        answers[number] = answer
-    return [answers[number] for number in range(count)]
-
-
-def _failed(
+def no_answer(
     replicas: Sequence[Replica], reasons: Mapping[int, str], rounds: int, seconds: float, limits: RequestLimits
 ) -> TeacherError:
+    """The message for a request that no replica answered; `reasons` by the number of the replica."""
     shown = [f"{replica.address} ({reasons.get(i, 'no answer in time')})" for i, replica in enumerate(replicas)]
     return TeacherError(
         f"`teacher_model_server_url` must name a server that answers, got none from {', '.join(shown)} in {rounds} "

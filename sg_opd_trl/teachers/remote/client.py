@@ -2,17 +2,46 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import TeacherError
 from .answers import CompletionAnswer, SequenceScores, ServedModel, read_json, read_models, shown_names
-from .asking import Read, Replica, Request, RequestLimits, ask, ask_all
+from .asking import Replica, Request, RequestLimits, ask
+from .pending import Ahead, Question, ask_all
 from .refusals import RefusedRequest
 from .settings import check_headers, read_address
 from .transport import Connections
 
 COMPLETIONS = "/v1/completions"
 _ANY_ID = 2**63
+
+
+@dataclass(frozen=True)
+class _ScoresReader:
+    """Reads the scores of a sequence; the names that the model may have, then as in `CompletionsClient.score`."""
+
+    names: frozenset[str]
+    ids: tuple[int, ...]
+    first: int
+    top: int
+    vocab_size: int
+
+    def __call__(self, body: bytes, where: str) -> SequenceScores:
+        answer = CompletionAnswer(body, where, self.names, self.ids)
+        return answer.scores(self.first, self.top, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class _CompletionReader:
+    """Reads a completion of at most `longest` tokens."""
+
+    names: frozenset[str]
+    prompt: tuple[int, ...]
+    longest: int
+
+    def __call__(self, body: bytes, where: str) -> list[int]:
+        return CompletionAnswer(body, where, self.names, self.prompt).completion(self.longest)
 
 
 class CompletionsClient:
@@ -46,6 +75,10 @@ class CompletionsClient:
         self.root: str | None = None
         self.max_length: int | None = None
         self._names: frozenset[str] = frozenset()
+        everywhere = self.limits.concurrency * len(self.replicas)
+        self._scores_ahead = Ahead(self.replicas, self.limits, everywhere)
+        # Half of one server's places at most, so that scores, which a step waits for, always find a free one.
+        self._completions_ahead = Ahead(self.replicas, self.limits, max(1, self.limits.concurrency // 2))
 
     # --- before the run ------------------------------------------------------------------------------------------
     def connect(self, expected: str | None) -> None:
@@ -115,15 +148,7 @@ class CompletionsClient:
             TeacherError: no answer within the limits, or one that cannot be used.
             NonFiniteError: a number that is no log-prob.
         """
-
-        def reader(number: int) -> Read[SequenceScores]:
-            def read(body: bytes, where: str) -> SequenceScores:
-                answer = CompletionAnswer(body, where, self._names, sequences[number])
-                return answer.scores(firsts[number], top, vocab_size)
-
-            return read
-
-        return ask_all(self.replicas, [self._scoring(ids, top) for ids in sequences], reader, self.limits)
+        return self._answers(self._about_scores(sequences, firsts, top, vocab_size), self._scores_ahead)
 
     def generate(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """One completion per prompt, as token ids.
@@ -135,25 +160,60 @@ class CompletionsClient:
         Raises:
             TeacherError: as in `score`.
         """
+        return self._answers(self._about_completions(prompts, settings), self._completions_ahead)
 
-        def reader(number: int) -> Read[list[int]]:
-            def read(body: bytes, where: str) -> list[int]:
-                answer = CompletionAnswer(body, where, self._names, prompts[number])
-                return answer.completion(settings[number]["max_tokens"])
+    # --- ahead of time -------------------------------------------------------------------------------------------
+    def prefetch_scores(
+        self, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top: int = 0, vocab_size: int = _ANY_ID
+    ) -> None:
+        """Begin what `score` will be asked for with the same arguments, in whichever order and company."""
+        self._scores_ahead.ask(self._about_scores(sequences, firsts, top, vocab_size))
 
-            return read
+    def prefetch_completions(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> None:
+        """Begin what `generate` will be asked for with the same arguments, in whichever order and company."""
+        self._completions_ahead.ask(self._about_completions(prompts, settings))
 
-        fixed = {"model": self.model, "n": 1, "return_token_ids": True}
-        requests = [
-            Request("POST", COMPLETIONS, _encoded(**fixed, prompt=list(ids), **own))
-            for ids, own in zip(prompts, settings, strict=True)
-        ]
-        return ask_all(self.replicas, requests, reader, self.limits)
+    def drop_scores(self) -> None:
+        """Stop scores that were begun and not taken."""
+        self._scores_ahead.drop()
+
+    def drop_completions(self) -> None:
+        """Stop completions that were begun and not taken."""
+        self._completions_ahead.drop()
 
     def close(self) -> None:
         """Close idle connections; a later request opens new ones."""
         for replica in self.replicas:
             replica.connections.close()
+
+    def _answers(self, questions: Sequence[Question], ahead: Ahead) -> list[Any]:
+        try:
+            return ask_all(self.replicas, questions, self.limits, ahead)
+        except BaseException:
+            # The run ends here, and so does what nobody will take.
+            self.drop_scores()
+            self.drop_completions()
+            raise
+
+    def _about_scores(
+        self, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top: int, vocab_size: int
+    ) -> list[Question]:
+        return [
+            Question(self._scoring(ids, top), _ScoresReader(self._names, tuple(ids), first, top, vocab_size))
+            for ids, first in zip(sequences, firsts, strict=True)
+        ]
+
+    def _about_completions(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]
+    ) -> list[Question]:
+        fixed = {"model": self.model, "n": 1, "return_token_ids": True}
+        return [
+            Question(
+                Request("POST", COMPLETIONS, _encoded(**fixed, prompt=list(ids), **own)),
+                _CompletionReader(self._names, tuple(ids), own["max_tokens"]),
+            )
+            for ids, own in zip(prompts, settings, strict=True)
+        ]
 
     def _scoring(self, ids: Sequence[int], top: int) -> Request:
         fixed = {"model": self.model, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
