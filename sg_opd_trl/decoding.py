@@ -4,6 +4,7 @@ It takes the place of the loop inside the `generate` of transformers, which stil
 and stopping criteria, so that every sampling option keeps its meaning.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ _ROW_WISE = {
 }
 
 
+OnEnded = Callable[[list[int], list[list[int]]], None]
+"""`(numbers of rows that have just ended, their completions with the end token)`, called while others go on."""
+
+
 class UnsupportedDecoding(Exception):
     """What `decode_live_rows` would have to ignore, raised before any forward and any random number."""
 
@@ -54,6 +59,7 @@ def decode_live_rows(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    on_ended: OnEnded | None = None,
     **inputs: Any,
 ) -> Tensor:
     """The loop for `model.generate(..., custom_generate=decode_live_rows)`, sampled or greedy.
@@ -64,6 +70,7 @@ def decode_live_rows(
         logits_processor: processors that `generate` prepared.
         stopping_criteria: criteria that `generate` prepared.
         generation_config: settings that `generate` prepared.
+        on_ended: is told of rows that end with an end token, and not of those that become too long.
         inputs: further inputs of the model.
 
     Returns:
@@ -81,6 +88,8 @@ def decode_live_rows(
         scores = logits_processor(rows.tokens[:, : rows.length], logits)
         tokens = draw_tokens(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
         live = rows.append(tokens, ends)
+        if on_ended is not None and len(tokens) - live > rows.told:
+            on_ended(*rows.newly_ended())
         if live == 0 or rows.length == generation_config.max_length:
             return rows.everything()
         if len(tokens) - live >= DROP_SHARE * len(tokens):
@@ -93,12 +102,15 @@ class _LiveRows:
 
     def __init__(self, input_ids: Tensor, config: GenerationConfig, inputs: dict[str, Any]) -> None:
         (batch, self.length), limit = input_ids.shape, int(config.max_length or 0)
+        self.start = self.length
         self.padding = config.pad_token_id or 0
         self.result = input_ids.new_full((batch, limit), self.padding)
         self.tokens: Any = self.result.clone()  # (L, limit)
         self.tokens[:, : self.length] = input_ids
         self.places = torch.arange(batch, device=input_ids.device)  # (L,) rows of the result
         self.ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # (L,)
+        self.told = 0  # of the ended rows that are still here, those that `newly_ended` has returned
+        self._told = self.ended.clone()  # (L,)
         self.inputs = inputs
         self.cache: DynamicCache = inputs["past_key_values"]
         self.cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
@@ -137,6 +149,12 @@ class _LiveRows:
             self.ended |= torch.isin(tokens, end.to(tokens.device))
         return len(tokens) - int(self.ended.sum())
 
+    def newly_ended(self) -> tuple[list[int], list[list[int]]]:
+        """Rows of the result that have ended since this was called last, and their completions."""
+        new = (self.ended & ~self._told).nonzero().flatten()
+        self._told, self.told = self.ended.clone(), self.told + len(new)
+        return self.places[new].tolist(), self.tokens[new, self.start : self.length].tolist()
+
     def drop_ended(self) -> Tensor:
         """Take ended rows out; the indices of those kept, `(L,)` of the new `L`."""
         self.result[self.places[self.ended]] = self.tokens[self.ended]
@@ -144,6 +162,7 @@ class _LiveRows:
         self.cache.batch_select_indices(kept)
         self.inputs = _rows_of(self.inputs, kept, len(self.tokens))
         self.tokens, self.places, self.ended = self.tokens[kept], self.places[kept], self.ended[kept]
+        self.told, self._told = 0, self.ended.clone()
         return kept
 
     def everything(self) -> Tensor:

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .decoding import UnsupportedDecoding, decode_live_rows
+from .decoding import OnEnded, UnsupportedDecoding, decode_live_rows
 from .errors import NonFiniteError
 from .scoring import pad_rows
 
@@ -21,6 +22,7 @@ def generate_completions(
     *,
     role: str = "student",
     synced_gpus: bool = False,
+    on_ended: OnEnded | None = None,
 ) -> list[list[int]]:
     """One completion per prompt; equal prompts should follow one another, so that they share a prefill.
 
@@ -32,6 +34,7 @@ def generate_completions(
         config: how to sample, with `eos_token_id` and `pad_token_id`; the model's own fills what is left open.
         role: what an error calls the model.
         synced_gpus: whether the model is sharded, so that all ranks must run the same number of forwards.
+        on_ended: is told of rows that end with an end token while others go on; only the own loop can tell.
 
     Returns:
         Token ids of each completion, up to and including its first end token.
@@ -44,7 +47,7 @@ def generate_completions(
     ids, mask = (x.to(model.device) for x in pad_rows(list(prompts), config.pad_token_id or 0, left=True))
     arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
     try:
-        output = _generate(model, arguments, synced_gpus)
+        output = _generate(model, arguments, synced_gpus, on_ended)
     except RuntimeError as error:
         # The sampler's own words for logits that are NaN or infinite.
         if "probability tensor" not in str(error):
@@ -63,10 +66,10 @@ def cut_after_eos(ids: list[int], eos_token_ids: int | Sequence[int] | None) -> 
     return ids[:length]
 
 
-def _generate(model: Any, arguments: dict[str, Any], synced_gpus: bool) -> Tensor:
+def _generate(model: Any, arguments: dict[str, Any], synced_gpus: bool, on_ended: OnEnded | None) -> Tensor:
     if not synced_gpus and not _has_adapter_of_rows(model):
         try:
-            return model.generate(**arguments, custom_generate=decode_live_rows)
+            return model.generate(**arguments, custom_generate=partial(decode_live_rows, on_ended=on_ended))
         except UnsupportedDecoding as reason:
             _LOGGER.info("Completions are left to the decoding loop of `generate`: %s.", reason)
     return model.generate(**arguments, synced_gpus=synced_gpus or None)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,14 +19,13 @@ END = 1
 SHORT, LONG, OTHER = [3, 7], [4, 9, 10, 11, 12, 4], [5, 5, 8]
 
 
-def decoded(model: Any, prompts: list[list[int]], **changes: Any) -> list[list[int]]:
+def decoded(model: Any, prompts: list[list[int]], *, on_ended: Any = None, **changes: Any) -> list[list[int]]:
     """Completions, up to and including the end token."""
     settings = {"do_sample": True, "top_k": 0, "eos_token_id": [END], "pad_token_id": 0}
     ids, mask = pad_rows(prompts, 0, left=True)
     config = GenerationConfig(**(settings | changes))
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=decode_live_rows
-    )
+    loop = partial(decode_live_rows, on_ended=on_ended)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=loop)
     rows = output[:, ids.size(1) :].tolist()
     return [row[: row.index(END) + 1] if END in row else row for row in rows]
 
@@ -148,3 +148,27 @@ def test_ended_rows_leave_in_groups() -> None:
         assert live <= count
         assert count - live < count * decoding.DROP_SHARE
     assert len(set(rows)) > 4
+
+
+@pytest.mark.parametrize("share", [1e-9, decoding.DROP_SHARE, 2.0], ids=["at once", "in groups", "never"])
+def test_whoever_listens_is_told_of_every_row_as_it_ends(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether ended rows leave the batch or stay; two prompts of different lengths, so that one is padded."""
+    monkeypatch.setattr(decoding, "DROP_SHARE", share)
+    prompts = [SHORT] * 10 + [LONG] * 10
+    told: list[tuple[int, int, list[int]]] = []
+    torch.manual_seed(0)
+    silent = decoded(tiny_model(0, std=0.3), prompts, max_new_tokens=20)
+    torch.manual_seed(0)
+    model = tiny_model(0, std=0.3)
+    shapes = forward_shapes(model)
+
+    def listen(rows: list[int], completions: list[list[int]]) -> None:
+        told.extend((row, len(shapes), ids) for row, ids in zip(rows, completions, strict=True))
+
+    completions = decoded(model, prompts, on_ended=listen, max_new_tokens=20)
+    assert completions == silent
+    ended = {row: ids for row, ids in enumerate(completions) if ids[-1] == END}
+    assert {row: ids for row, _, ids in told} == ended
+    assert len(told) == len(ended)
+    assert 0 < len(ended) < len(prompts), "some become too long"
+    assert all(forwards == len(ids) for _, forwards, ids in told), "at once, not at the end"

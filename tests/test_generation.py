@@ -75,6 +75,18 @@ def test_the_seed_decides() -> None:
     assert drawn(3) == drawn(3) != drawn(4)
 
 
+@pytest.mark.parametrize(("options", "told"), [({}, True), ({"num_beams": 2}, False)], ids=["own loop", "beams"])
+def test_only_the_own_loop_tells_of_rows_that_end(options: dict, told: bool) -> None:
+    found: dict[int, list[int]] = {}
+    config = settings(eos_token_id=[END, *range(5, 26, 4)], **options)
+    completions = generate_completions(
+        tiny_model(2), PROMPTS, config, on_ended=lambda *pair: found.update(zip(*pair, strict=True))
+    )
+    ended = {row: ids for row, ids in enumerate(completions) if ids[-1] in config.eos_token_id}
+    assert ended, "the case occurs"
+    assert found == (ended if told else {})
+
+
 # --- greedy: equal to one row at a time ------------------------------------------------------------------------------
 def small(kind: str) -> Any:
     torch.manual_seed(0)
