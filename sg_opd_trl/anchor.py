@@ -5,7 +5,6 @@ it had never stopped.
 """
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +12,14 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .anchor_step import AnchorStep, TeacherRollout
 from .core import anchor_denominator, anchor_schedule, separated_prompts, separated_schedule
 from .dealing import PromptStream, deal, mixed_seed, step_samples, stream_samples, teacher_prompts_per_step
+from .overrides import inherits
+from .random_state import forked_random_state
 from .scoring import TokenBatch
 from .teachers import Sampling
+from .teachers.routed import prefetching_teachers
 from .teachers.rows import teacher_of, teacher_prompt_ids
 from .verdicts import as_verdict_tensor
 
@@ -24,42 +27,6 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from .trainer import SGOPDTrainer
-
-
-@dataclass(frozen=True)
-class TeacherRollout:
-    """One rollout of the teacher: its token ids, whether the anchor uses it, the verdict (None: there is none)."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    kept: bool
-    verdict: float | None
-    cached: bool = False
-
-
-@dataclass
-class AnchorStep:
-    """The anchor of one optimizer step on this rank.
-
-    Attributes:
-        alpha: its weight.
-        total: kept teacher tokens (or rollouts, for `seq_mean`) of the step over all ranks.
-        micro_batches: kept rollouts of this rank, by micro-batch; taken from the front.
-        alone: whether it is the whole loss of the step (stage 1 of TimeSep).
-    """
-
-    alpha: float
-    total: float
-    micro_batches: list[list[TeacherRollout]]
-    alone: bool = False
-
-    def take(self, pad_token_id: int, device: torch.device, multiple: int = 1) -> TokenBatch | None:
-        """The rows of the next micro-batch, or None if it has none."""
-        rows = self.micro_batches.pop(0) if self.micro_batches else []
-        if not rows:
-            return None
-        prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-        return TokenBatch.from_lists(prompts, completions, pad_token_id, device, multiple)
 
 
 class TeacherAnchorCallback(TrainerCallback, ExportableState):
@@ -176,9 +143,35 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         kept = [[row for row in rows if row.kept] for rows in micro_batches]
         alone = trainer.args.teacher_sampling_time_separated
         trainer.anchor = AnchorStep(alpha=alpha, total=total, micro_batches=kept, alone=alone)
+        with trainer.timed("anchor"):
+            self._prefetch(trainer, step + 1)
 
     # --- parts ---------------------------------------------------------------------------------------------------
     def _rollouts(self, trainer: "SGOPDTrainer", step: int) -> list[list[TeacherRollout]]:
+        dealt, examples, samples = self._deal(trainer, step)
+        rollouts = iter(self._generate(trainer, examples, samples, step))
+        return [[next(rollouts) for _ in rows] for rows in dealt]
+
+    def _prefetch(self, trainer: "SGOPDTrainer", step: int) -> None:
+        """Have the teacher begin the rollouts of a step that has not come yet, if it can and they are known."""
+        args, state = trainer.args, trainer.state
+        known = inherits(type(self), TeacherAnchorCallback, "reserved_examples", "prompt_range")
+        if args.teacher_sampling_prompts != "reserve" or not known or not prefetching_teachers(trainer.teacher):
+            return
+        if step > state.max_steps or self.alpha(args, step, state.max_steps) <= 0:
+            return
+        # A data set may draw random numbers when its rows are read.
+        with forked_random_state(trainer.accelerator.device):
+            _, examples, samples = self._deal(trainer, step)
+            _, read, seed = self._prompts(trainer, examples, step)
+        if trainer.rollout_cache is not None:
+            trainer.rollout_cache.prefetch(examples, read, samples, seed)
+        else:
+            teacher: Any = teacher_of(trainer.teacher, examples)
+            teacher.prefetch_rollouts(read, trainer.teacher_sampling, seed, trainer.generation_budget(read))
+
+    def _deal(self, trainer: "SGOPDTrainer", step: int) -> tuple[list[list[int]], list[dict], list[int]]:
+        """Slots of this rank by micro-batch, and the example and the sample index of each."""
         args, accelerator = trainer.args, trainer.accelerator
         first, end = self.prompt_range(trainer, step)
         prompts = end - first
@@ -198,13 +191,12 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
             chosen = {number: reserved[number] for number in numbers}
         examples = [chosen[number] for number in own]
         samples = self._samples(trainer, step, own_slots, examples)
-        rollouts = iter(self._generate(trainer, examples, samples, step))
-        return [[next(rollouts) for _ in rows] for rows in dealt]
+        return dealt, examples, samples
 
     def _samples(self, trainer: "SGOPDTrainer", step: int, slots: list[int], examples: list[dict]) -> list[int]:
         """Sample index of each rollout of this rank, by which the cache tells rollouts of one prompt apart."""
         cache, each = trainer.rollout_cache, trainer.args.teacher_num_generations
-        from_the_stream = type(self).reserved_examples is TeacherAnchorCallback.reserved_examples
+        from_the_stream = inherits(type(self), TeacherAnchorCallback, "reserved_examples")
         if cache is not None and trainer.args.teacher_sampling_prompts == "reserve" and from_the_stream:
             first, _ = self.prompt_range(trainer, step)
             return stream_samples(prompt_stream(trainer), first, slots, each, cache.repeats)
@@ -213,9 +205,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
     def _generate(
         self, trainer: "SGOPDTrainer", examples: list[dict], samples: list[int], step: int
     ) -> list[TeacherRollout]:
-        prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
-        seed = mixed_seed(trainer.args.seed, 3, step, trainer.accelerator.process_index)
-        read = teacher_prompt_ids(examples, prompt_ids, trainer.tokenize_prompts)
+        prompt_ids, read, seed = self._prompts(trainer, examples, step)
         if trainer.rollout_cache is not None:
             completion_ids, cached = trainer.rollout_cache.complete(examples, read, samples, seed)
         else:
@@ -227,6 +217,14 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
             TeacherRollout(prompt, completion, self.keep(trainer.args, verdict), verdict, known)
             for prompt, completion, verdict, known in zip(prompt_ids, completion_ids, verdicts, cached, strict=True)
         ]
+
+    def _prompts(
+        self, trainer: "SGOPDTrainer", examples: list[dict], step: int
+    ) -> tuple[list[list[int]], list[list[int]], int]:
+        """Token ids of the student's and of the teacher's prompts, and the seed of this rank's rollouts."""
+        prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
+        seed = mixed_seed(trainer.args.seed, 3, step, trainer.accelerator.process_index)
+        return prompt_ids, teacher_prompt_ids(examples, prompt_ids, trainer.tokenize_prompts), seed
 
     def _counts(self, trainer: "SGOPDTrainer", micro_batches: list[list[TeacherRollout]]) -> list[Any]:
         """Denominator of the anchor, rollouts, verified rollouts, kept tokens and stored rollouts over all ranks."""

@@ -1,13 +1,11 @@
 """What surrounds the loss: budgets, judging teacher rollouts, evaluation, logging, cards and checkpoints."""
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-import numpy
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -18,11 +16,13 @@ from .config import SGOPDConfig
 from .construction import card_arguments, checkpoint_facts, compare_checkpoint_facts
 from .errors import NonFiniteError
 from .metrics import TrainingMetrics, timed
+from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
 from .rollout_cache.cache import RolloutCache
 from .scoring import TokenBatch, longest, loss_mask, score_rows, sort_windows, trim_micro_batch
 from .teachers import RoutedTeacher, Sampling, Teacher
 from .teachers.reference import Reference, evaluating
+from .teachers.routed import drop_prefetched
 from .teachers.vocabulary import SharedVocabulary
 from .trl_seam import GRPOSeam, fused_log_probs, is_conversational
 from .verdicts import RunVerifier
@@ -203,6 +203,13 @@ class DistillationRuntime(GRPOSeam):
         return core.mean_of(self.accelerator.reduce(core.masked_sum_and_count(phi, mask), reduction="sum"))
 
     # --- running -------------------------------------------------------------------------------------------------
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; whichever way that ends, a teacher does not go on with what nobody will ask for."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            drop_prefetched(self.teacher)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, its wall time split into parts."""
         start, inside = time.perf_counter(), sum(self.seconds.values())
@@ -280,15 +287,3 @@ class DistillationRuntime(GRPOSeam):
         if self.is_world_process_zero():
             card = build_model_card(**card_arguments(self, model_name, dataset_name, tags))
             card.save(f"{self.args.output_dir}/README.md")
-
-
-@contextmanager
-def forked_random_state(device: torch.device) -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch (the CPU's and the device's) after the block."""
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            numpy.random.set_state(numpy_state)

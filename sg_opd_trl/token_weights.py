@@ -69,11 +69,20 @@ class TokenWeights:
             rollouts = rollouts | {"gate_numbers": _random_numbers(rollouts["completion_ids"], key)}
         return rollouts
 
+    @property
+    def all_taught(self) -> bool:
+        """Whether the advantage of every row comes from the teacher, whatever its verdict."""
+        return self._args.wrong_rollout_advantage is None
+
+    def counts(self, completion_ids: list[int]) -> bool:
+        """Whether any token of a completion is left in the loss by `special_token_mask`."""
+        ids = torch.tensor([completion_ids], dtype=torch.long)
+        scope = self._args.special_token_mask_scope
+        return bool(core.without_special_tokens(ids, torch.ones_like(ids), self._special_ids, scope).any())
+
     def taught(self, verdicts: Tensor) -> Tensor:
         """Rows `(B,)` bool whose advantage comes from the teacher: all but the wrong ones of that control."""
-        if self._args.wrong_rollout_advantage is None:
-            return torch.ones_like(verdicts, dtype=torch.bool)
-        return verdicts != 0
+        return torch.ones_like(verdicts, dtype=torch.bool) if self.all_taught else verdicts != 0
 
     # --- the loss ------------------------------------------------------------------------------------------------
     def deal_gate(self, gate: Tensor | None, inputs: dict, mask: Tensor) -> Tensor | None:

@@ -24,9 +24,11 @@ from .metrics import TrainingMetrics, reduce_over_ranks
 from .micro_batch import MicroBatchLoss
 from .objectives import Objective, build_objective
 from .objectives.base import Scores
+from .overrides import inherits
 from .rollout_cache.cache import open_cache
 from .runtime import DistillationRuntime
 from .scoring import TokenBatch, loss_mask, token_batch
+from .scoring_ahead import scoring_ahead
 from .teachers.build import build_reference, build_teacher, default_reference
 from .teachers.rows import teacher_batch, teacher_of
 from .token_weights import TokenWeights
@@ -204,10 +206,7 @@ class SGOPDTrainer(DistillationRuntime):
 
     def reference_rows(self, verifier_advantages: Tensor) -> Tensor:
         """Rows `(B,)` that need the reference; all of them once a subclass decides the gate or the routes itself."""
-        own = type(self).compute_gate is SGOPDTrainer.compute_gate
-        own = own and type(self).route_advantages is SGOPDTrainer.route_advantages
-        own = own and type(self).route_lambdas is SGOPDTrainer.route_lambdas
-        if not own:
+        if not inherits(type(self), SGOPDTrainer, "compute_gate", "route_advantages", "route_lambdas"):
             return torch.ones_like(verifier_advantages, dtype=torch.bool)
         return core.rows_needing_reference(verifier_advantages, self.args.open_routes)
 
@@ -265,6 +264,10 @@ class SGOPDTrainer(DistillationRuntime):
         num_generations = self.rollouts_per_prompt
         self._verdicts = self.verifier.verdicts(rewards)
         self._verifier_advantages = self.compute_verifier_signal(self._verdicts, num_generations)
+
+    def making_rollouts(self, examples: list[dict]) -> Any:
+        """Have the teacher score rollouts as they end, unless a subclass decides what it is asked."""
+        return scoring_ahead(self, examples, inherits(type(self), SGOPDTrainer, "score_with_teacher"))
 
     def on_rollouts(self, rollouts: dict, examples: list[dict]) -> dict:
         """Attach what the loss needs: verdicts, a1, and the scores of teacher and reference."""

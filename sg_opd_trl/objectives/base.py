@@ -61,6 +61,10 @@ class Objective:
         """Have a teacher, or the teachers of these rows, score completions; arguments as in `Teacher.score`."""
         return teacher.score(batch, rows, max_tokens)
 
+    def prefetch_scores(self, teacher: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
+        """Have a `PrefetchingTeacher` begin what `ask_teacher` will ask for."""
+        teacher.prefetch_scores(prompt_ids, completion_ids)
+
     def ask_reference(
         self, reference: Reference, batch: TokenBatch, rows: Tensor, max_tokens: int, inputs: dict
     ) -> Scores:
@@ -98,6 +102,10 @@ class SupportObjective(Objective):
     def ask_teacher(self, teacher: Any, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Scores:
         """The teacher's top-K tokens."""
         return teacher.score_support(batch, rows, max_tokens, self.args.distillation_topk, self.vocab_size)
+
+    def prefetch_scores(self, teacher: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
+        """The teacher's top-K tokens, likewise."""
+        teacher.prefetch_scores(prompt_ids, completion_ids, self.args.distillation_topk, self.vocab_size)
 
     def teacher_entries(self, scores: Scores) -> dict[str, Tensor]:
         """Their ids and log-probs too."""

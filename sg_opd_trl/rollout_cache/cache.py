@@ -76,10 +76,7 @@ class RolloutCache:
         Returns:
             The completions, and whether each was stored before.
         """
-        keys = [
-            (self._context(example), tuple(prompt), sample)
-            for example, prompt, sample in zip(examples, prompts, samples, strict=True)
-        ]
+        keys = self._keys(examples, prompts, samples)
         stored = [self.store.get(*key) is not None for key in keys]
         missing = [row for row, known in enumerate(stored) if not known]
         self._say_what_is_missing(len(missing), len(keys))
@@ -88,6 +85,16 @@ class RolloutCache:
         completions = [self.store.get(*key) or [] for key in keys]
         self.tokens_reused += sum(len(ids) for ids, known in zip(completions, stored, strict=True) if known)
         return completions, stored
+
+    def prefetch(
+        self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int], seed: int
+    ) -> None:
+        """Have the teacher begin what `complete` will have to generate; only where it is a `PrefetchingTeacher`."""
+        keys = self._keys(examples, prompts, samples)
+        missing = [row for row, key in enumerate(keys) if self.store.get(*key) is None]
+        own: list[list[int]] = [prompts[row] for row in missing]
+        teacher: Any = teacher_of(self.trainer.teacher, [examples[row] for row in missing])
+        teacher.prefetch_rollouts(own, self.trainer.teacher_sampling, seed, self.trainer.generation_budget(own))
 
     def holds(self, example: dict, prompt: Sequence[int], sample: int) -> bool:
         """Whether a rollout is stored."""
@@ -106,6 +113,12 @@ class RolloutCache:
                 for (context, prompt, sample), ids, text, verdict in zip(keys, written, texts, verdicts, strict=True)
             ]
         )
+
+    def _keys(self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int]) -> list[tuple]:
+        return [
+            (self._context(example), tuple(prompt), sample)
+            for example, prompt, sample in zip(examples, prompts, samples, strict=True)
+        ]
 
     def _context(self, example: dict) -> str:
         teacher: Teacher | RoutedTeacher = self.trainer.teacher

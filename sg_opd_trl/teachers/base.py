@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -140,3 +140,37 @@ class Teacher(Protocol):
 
     def stop_generating(self) -> None:
         """Called once no rollout will be asked for any more; frees what only generation needs."""
+
+
+@runtime_checkable
+class PrefetchingTeacher(Protocol):
+    """What a teacher has besides, if it can work on what it will be asked for while the student works.
+
+    Nothing that it returns depends on what was begun: an answer is used for exactly the question that was begun, and
+    the rest is asked when it is asked for. Tokens are counted, and errors raised, by the call that needs the answer.
+    """
+
+    def prefetch_rollouts(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> None:
+        """Begin what `Teacher.generate` will return for these arguments, in place of rollouts begun before."""
+
+    def prefetch_scores(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        size: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Begin the scores of some completions, besides those begun before.
+
+        Args:
+            prompt_ids: token ids of each row's prompt, without padding.
+            completion_ids: of each row's completion.
+            size: as in `Teacher.score_support`; 0 for `Teacher.score`.
+            vocab_size: as there.
+        """
+
+    def drop_prefetched_scores(self) -> None:
+        """Stop scores that nobody has asked for."""
+
+    def drop_prefetched(self) -> None:
+        """Stop everything that nobody has asked for."""

@@ -13,7 +13,7 @@ from ..dealing import mixed_seed
 from ..errors import DataError
 from ..heads import OutputHead
 from ..scoring import TokenBatch
-from .base import HiddenScores, Sampling, SupportScores, Teacher
+from .base import HiddenScores, PrefetchingTeacher, Sampling, SupportScores, Teacher
 
 
 class RoutedTeacher:
@@ -130,12 +130,36 @@ class TeachersOfRows:
         """Each prompt's completion by its own teacher, see `Teacher.generate`."""
         completions: list[list[int]] = [[] for _ in prompts]
         for place, teacher in enumerate(self.teachers):
-            own = [i for i, chosen in enumerate(self.places) if chosen == place]
+            own = self._rows_of(place)
             # One seed for all would give teachers the same random numbers.
             written = teacher.generate([prompts[i] for i in own], sampling, mixed_seed(seed, place), max_tokens)
             for i, ids in zip(own, written, strict=True):
                 completions[i] = ids
         return completions
+
+    def prefetch_rollouts(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> None:
+        """Have the teachers that can begin their own rollouts, see `PrefetchingTeacher`."""
+        for place, teacher in enumerate(self.teachers):
+            if isinstance(teacher, PrefetchingTeacher):
+                own = [prompts[i] for i in self._rows_of(place)]
+                teacher.prefetch_rollouts(own, sampling, mixed_seed(seed, place), max_tokens)
+
+    def prefetch_scores(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        size: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Have the teachers that can begin the scores of their own rows, see `PrefetchingTeacher`."""
+        for place, teacher in enumerate(self.teachers):
+            if isinstance(teacher, PrefetchingTeacher):
+                own = self._rows_of(place)
+                prompts, completions = [prompt_ids[i] for i in own], [completion_ids[i] for i in own]
+                teacher.prefetch_scores(prompts, completions, size, vocab_size)
+
+    def _rows_of(self, place: int) -> list[int]:
+        return [row for row, chosen in enumerate(self.places) if chosen == place]
 
     def _routed(self, rows: Tensor, ask: Callable[[Teacher, Tensor], Any]) -> Any:
         """Ask every teacher for its rows; a tensor or a named tuple of tensors with one entry per row."""
@@ -144,6 +168,18 @@ class TeachersOfRows:
         if isinstance(answers[0], Tensor):
             return _of_own_rows(answers, places)
         return type(answers[0])(*(_of_own_rows(parts, places) for parts in zip(*answers, strict=True)))
+
+
+def prefetching_teachers(teacher: Teacher | RoutedTeacher) -> list[PrefetchingTeacher]:
+    """Those of a run's teachers that can begin work ahead of time."""
+    every = teacher.distinct if isinstance(teacher, RoutedTeacher) else [teacher]
+    return [one for one in every if isinstance(one, PrefetchingTeacher)]
+
+
+def drop_prefetched(teacher: Teacher | RoutedTeacher) -> None:
+    """Stop what any of a run's teachers has begun and was not asked for."""
+    for one in prefetching_teachers(teacher):
+        one.drop_prefetched()
 
 
 def _of_own_rows(answers: Sequence[Tensor], places: Tensor) -> Tensor:

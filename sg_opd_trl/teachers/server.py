@@ -4,6 +4,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class ServerTeacher:
 
     Token ids are exchanged, never text. The scores are those of temperature 1, the only one that vLLM has for given
     tokens. Requests run at the same time; each is tried again, or goes to another replica, until its time is over.
+    What will be asked can be begun ahead of time, see `PrefetchingTeacher`.
 
     Args:
         url: of the server, or of several with the same model.
@@ -128,6 +130,26 @@ class ServerTeacher:
         """
         raise _no_hidden_states()
 
+    def prefetch_scores(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        size: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Begin what `score` or `score_support` will return, see `PrefetchingTeacher`."""
+        pairs = [
+            (prompt + completion, len(prompt)) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        ]
+        # What cannot be sent is an error of `score`.
+        known = [pair for pair in pairs if max(pair[0]) < self.vocab_size and self._has_room(pair[0])]
+        limit = self.vocab_size if vocab_size is None else vocab_size
+        self.client.prefetch_scores([ids for ids, _ in known], [first for _, first in known], size, limit)
+
+    def drop_prefetched_scores(self) -> None:
+        """Stop scores that were begun and not asked for."""
+        self.client.drop_scores()
+
     def _score(self, batch: TokenBatch, rows: Tensor, size: int, vocab_size: int) -> SupportScores:
         check_ids(batch, rows, self.vocab_size, self.role)
         chosen = (rows & batch.completion_mask.bool().any(dim=1)).nonzero().flatten().tolist()
@@ -169,9 +191,12 @@ class ServerTeacher:
         return found
 
     def _check_lengths(self, sequences: list[list[int]], new_tokens: int = 1) -> None:
-        longest = max(map(len, sequences), default=0) + new_tokens
-        if self.client.max_length is not None and longest > self.client.max_length:
-            raise too_long(longest, self.client.max_length)
+        longest = max(sequences, key=len, default=[])
+        if self.client.max_length is not None and not self._has_room(longest, new_tokens):
+            raise too_long(len(longest) + new_tokens, self.client.max_length)
+
+    def _has_room(self, ids: list[int], new_tokens: int = 1) -> bool:
+        return self.client.max_length is None or len(ids) + new_tokens <= self.client.max_length
 
     # --- generating ----------------------------------------------------------------------------------------------
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> list[list[int]]:
@@ -180,17 +205,33 @@ class ServerTeacher:
         Each has a seed of its own, made of `seed`, its prompt and how often that prompt came before: neither the
         order of arrival nor the other prompts change it.
         """
-        settings = request_settings(sampling, self.vocab_size)
-        self._check_lengths(prompts, settings["max_tokens"])
-        own = [settings | {"seed": one} for one in _seeds(prompts, seed)]
-        written = self.client.generate(prompts, own)
+        written = self.client.generate(prompts, self._settings(prompts, sampling, seed))
         completions = [self._usable(cut_after_eos(ids, sampling.eos_token_ids)) for ids in written]
         self.tokens_generated += sum(map(len, written))
         return completions
 
+    def prefetch_rollouts(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> None:
+        """Begin what `generate` will return, see `PrefetchingTeacher`."""
+        self.client.drop_completions()
+        # What cannot be sent is an error of `generate`.
+        with suppress(SGOPDConfigError):
+            self.client.prefetch_completions(prompts, self._settings(prompts, sampling, seed))
+
     def stop_generating(self) -> None:
-        """Close the connections that are not used; scoring opens what it needs."""
+        """Stop what was begun, and close the connections that are not used; scoring opens what it needs."""
+        self.client.drop_completions()
         self.client.close()
+
+    def drop_prefetched(self) -> None:
+        """Stop what was begun and not asked for."""
+        self.client.drop_completions()
+        self.client.drop_scores()
+
+    def _settings(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[dict[str, Any]]:
+        """What is asked of the server for each prompt."""
+        settings = request_settings(sampling, self.vocab_size)
+        self._check_lengths(prompts, settings["max_tokens"])
+        return [settings | {"seed": one} for one in _seeds(prompts, seed)]
 
     def _usable(self, ids: list[int]) -> list[int]:
         """The completion up to an id that the student's tokenizer does not have."""

@@ -72,6 +72,12 @@ class SharedVocabulary:
             completion_mask=batch.completion_mask * usable,
         )
 
+    def usable(self, completion_ids: list[int]) -> list[int]:
+        """The part of one completion that every model can score."""
+        lacking = set(self.unusable)
+        end = next((place for place, token in enumerate(completion_ids) if token in lacking), len(completion_ids))
+        return completion_ids[:end]
+
     def _usable_part(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`(B, T)`, 1 up to a row's first unusable token."""
         unusable = torch.isin(ids, torch.tensor(self.unusable, dtype=ids.dtype, device=ids.device)) & (mask != 0)

@@ -2,8 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from .models import compact_head, fused_log_probs, is_sharded
 
 STATE_FILE = "sg_opd_state.json"
 
+OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]]], None]
+"""`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
+
 
 class GRPOSeam(GRPOTrainer):
     """`GRPOTrainer` with hooks in place of its private steps; it changes nothing by itself.
@@ -33,12 +37,19 @@ class GRPOSeam(GRPOTrainer):
     model: Any
     _buffered_inputs: Any
 
+    on_completions: OnCompletions | None = None
+    """Is told of completions while others are still written, and of all of them before they are judged."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._loss_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         super().__init__(*args, **kwargs)
 
     # --- hooks ---------------------------------------------------------------------------------------------------
+    def making_rollouts(self, examples: list[dict]) -> AbstractContextManager[None]:
+        """Surrounds the making of this rank's generation batch, from prompts to `on_rollouts`."""
+        return nullcontext()
+
     def on_rewards(self, rewards: Tensor) -> None:
         """Called with the rewards of all ranks, `(rows of all ranks, reward functions)`, NaN where abstained."""
 
@@ -200,11 +211,16 @@ class GRPOSeam(GRPOTrainer):
             generation_kwargs=self.generation_kwargs,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            return generate_completions(model, prompt_ids, self.generation_config), None
+            told = None if self.on_completions is None else partial(self.on_completions, prompt_ids)
+            return generate_completions(model, prompt_ids, self.generation_config, on_ended=told), None
 
     def _generate(self, prompts: list) -> Any:
         with timed(self.seconds, "rollout"):
-            return super()._generate(prompts)
+            written = super()._generate(prompts)
+        if self.on_completions is not None:
+            prompt_ids, completion_ids = written[:2]
+            self.on_completions(prompt_ids, range(len(completion_ids)), completion_ids)
+        return written
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         with timed(self.seconds, "verify"):
@@ -213,7 +229,8 @@ class GRPOSeam(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
+        with self.making_rollouts(inputs):
+            return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict:
         if not self.needs_rollouts:

@@ -104,6 +104,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
             seen["examples"], seen["rollouts"] = inputs, super()._generate_and_score_completions(inputs)
             return seen["rollouts"]
 
+        def _generate(self, prompts: list) -> Any:
+            seen["written"] = super()._generate(prompts)
+            return seen["written"]
+
         def _calculate_rewards(self, *arguments: Any) -> torch.Tensor:
             seen["rewards"] = super()._calculate_rewards(*arguments)
             return seen["rewards"]
@@ -159,6 +163,14 @@ def test_entries_of_the_rollouts(plain: Any, key: str, shape: str) -> None:
     sizes = {"B": 8, "P": rollouts["prompt_ids"].size(1), "T": rollouts["completion_ids"].size(1)}
     assert rollouts[key].shape == tuple(sizes[letter] for letter in shape)
     assert len(plain.seen["examples"]) == 8
+
+
+def test_what_is_written_begins_with_prompts_and_completions_in_the_order_of_the_examples(plain: Any) -> None:
+    prompts, completions = plain.seen["written"][:2]
+    assert prompts == plain._tokenize_prompts([example["prompt"] for example in plain.seen["examples"]])[0]
+    rollouts = plain.seen["rollouts"]
+    pairs = zip(rollouts["completion_ids"], rollouts["completion_mask"], strict=True)
+    assert completions == [ids[mask == 1].tolist() for ids, mask in pairs]
 
 
 def test_rewards_are_of_all_ranks_with_one_column_per_function(plain: Any) -> None:

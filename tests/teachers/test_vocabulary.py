@@ -42,6 +42,8 @@ def test_everything_from_the_first_unusable_id_is_left_out() -> None:
     batch = vocabulary.cut(TokenBatch(ids[:, :1], mask[:, :1], ids, mask), 0)
     assert batch.completion_mask.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch.completion_ids.tolist() == [[5, 0, 0, 0], [5, 6, 27, 27], [5, 6, 7, 0]]
+    written = [[5, 27, 6, 7], [5, 6], [5, 6, 7, 26]]
+    assert [vocabulary.usable(row) for row in written] == [[5], [5, 6], [5, 6, 7]]
 
 
 def test_nothing_changes_where_nothing_is_left_out() -> None:
