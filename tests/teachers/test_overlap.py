@@ -1,5 +1,6 @@
 """Asking a teacher server ahead of time changes nothing: the run is the one that waits, and so are its errors."""
 
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.test_several_teachers import data as routed_data
 from transformers import TrainerCallback
 
 from sg_opd_trl import ServerTeacher, TeacherError
+from sg_opd_trl.anchor import prompt_stream
 from teachers.fake_server import FakeServer
 from teachers.http_cases import wait_until
 from teachers.overlap_cases import (
@@ -36,9 +38,9 @@ from teachers.test_server import Outage
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def nothing_is_under_way_any_more(server: FakeServer) -> Iterator[None]:
     yield
-    wait_until(lambda: not asking_threads())
+    wait_until(lambda: not asking_threads() and not server.at_a_time)
 
 
 def assert_same(folder: Path, server: FakeServer, **given: Any) -> Finished:
@@ -80,17 +82,16 @@ def test_neither_asking_ahead_nor_the_order_of_arrival_changes_anything(
 
 
 def test_several_teachers_one_of_them_here_and_prompts_of_their_own(tmp_path: Path, server: FakeServer) -> None:
-    arrived: list[int] = []
     run = assert_same(
         tmp_path,
         server,
         route=lambda teacher: {"math": teacher, "code": tiny_model(3)},
         train_dataset=routed_data(private=True),
-        verifier=Written(lambda: arrived.append(len(scoring(server)))),
+        settings={"teacher_sampling_ratio": 0.75},
     )
+    second = routed_data(private=True).select(prompt_stream(run.trainer).between(6, 12))["teacher_id"]
+    assert 0 < second.count("math") < len(writing(server)) < 12, "the server writes for both steps, and not all"
     assert 0 < len(scoring(server)) < 2 * ROWS
-    assert 0 < len(writing(server)) < 2 * ROLLOUTS
-    assert run.trainer.teacher.tokens_generated > 0
 
 
 def test_rows_that_draw_random_numbers_when_they_are_read(tmp_path: Path, server: FakeServer) -> None:
@@ -192,3 +193,21 @@ def test_what_nobody_will_take_is_stopped(tmp_path: Path, server: FakeServer, en
     wait_until(lambda: not asking_threads())
     assert not gate.opened.is_set()
     gate.opened.set()
+
+
+def test_scores_that_nobody_will_take_are_stopped(tmp_path: Path, server: FakeServer) -> None:
+    """Also where no run ends: an evaluation on its own."""
+    held = threading.Event()
+
+    def give_up() -> None:
+        wait_until(lambda: len(scoring(server)) == ROWS)
+        raise KeyboardInterrupt
+
+    given = {"verifier": Written(give_up), "eval_dataset": tiny_data().select([0, 1])}
+    given["settings"] = {"eval_with_teacher": True, "per_device_eval_batch_size": 8, "num_generations_eval": 4}
+    run = Finished(tmp_path, server, ServerTeacher, **given)
+    server.delay = lambda request: float(held.wait(20) and 0)
+    with pytest.raises(KeyboardInterrupt):
+        run.trainer.evaluate()
+    wait_until(lambda: not asking_threads())
+    held.set()

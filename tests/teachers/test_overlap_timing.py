@@ -15,7 +15,7 @@ from tiny import (
     tiny_trainer,
 )
 
-from sg_opd_trl import ServerTeacher, SGOPDTrainer, decoding
+from sg_opd_trl import ServerTeacher, SGOPDTrainer, TeacherAnchorCallback, decoding
 from sg_opd_trl.scoring_ahead import scores_every_rollout
 from teachers.fake_server import FakeServer
 from teachers.http_cases import wait_until
@@ -33,9 +33,9 @@ from teachers.overlap_cases import (
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def nothing_is_under_way_any_more(server: FakeServer) -> Iterator[None]:
     yield
-    wait_until(lambda: not asking_threads())
+    wait_until(lambda: not asking_threads() and not server.at_a_time)
 
 
 def test_the_teacher_writes_for_the_next_step_while_the_student_works(tmp_path: Path, server: FakeServer) -> None:
@@ -160,3 +160,13 @@ def test_nothing_is_written_for_a_step_without_an_anchor(tmp_path: Path, server:
     run = Finished(tmp_path, server, ServerTeacher, settings=phases).train()
     assert logged(run.trainer, "anchor/alpha") == [0.2, 0.0, 0.0]
     assert len(writing(server)) == ROLLOUTS
+
+
+class Constant(TeacherAnchorCallback):
+    def alpha(self, *_: Any) -> float:
+        return 0.2
+
+
+def test_nothing_is_written_for_a_step_after_the_last(tmp_path: Path, server: FakeServer) -> None:
+    Finished(tmp_path, server, ServerTeacher, callbacks=[Constant()]).train()
+    assert len(writing(server)) == 2 * ROLLOUTS

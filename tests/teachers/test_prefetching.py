@@ -28,9 +28,9 @@ PROMPTS = [[3, 5], [3, 7, 9]]
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def nothing_is_under_way_any_more(server: FakeServer) -> Iterator[None]:
     yield
-    wait_until(lambda: not asking_threads())
+    wait_until(lambda: not asking_threads() and not server.at_a_time)
 
 
 def bound(server: FakeServer, **limits: Any) -> ServerTeacher:
@@ -122,6 +122,21 @@ def test_a_request_whose_time_is_over_meanwhile_is_a_plain_error(server: FakeSer
     # The failure has taken the others along: what is asked now is asked anew.
     teacher.score(PADDED, EVERY, 100)
     assert len(server.completions) == 2 * len(PAIRS)
+
+
+def test_the_first_failure_stops_what_was_begun_besides(server: FakeServer) -> None:
+    teacher, held = bound(server), threading.Event()
+    odd = PAIRS[1][0] + PAIRS[1][1]
+    server.change = lambda path, request, answer: answer["choices"].clear() if request["prompt"] == odd else None
+    server.delay = lambda request: 0.0 if request["prompt"] == odd else float(held.wait(20) and 0)
+    begin(teacher)
+    teacher.prefetch_rollouts(PROMPTS, SAMPLING, 1, 100)
+    wait_until(lambda: len(server.completions) == 5)
+    with pytest.raises(TeacherError, match="other than one choice"):
+        teacher.score(PADDED, EVERY, 100)
+    wait_until(lambda: not asking_threads())
+    assert not held.is_set()
+    held.set()
 
 
 def test_what_has_not_begun_is_asked_with_all_places_by_the_call_that_needs_it(server: FakeServer) -> None:
