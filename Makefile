@@ -11,6 +11,8 @@ TORCH_ARGS ?=
 # Extra words for sg-opd demo and for pytest, e.g. DEMO_ARGS="--seed 1", PYTEST_ARGS="-k gate -x".
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests of `make test`, with one thread each; 0 for none besides pytest's own (for --pdb, say).
+TEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu.txt
@@ -42,8 +44,8 @@ install: $(VENV)/.installed-run ## set up $(VENV): the pinned CPU stack and sg-o
 demo: $(VENV)/.installed-run ## distil a small student on this machine, from nothing to a report
 	$(OFFLINE) $(BIN)/sg-opd demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed-dev ## run every test, the slow ones included
-	$(OFFLINE) $(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev ## run every test, the slow ones included, in $(TEST_JOBS) processes
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## run the fast tests only
 	$(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
