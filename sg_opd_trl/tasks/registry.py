@@ -37,8 +37,8 @@ def resolve(name: str, settings: TaskSettings | None = None) -> str:
 
     `builtin/arithmetic` and `builtin/chains` are data sets with splits `train`, `test` and `tune` for
     `datasets.load_dataset`; with `-teacher` or `-student` after it the name is a model for `from_pretrained`,
-    tokenizer and chat template included; `-servable-teacher` is a teacher for vLLM on a CPU. `@SEED` after a model's name, such as `builtin/arithmetic-student@2`, gives
-    another one made in the same way; 0 without it.
+    tokenizer and chat template included; `-servable-teacher` is a teacher for vLLM on a CPU. `@SEED` after a model's
+    name, such as `builtin/arithmetic-student@2`, gives another one made in the same way; 0 without it.
 
     Args:
         name: A built-in name, or the name or path of anything else.
