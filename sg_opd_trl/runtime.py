@@ -14,7 +14,8 @@ from . import core
 from .anchor import AnchorStep
 from .config import SGOPDConfig
 from .construction import card_arguments, checkpoint_facts, compare_checkpoint_facts
-from .errors import NonFiniteError
+from .errors import NonFiniteError, TeacherError
+from .last_step import LastStep, keep_last_step
 from .metrics import TrainingMetrics, timed
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
@@ -205,9 +206,15 @@ class DistillationRuntime(GRPOSeam):
     # --- running -------------------------------------------------------------------------------------------------
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; whichever way that ends, a teacher does not go on with what nobody will ask for."""
+        last = LastStep(self)
+        self.add_callback(last)
         try:
             return super().train(*args, **kwargs)
+        except TeacherError as error:
+            keep_last_step(self, last, error)
+            raise
         finally:
+            self.remove_callback(last)
             drop_prefetched(self.teacher)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -141,6 +141,11 @@ class GRPOSeam(GRPOTrainer):
         wanted = [(first + i) % self.args.steps_per_generation for i in range(slices)]
         return torch.cat([self._buffered_inputs[i][name] for i in wanted])
 
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step, as the training loop does."""
+        self._save_checkpoint(self.model, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
     @contextmanager
     def student_scoring(self) -> Iterator[Any]:
         """The student for scoring without gradient: gradient checkpointing off, otherwise as it is."""

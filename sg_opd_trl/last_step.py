@@ -1,0 +1,75 @@
+"""A teacher that is gone ends the run; its last finished step is kept as a checkpoint to go on from."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+
+from .errors import TeacherError
+from .random_state import RandomState
+
+logger = logging.getLogger(__name__)
+
+
+class LastStep(TrainerCallback):
+    """Remembers what the process was like after the last finished step, before the next one draws or counts anything.
+
+    Args:
+        trainer: whose run it is.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.random_state: RandomState | None = None
+        self._counters: list[tuple[Any, dict]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing to go back to yet."""
+        self.random_state = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the random state, and the counters that checkpoints keep."""
+        self.random_state = RandomState.of(self.trainer.accelerator.device)
+        stateful = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
+        self._counters = [(one, dict(one.state()["attributes"])) for one in stateful]
+        self._counters.append((state, {"num_input_tokens_seen": state.num_input_tokens_seen}))
+
+    def restore(self) -> None:
+        """Go back to it."""
+        if self.random_state is not None:
+            self.random_state.restore()
+        for owner, attributes in self._counters:
+            vars(owner).update(attributes)
+
+
+def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
+    """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
+
+    Ranks that did not fail wait for one another and cannot take part: with several processes nothing is written.
+
+    Args:
+        trainer: whose run the error ends.
+        last: its callback.
+        error: why.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    if last.random_state is None or trainer.accelerator.num_processes > 1 or args.save_strategy == SaveStrategy.NO:
+        return
+    folder = Path(args.output_dir) / f"checkpoint-{step}"
+    if not folder.is_dir():
+        last.restore()
+        trainer.save_checkpoint()
+    logger.warning(
+        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
+        type(error).__name__,
+        step,
+        folder,
+        folder,
+    )

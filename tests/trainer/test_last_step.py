@@ -1,0 +1,87 @@
+"""A teacher that is gone for good: what was trained until then is kept, and the run goes on as if nothing had been."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from teachers.fake_server import FakeServer
+from teachers.model_server import by_url, model_server
+from tiny import logged, tiny_model
+from transformers import TrainerCallback
+
+from sg_opd_trl import TeacherError
+
+SETTINGS = {
+    **{"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "learning_rate": 1e-2},
+    **{"teacher_sampling_phase1_end_frac": 1.0, "teacher_sampling_phase2_end_frac": 1.0},
+    **{"teacher_request_timeout": 2.0, "teacher_max_retries": 0},
+}
+
+
+class EndAfter(TrainerCallback):
+    """The server is gone once a step has ended."""
+
+    def __init__(self, server: FakeServer, step: int) -> None:
+        self.server, self.step = server, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.server.stop()
+
+
+def run(folder: Path, url: str, callbacks: list | None = None, checkpoint: str | None = None, **settings: Any) -> Any:
+    trainer = by_url(folder, url, settings=SETTINGS | settings, callbacks=callbacks or [])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize("anchor", [True, False], ids=["anchor", "no anchor"])
+def test_the_run_goes_on_from_its_last_finished_step(
+    tmp_path: Path, anchor: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Losses, weights and counts are those of the run that nothing happened to."""
+    settings = {"teacher_sampling_enable": anchor}
+    server = model_server(tiny_model(1)).start()
+    whole = run(tmp_path / "whole", server.url, **settings)
+    assert not list((tmp_path / "whole").glob("checkpoint-2"))
+    with pytest.raises(TeacherError), caplog.at_level(logging.WARNING):
+        run(tmp_path / "cut", server.url, [EndAfter(server, 2)], **settings)
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    assert f"Its 2 finished steps are in {checkpoint}: continue with resume_from_checkpoint=" in caplog.text
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["num_input_tokens_seen"] == logged(whole, "num_tokens")[1]
+    if anchor:
+        # What the third step had begun is not counted.
+        assert state["stateful_callbacks"]["TeacherAnchorCallback"]["attributes"]["rollouts"] == 2
+
+    server.start()
+    resumed = run(tmp_path / "cut", server.url, checkpoint=str(checkpoint), **settings)
+    server.stop()
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert logged(resumed, "num_tokens") == logged(whole, "num_tokens")
+    assert logged(resumed, "teacher/scored_tokens")[2:] == logged(whole, "teacher/scored_tokens")[2:]
+    for left, right in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "kept"),
+    [({"save_strategy": "no"}, 2, []), ({}, 0, []), ({"save_steps": 2}, 2, ["checkpoint-2"])],
+    ids=["the run keeps none", "no step has finished", "it is there"],
+)
+def test_nothing_is_written_where_there_is_nothing_to_keep(
+    tmp_path: Path, settings: dict, step: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = model_server(tiny_model(1)).start()
+    trainer = by_url(tmp_path, server.url, settings=SETTINGS | settings, callbacks=[EndAfter(server, step)])
+    if step == 0:
+        server.stop()
+    written: list[int] = []
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda: written.append(trainer.state.global_step))
+    with pytest.raises(TeacherError):
+        trainer.train()
+    assert written == []
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
