@@ -110,18 +110,40 @@ def test_what_cannot_be_sent_is_an_error_of_the_call_that_needs_it(server: FakeS
         teacher.generate([[3, 5]], SAMPLING, 1, 100)
 
 
-def test_a_request_whose_time_is_over_meanwhile_is_a_plain_error(server: FakeServer) -> None:
-    teacher = bound(server, timeout=0.2, max_retries=0)
-    server.delay = lambda request: 0.5
+def test_an_outage_that_nobody_has_waited_for_is_no_error(server: FakeServer) -> None:
+    teacher = bound(server, timeout=0.3, max_retries=0)
+    wanted = teacher.score(PADDED, EVERY, 100)
+    server.requests.clear()
+    server.delay = lambda request: 0.6
     begin(teacher)
+    teacher.prefetch_rollouts(PROMPTS, SAMPLING, 1, 100)
     wait_until(lambda: not asking_threads())
+    assert len(server.completions) == 5
     server.delay = lambda request: 0.0
-    with pytest.raises(TeacherError, match=r"`teacher_request_timeout`=0\.2.*Nothing was updated"):
+    assert torch.equal(teacher.score(PADDED, EVERY, 100), wanted)
+    assert len(teacher.generate(PROMPTS, SAMPLING, 1, 100)) == 2
+    assert len(server.completions) == 10, "all of them asked again, once"
+    assert not len(teacher.client._scores_ahead)
+
+
+def test_an_outage_that_lasts_is_a_plain_error(server: FakeServer) -> None:
+    teacher = bound(server, timeout=0.3, max_retries=0)
+    server.delay = lambda request: 0.6
+    begin(teacher)
+    # They are still under way when they are taken.
+    with pytest.raises(TeacherError, match=r"`teacher_request_timeout`=0\.3.*Nothing was updated"):
         teacher.score(PADDED, EVERY, 100)
-    assert len(server.completions) == len(PAIRS)
-    # The failure has taken the others along: what is asked now is asked anew.
+    assert len(PAIRS) < len(server.completions) <= 2 * len(PAIRS)
+    server.delay = lambda request: 0.0
     teacher.score(PADDED, EVERY, 100)
-    assert len(server.completions) == 2 * len(PAIRS)
+
+
+def test_with_one_place_at_the_server_no_rollout_is_in_the_way_of_scores(server: FakeServer) -> None:
+    teacher = bound(server, concurrency=1)
+    teacher.prefetch_rollouts(PROMPTS, SAMPLING, 1, 100)
+    assert not asking_threads()
+    teacher.score(PADDED, EVERY, 100)
+    assert all("seed" not in request for request in server.completions)
 
 
 def test_the_first_failure_stops_what_was_begun_besides(server: FakeServer) -> None:

@@ -78,7 +78,7 @@ class CompletionsClient:
         everywhere = self.limits.concurrency * len(self.replicas)
         self._scores_ahead = Ahead(self.replicas, self.limits, everywhere)
         # Half of one server's places at most, so that scores, which a step waits for, always find a free one.
-        self._completions_ahead = Ahead(self.replicas, self.limits, max(1, self.limits.concurrency // 2))
+        self._completions_ahead = Ahead(self.replicas, self.limits, self.limits.concurrency // 2)
 
     # --- before the run ------------------------------------------------------------------------------------------
     def connect(self, expected: str | None) -> None:
@@ -170,8 +170,12 @@ class CompletionsClient:
         self._scores_ahead.ask(self._about_scores(sequences, firsts, top, vocab_size))
 
     def prefetch_completions(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> None:
-        """Begin what `generate` will be asked for with the same arguments, in whichever order and company."""
-        self._completions_ahead.ask(self._about_completions(prompts, settings))
+        """Begin what `generate` will be asked for with the same arguments, in whichever order and company.
+
+        With one place at a server nothing is begun: scores would wait behind every completion.
+        """
+        if self.limits.concurrency > 1:
+            self._completions_ahead.ask(self._about_completions(prompts, settings))
 
     def drop_scores(self) -> None:
         """Stop scores that were begun and not taken."""

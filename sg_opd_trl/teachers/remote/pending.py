@@ -35,7 +35,7 @@ class Line:
     """
 
     def __init__(self, replicas: Sequence[Replica], limits: RequestLimits, width: int) -> None:
-        self._replicas, self._limits, self._width = replicas, limits, width
+        self.replicas, self._limits, self._width = replicas, limits, width
         self._waiting: deque[tuple[int, Question, Future]] = deque()
         self._count = self._threads = 0
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Line:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(ask(self._replicas, number, *question, self._limits, self._stop))
+                future.set_result(ask(self.replicas, number, *question, self._limits, self._stop))
             except Exception as error:  # noqa: BLE001  # raised again by the thread that waits
                 future.set_exception(error)
 
@@ -100,7 +100,7 @@ class Ahead:
             self._pending[question].append(self._line.put(question))
 
     def take(self, question: Question) -> Future | None:
-        """The answer to come, or the error; None if the question is not under way."""
+        """The answer to come, or an error; None if the question is not under way."""
         if question not in self._pending:
             return None
         futures = self._pending[question]
@@ -122,6 +122,8 @@ def ask_all(
 ) -> list[Any]:
     """The answers to all questions, in their order; the first failure ends all of them.
 
+    What failed although it was asked ahead is asked again: an outage that nobody has waited for ends no run.
+
     Args:
         replicas: of one model; the questions are dealt to them in turn.
         questions: what is asked.
@@ -134,24 +136,36 @@ def ask_all(
     line = Line(replicas, limits, limits.concurrency * len(replicas))
     try:
         taken = [None if ahead is None else ahead.take(question) for question in questions]
-        return _answers(
-            [future or line.put(question) for future, question in zip(taken, questions, strict=True)],
-            replicas,
-            limits,
-        )
+        futures = [future or line.put(question) for future, question in zip(taken, questions, strict=True)]
+        return _answers(futures, questions, {place for place, future in enumerate(taken) if future}, line, limits)
     finally:
         line.stop()
 
 
-def _answers(futures: Sequence[Future], replicas: Sequence[Replica], limits: RequestLimits) -> list[Any]:
-    done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-    for future in futures:
-        future.add_done_callback(done.put)
-    for _ in futures:
+def _answers(
+    futures: list[Future], questions: Sequence[Question], begun: set[int], line: Line, limits: RequestLimits
+) -> list[Any]:
+    """Results in order; those whose places are in `begun` are asked again in the line if they fail."""
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def expect(place: int) -> None:
+        futures[place].add_done_callback(lambda _: done.put(place))
+
+    for place in range(len(futures)):
+        expect(place)
+    missing = len(futures)
+    while missing:
         try:
             # Whichever comes next, so that a failure is known as soon as it is there.
-            done.get(timeout=limits.timeout + _GRACE_SECONDS).result()
+            place = done.get(timeout=limits.timeout + _GRACE_SECONDS)
         except queue.Empty:
             # A thread hangs where the deadline does not reach: in the system's look-up of a host name.
-            raise no_answer(replicas, {}, 1, limits.timeout, limits) from None
+            raise no_answer(line.replicas, {}, 1, limits.timeout, limits) from None
+        if place in begun and futures[place].exception() is not None:
+            begun.remove(place)
+            futures[place] = line.put(questions[place])
+            expect(place)
+        else:
+            futures[place].result()
+            missing -= 1
     return [future.result() for future in futures]
