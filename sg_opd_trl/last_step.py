@@ -19,32 +19,52 @@ class LastStep(TrainerCallback):
 
     Args:
         trainer: whose run it is.
+
+    Attributes:
+        random_state: of then; None before the first step has finished.
+        saved_step: of this run's newest checkpoint, None without any.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.random_state: RandomState | None = None
+        self.saved_step: int | None = None
+        self._tokens = 0
         self._counters: list[tuple[Any, dict]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Nothing to go back to yet."""
-        self.random_state = None
+        self.random_state = self.saved_step = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember the random state, and the counters that checkpoints keep."""
         self.random_state = RandomState.of(self.trainer.accelerator.device)
+        self._tokens = state.num_input_tokens_seen
+        self._remember_callbacks()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an evaluation after the step counts, such as patience; the random state here is its own."""
+        self._remember_callbacks()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint of this run; folders of other runs may have the same name."""
+        self.saved_step = state.global_step
+
+    def _remember_callbacks(self) -> None:
         stateful = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
         self._counters = [(one, dict(one.state()["attributes"])) for one in stateful]
-        self._counters.append((state, {"num_input_tokens_seen": state.num_input_tokens_seen}))
 
     def restore(self) -> None:
         """Go back to it."""
         if self.random_state is not None:
             self.random_state.restore()
+            self.trainer.state.num_input_tokens_seen = self._tokens
         for owner, attributes in self._counters:
             vars(owner).update(attributes)
 
@@ -52,7 +72,8 @@ class LastStep(TrainerCallback):
 def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
     """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
 
-    Ranks that did not fail wait for one another and cannot take part: with several processes nothing is written.
+    Ranks that did not fail wait for one another and cannot take part: with several processes nothing is written. What
+    goes wrong here is told and not raised, so that it does not hide the error.
 
     Args:
         trainer: whose run the error ends.
@@ -63,9 +84,19 @@ def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
     if last.random_state is None or trainer.accelerator.num_processes > 1 or args.save_strategy == SaveStrategy.NO:
         return
     folder = Path(args.output_dir) / f"checkpoint-{step}"
-    if not folder.is_dir():
+    if last.saved_step != step:
         last.restore()
-        trainer.save_checkpoint()
+        try:
+            trainer.save_checkpoint()
+        except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
+            logger.warning(
+                "The teacher ended the run, and its %d finished steps could not be kept in %s: %s. Delete that "
+                "folder, and continue from an older checkpoint.",
+                step,
+                folder,
+                failure,
+            )
+            return
     logger.warning(
         "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
         type(error).__name__,

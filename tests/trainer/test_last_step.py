@@ -9,8 +9,9 @@ import pytest
 import torch
 from teachers.fake_server import FakeServer
 from teachers.model_server import by_url, model_server
-from tiny import logged, tiny_model
+from tiny import logged, tiny_data, tiny_model
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from sg_opd_trl import TeacherError
 
@@ -85,3 +86,50 @@ def test_nothing_is_written_where_there_is_nothing_to_keep(
         trainer.train()
     assert written == []
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
+
+
+class Patience(TrainerCallback, ExportableState):
+    """Counts evaluations."""
+
+    evaluations = 0
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"evaluations": self.evaluations}}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluations += 1
+
+
+def test_a_folder_of_another_run_is_not_taken_for_this_runs_checkpoint(tmp_path: Path) -> None:
+    """And what an evaluation after the last step has counted is in it."""
+    other = tmp_path / "checkpoint-2"
+    other.mkdir()
+    (other / "trainer_state.json").write_text("{}", encoding="utf-8")
+    server, patience = model_server(tiny_model(1)).start(), Patience()
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 4}
+    trainer = by_url(
+        *(tmp_path, server.url),
+        settings=SETTINGS | evaluated,
+        callbacks=[EndAfter(server, 2), patience],
+        eval_dataset=tiny_data().select([0]),
+    )
+    with pytest.raises(TeacherError):
+        trainer.train()
+    state = json.loads((other / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == 2
+    assert state["stateful_callbacks"]["Patience"]["attributes"]["evaluations"] == patience.evaluations == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> None:
+        raise OSError("No space left on device")
+
+    server = model_server(tiny_model(1)).start()
+    trainer = by_url(tmp_path, server.url, settings=SETTINGS, callbacks=[EndAfter(server, 1)])
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    with pytest.raises(TeacherError), caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "could not be kept in" in caplog.text and "No space left" in caplog.text
+    assert "continue with resume_from_checkpoint" not in caplog.text
