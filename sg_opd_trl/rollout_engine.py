@@ -17,7 +17,7 @@ def engine_problems(config: "SGOPDConfig") -> Iterator[str]:
     """What is wrong with a configuration's vLLM settings, one message each; nothing without `use_vllm`."""
     if not config.use_vllm:
         return
-    room, needed = config.vllm_max_model_length, config.max_completion_length
+    room, needed = _room(config), config.max_completion_length
     if room is not None and needed is not None and room <= needed:
         yield _no_room(room, needed + 1, "a prompt of one token and `max_completion_length`")
     if not config.vllm_importance_sampling_correction:
@@ -56,9 +56,7 @@ def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> N
     Raises:
         SGOPDConfigError: names the length that is needed.
     """
-    # In server mode the context is the server's own.
-    colocated = getattr(config, "use_vllm", False) and config.vllm_mode == "colocate"
-    room = config.vllm_max_model_length if colocated else None
+    room = _room(config)
     if room is None or longest_prompt is None:
         return
     needed = longest_prompt + (config.max_completion_length or 0)
@@ -72,10 +70,16 @@ def check_rollout_engine(trainer: Any) -> None:
     Raises:
         SGOPDConfigError: they do not fit.
     """
-    if not trainer.args.use_vllm or trainer.args.vllm_max_model_length is None or trainer.environment_factories:
+    if _room(trainer.args) is None or trainer.environment_factories:
         return
     prompts = trainer.tokenize_prompts([row["prompt"] for row in first_rows(trainer.train_dataset)[:_PROMPTS]])
     check_prompt_room(trainer.args, max(map(len, prompts), default=0), f"the longest of the first {_PROMPTS} prompts")
+
+
+def _room(config: Any) -> int | None:
+    """The engine's context where the settings decide about it; in server mode it is the server's own."""
+    colocated = getattr(config, "use_vllm", False) and config.vllm_mode == "colocate"
+    return config.vllm_max_model_length if colocated else None
 
 
 def _no_room(room: int, needed: int, source: str) -> str:

@@ -38,6 +38,10 @@ def test_refused(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     tiny_config(tmp_path, **settings)
 
 
+def test_the_context_of_a_server_is_its_own(tmp_path: Path) -> None:
+    tiny_config(tmp_path, use_vllm=True, vllm_mode="server", vllm_max_model_length=6)
+
+
 def test_bounds_are_not_read_without_the_correction(tmp_path: Path) -> None:
     settings = {"vllm_importance_sampling_correction": False, "vllm_importance_sampling_clip_max": 0.5}
     assert tiny_config(tmp_path, **COLOCATED, **settings).vllm_importance_sampling_clip_max == 0.5
