@@ -17,7 +17,7 @@ from typing import Any
 from builtin_task import prepare_run, train_silently
 from harness import Ratio, arguments, progress, show
 
-PARTS = ("rollout", "verify", "teacher", "anchor", "loss")
+PARTS = ("rollout", "verify", "teacher", "reference", "anchor", "loss")
 _WHOLE_RUN = {"teacher_sampling_phase1_end_frac": 1.0, "teacher_sampling_phase2_end_frac": 1.0, "logging_steps": 1}
 
 

@@ -118,6 +118,9 @@ def test_benchmark_of_a_served_teacher(task: Task, tmp_path: Path) -> None:
         result = check_output("server_teacher", run("server_teacher", flags, tmp_path))
     assert len(result["ratios"]) == 3
     assert len(server.completions) > 100, "it was really asked"
+    times = result["server"]
+    assert times["reference"] > 0
+    assert times["step"] == pytest.approx(sum(value for name, value in times.items() if name != "step"))
 
 
 def test_benchmark_without_a_server_says_so(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer, tiny_trainer
 from teachers.fake_server import FakeServer
 
 
-def model_server(model: Any, **arguments: Any) -> FakeServer:
+def model_server(model: Any, /, **arguments: Any) -> FakeServer:
     """A server with the weights of a model, in float32, and the tiny tokenizer."""
     lock = threading.Lock()
     model.eval()
