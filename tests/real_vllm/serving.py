@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ class Server:
     def signal(self, number: int) -> None:
         """Send a signal to all of its processes."""
         if self._process is not None:
-            os.killpg(self._process.pid, number)
+            # It may have ended by itself, as one that did not start.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def _answers(self) -> bool:
         try:
