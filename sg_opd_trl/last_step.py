@@ -97,10 +97,12 @@ def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
                 failure,
             )
             return
+    inside = step * args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
     logger.warning(
-        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
+        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.%s",
         type(error).__name__,
         step,
         folder,
         folder,
+        " It is inside a generation batch: what is left of it is replaced by new rollouts." if inside else "",
     )

@@ -133,3 +133,16 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_error(
         trainer.train()
     assert "could not be kept in" in caplog.text and "No space left" in caplog.text
     assert "continue with resume_from_checkpoint" not in caplog.text
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_checkpoint_inside_a_generation_batch_is_said_to_be_one(
+    tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = model_server(tiny_model(1)).start()
+    # Nothing is asked ahead, so that the step after the server's end fails.
+    settings = SETTINGS | {"steps_per_generation": 2, "teacher_sampling_prompts": "share"}
+    with pytest.raises(TeacherError), caplog.at_level(logging.WARNING):
+        by_url(tmp_path, server.url, settings=settings, callbacks=[EndAfter(server, step)]).train()
+    assert f"Its {step} finished steps are in" in caplog.text
+    assert ("replaced by new rollouts" in caplog.text) is (step == 1)
