@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,15 @@ def test_the_order_of_arrival_never_changes_the_result(seed: int) -> None:
     assert one.completions and two.completions, "both replicas work"
 
 
-def test_no_more_requests_at_a_time_than_allowed() -> None:
-    with FakeServer(delay=lambda request: 0.01) as server:
-        client = connected(server, limits=RequestLimits(timeout=5.0, max_retries=0, concurrency=3))
+def test_as_many_requests_at_a_time_as_allowed_and_no_more() -> None:
+    together = threading.Barrier(3)
+
+    def meet(request: dict) -> float:
+        """Answers wait for one another: with fewer at a time none would come."""
+        return 0.0 * together.wait(timeout=20) if "prompt" in request else 0.0
+
+    with FakeServer(delay=meet) as server:
+        client = connected(server, limits=RequestLimits(timeout=60.0, max_retries=0, concurrency=3))
         client.score([IDS] * 12, [1] * 12)
     assert server.most_at_a_time == 3
 
