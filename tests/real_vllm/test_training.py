@@ -60,7 +60,7 @@ def test_losses_are_those_of_the_teacher_in_this_process(
     assert len(logged(remote, "loss")) == 5
     assert max(logged(remote, "anchor/loss")) > 0
     assert logged(remote, "teacher/scored_tokens") == logged(local, "teacher/scored_tokens")
-    # Many tokens of so simple a task are certain for both models: their a2 is about the dead zone, and rounding decides.
+    # Many tokens of so simple a task are certain for both models: their a2 is about the dead zone, rounding decides.
     assert logged(remote, "gate/consensus") == pytest.approx(logged(local, "gate/consensus"), abs=0.02)
 
 
