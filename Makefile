@@ -23,7 +23,7 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 # Where the package itself runs nothing is downloaded, nothing is reported home, and forks stay quiet.
 # PASSIVE: threads that spin while they wait make two busy cores several times slower.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
-# One thread for vLLM, and one engine in the process of the test: two cores have no room for more.
+# One thread for each process of vLLM: two cores have no room for more.
 VLLM_OFFLINE := VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1
 CODE := sg_opd_trl tests benchmarks docs notebooks
 # Further flags of one benchmark: make bench step_time_flags="--longest 766 --repeats 5". Without a GPU, the last one

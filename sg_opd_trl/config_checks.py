@@ -33,6 +33,10 @@ _CHOICES = {
     "teacher_sampling_prompts": (("reserve", "share"), "It says where teacher prompts come from (Algorithm 1)."),
     "teacher_sft_phi": (("chord", "dft", "none"), "It is the token weight of the anchor (appendix C)."),
     "teacher_sft_reduction": (("token_mean", "seq_mean", "sum"), "It is the reduction of the anchor (Eq. 2)."),
+    "vllm_importance_sampling_mode": (
+        ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+        "It says what happens to tokens that vLLM and the student see differently.",
+    ),
 }
 
 # name -> (lower bound, upper bound, lower bound included, upper bound included, what it is)
@@ -70,6 +74,8 @@ _RANGES = {
     "delta": (0.0, math.inf, False, False, "It bounds the probability ratio of negative advantages."),
     "top_p": (0.0, 1.0, False, True, "It is the share of probability that rollouts are drawn from."),
     "temperature": (0.0, math.inf, False, False, "It divides the logits of every model that is compared."),
+    "vllm_importance_sampling_clip_max": (1.0, math.inf, True, False, "The ratio is 1 where vLLM and student agree."),
+    "vllm_importance_sampling_clip_min": (0.0, 1.0, True, True, "The ratio is 1 where vLLM and student agree."),
 }
 _WAY_OUT = {
     "asymmetric_forward_kl_scale": "Set it to None for 1/K.",
@@ -86,6 +92,8 @@ _OPTIONAL = (
     "asymmetric_forward_kl_scale",
     "epsilon_high",
     "delta",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
 )
 # name -> (whether None is allowed, what it counts)
 _COUNTS = {

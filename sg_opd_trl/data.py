@@ -24,6 +24,8 @@ TEACHER_PROMPT = "teacher_prompt"
 """Column with the prompt that the teacher reads in place of `prompt`, e.g. with privileged context."""
 ROWS_CHECKED = 1000
 STREAMED_ROWS_CHECKED = 8
+PROMPTS_RENDERED = 8
+"""Prompts that are rendered and compared before the run (our choice)."""
 PROVIDED_BY_TRAINER = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 )
@@ -248,6 +250,12 @@ def first_rows(dataset: Any) -> list[dict[str, Any]]:
     if is_stream(dataset):
         return list(islice(dataset, STREAMED_ROWS_CHECKED))
     return [dict(row) for row in dataset.select(range(min(ROWS_CHECKED, len(dataset))))]
+
+
+def first_prompts(dataset: Any, column: str = "prompt") -> list:
+    """The prompts that are rendered before the run, those of the first 8 rows; of a column where a row has it."""
+    rows = first_rows(dataset)[:PROMPTS_RENDERED]
+    return [row["prompt"] if row.get(column) is None else row[column] for row in rows]
 
 
 def _require_column(column: str | None, setting: str, columns: list[str], name: str) -> None:

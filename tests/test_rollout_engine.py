@@ -14,37 +14,36 @@ from sg_opd_trl.rollout_engine import check_prompt_room, check_rollout_engine
 COLOCATED = {"use_vllm": True, "vllm_mode": "colocate"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"vllm_max_model_length": 6}, r"`vllm_max_model_length` must be at least 7, got 6.*Raise it"),
-        (
-            {"vllm_importance_sampling_mode": "token"},
-            r"sampling_mode` must be one of token_truncate, .* got 'token'",
-        ),
-        (
-            {"vllm_importance_sampling_clip_max": 0.5},
-            r"sampling_clip_max` must be at least 1, got 0.5",
-        ),
-        ({"vllm_importance_sampling_clip_max": float("nan")}, r"clip_max` must be at least 1, got nan"),
-        ({"vllm_importance_sampling_clip_min": -0.1}, r"`vllm_importance_sampling_clip_min` must be in \[0, 1\]"),
-        ({"vllm_importance_sampling_clip_min": 1.5}, r"must be in \[0, 1\], got 1.5.*Leave it out"),
-    ],
-)
-def test_refused(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(SGOPDConfigError, match=said):
-        tiny_config(tmp_path, **COLOCATED, **settings)
-    # Without vLLM nobody reads them.
-    tiny_config(tmp_path, **settings)
+def test_a_context_without_room_for_a_prompt(tmp_path: Path) -> None:
+    with pytest.raises(SGOPDConfigError, match=r"`vllm_max_model_length` must be at least 7, got 6.*Raise it"):
+        tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=6)
+    # Without vLLM nobody reads it.
+    tiny_config(tmp_path, vllm_max_model_length=6)
 
 
 def test_the_context_of_a_server_is_its_own(tmp_path: Path) -> None:
     tiny_config(tmp_path, use_vllm=True, vllm_mode="server", vllm_max_model_length=6)
 
 
-def test_bounds_are_not_read_without_the_correction(tmp_path: Path) -> None:
-    settings = {"vllm_importance_sampling_correction": False, "vllm_importance_sampling_clip_max": 0.5}
-    assert tiny_config(tmp_path, **COLOCATED, **settings).vllm_importance_sampling_clip_max == 0.5
+@pytest.mark.parametrize("engine", [COLOCATED, {}], ids=["vllm", "without"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"vllm_importance_sampling_mode": "token"},
+            r"sampling_mode` must be one of 'token_truncate', .* got 'token'",
+        ),
+        ({"vllm_importance_sampling_clip_max": 0.5}, r"sampling_clip_max` must be a number in \[1, inf\), got 0.5"),
+        ({"vllm_importance_sampling_clip_max": float("nan")}, r"clip_max` must be a number in \[1, inf\), got nan"),
+        ({"vllm_importance_sampling_clip_min": -0.1}, r"sampling_clip_min` must be a number in \[0, 1\], got -0.1"),
+        ({"vllm_importance_sampling_clip_min": 1.5}, r"must be a number in \[0, 1\], got 1.5.*Set it to None"),
+    ],
+)
+def test_importance_settings_out_of_range(
+    tmp_path: Path, engine: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SGOPDConfigError, match=said):
+        tiny_config(tmp_path, **engine, **settings)
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])

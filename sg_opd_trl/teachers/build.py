@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..data import TEACHER_PROMPT, first_rows
+from ..data import TEACHER_PROMPT, first_prompts
 from ..errors import SGOPDConfigError
 from ..trl_seam import get_config_model_id, is_conversational
 from .adapter import AdapterTeacher, adapter_config, fits_student, is_adapter, load_with_base
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TEACHER_NAMES = (*Teacher.__annotations__, "score", "generate", "stop_generating")
-_PROMPTS_RENDERED = 8
-"""Prompts whose rendering is compared before the run (our choice)."""
 
 
 def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: Any) -> Teacher | RoutedTeacher:
@@ -121,9 +119,7 @@ def _check_tokenizer(trainer: Any, tokenizer: Any, role: str) -> None:
     check_tokenizers(trainer.tokenizer, tokenizer, role)
     if trainer.environment_factories is not None:
         return
-    rows = first_rows(trainer.train_dataset)[:_PROMPTS_RENDERED]
-    column = TEACHER_PROMPT if role.startswith("teacher") else "prompt"
-    prompts = [row["prompt"] if row.get(column) is None else row[column] for row in rows]
+    prompts = first_prompts(trainer.train_dataset, TEACHER_PROMPT if role.startswith("teacher") else "prompt")
     if is_conversational({"prompt": prompts[0]}):
         rendered = trainer.tokenize_prompts(prompts)
         kwargs = trainer.chat_template_kwargs

@@ -4,7 +4,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..data import TEACHER_PROMPT, first_rows
+from ..data import TEACHER_PROMPT, first_prompts
 from ..errors import SGOPDConfigError, TeacherError
 from .remote.answers import SequenceScores
 from .remote.refusals import TOO_MANY_LOGPROBS, RefusedRequest
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ADVISED_DEAD_ZONE = 0.05
 """`gate_dead_zone` that keeps the numerical noise of a bfloat16 server away from the gate's signs (our choice)."""
 
-_PROMPTS, _PROMPT_TOKENS, _SAMPLED_IDS = 8, 32, 32
+_PROMPT_TOKENS, _SAMPLED_IDS = 32, 32
 _WITH_SUPPORT = ("topk_logits", "asymmetric")
 # Largest sum of probabilities that rounding explains.
 _WHOLE = 1.001
@@ -74,9 +74,7 @@ def _first_prompts(trainer: Any) -> list[list[int]]:
     """Token ids of some prompts as the teacher will read them."""
     if trainer.environment_factories is not None:
         return [list(trainer.tokenizer.get_vocab().values())[:_PROMPT_TOKENS]]
-    rows = first_rows(trainer.train_dataset)[:_PROMPTS]
-    prompts = [row["prompt"] if row.get(TEACHER_PROMPT) is None else row[TEACHER_PROMPT] for row in rows]
-    return trainer.tokenize_prompts(prompts)
+    return trainer.tokenize_prompts(first_prompts(trainer.train_dataset, TEACHER_PROMPT))
 
 
 def _check_context(teacher: "ServerTeacher", trainer: Any, prompts: list[list[int]]) -> None:
