@@ -44,7 +44,14 @@ SHARED_FIELDS = (
     *("bf16", "gradient_checkpointing", "chat_template_kwargs", "use_vllm"),
 )
 VLLM_FIELDS = ("vllm_max_model_length", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max")
-OWN_DATA = {"multi_teacher": {"dataset_name"}}  # folder -> keys in which it may differ from the others
+# Keys in which a folder may differ from the others, because of its data or because of where its engines run.
+OWN_KEYS = {
+    "multi_teacher": {"dataset_name"},
+    "servers": {
+        *("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
+        *("teacher_model_server_url", "gate_dead_zone"),
+    },
+}
 
 
 def test_all_recipes_are_found():
@@ -99,14 +106,14 @@ def test_every_overridden_default_has_its_reason(path):
 def test_recipes_of_a_scale_differ_only_in_their_method(scale):
     recipes = {path: load(path) for path in of_scale(scale)}
     shared = {path: without(recipe, METHOD_KEYS) for path, recipe in recipes.items()}
-    everything = max(shared.values(), key=len)
+    everything = max((own for path, own in shared.items() if path.parent.name not in OWN_KEYS), key=len)
     assert len(everything) > 15
     for path, own in shared.items():
-        allowed = OWN_DATA.get(path.parent.name, set())
+        allowed = OWN_KEYS.get(path.parent.name, set())
         known = own_names(recipes[path]["method"])
         expected = {key: value for key, value in everything.items() if key in known}
         assert without(own, allowed) == without(expected, allowed), name(path)
-        assert own.keys() == expected.keys(), name(path)
+        assert own.keys() - allowed == expected.keys() - allowed, name(path)
 
 
 def without(settings, keys):
@@ -120,7 +127,8 @@ def test_all_methods_of_a_scale_train_on_equal_terms(scale):
     for path in paths:
         training = parse(path).training
         with_vllm = VLLM_FIELDS if getattr(training, "use_vllm", False) else ()
-        for field in (*SHARED_FIELDS, *with_vllm):
+        own = OWN_KEYS.get(path.parent.name, set())
+        for field in (field for field in (*SHARED_FIELDS, *with_vllm) if field not in own):
             assert getattr(training, field, getattr(base, field)) == getattr(base, field), (name(path), field)
         assert getattr(training, "top_p", 1.0) == (0.9 if "topk_logits" in name(path) else 1.0)
         assert getattr(training, "num_iterations", 1) == (2 if "drift_gate" in name(path) else 1)
@@ -186,6 +194,17 @@ def test_the_paper_recipe_has_the_papers_batch_and_lengths():
     assert (training.max_completion_length, training.teacher_max_completion_length) == (16384, 14336)
     assert training.chat_template_kwargs == {"enable_thinking": False}
     assert settings.script.min_difficulty == 6
+
+
+def test_the_recipe_with_servers_is_the_papers_elsewhere():
+    path = FOLDER / "Qwen3-1.7B" / "servers" / "config_deepmath.yaml"
+    here = load(FOLDER / "Qwen3-1.7B" / "sg_opd" / "config_deepmath.yaml")
+    own = OWN_KEYS["servers"] | {"output_dir"}
+    assert without(load(path), own) == without(here, own)
+    training = parse(path).training
+    assert (training.vllm_mode, training.vllm_server_base_url) == ("server", "http://gpu-2:8000")
+    assert training.teacher_model_server_url == "http://gpu-2:8001"
+    assert f"--max_model_len {here['vllm_max_model_length']} --port 8000" in header(path)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=name)
