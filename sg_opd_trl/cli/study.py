@@ -134,8 +134,10 @@ def _work(plan: Plan, at_once: int, console: "Console") -> "list[Failure]":
     from sg_opd_trl.study.progress import StudyProgress
     from sg_opd_trl.study.tuning import save_choices
 
-    tuning, runs = _pending(plan.wanted(plan.tuning)), _pending(plan.wanted(plan.runs))
-    models = _pending(plan.models)
+    tuning = _pending(plan.wanted(plan.tuning))
+    if not tuning:  # the runs are known already, so that finished ones are not counted
+        _settle_choices(plan)
+    runs, models = _pending(plan.wanted(plan.runs)), _pending(plan.models)
     _check([*(plan.wanted([*plan.tuning, *plan.runs]) if tuning or runs else []), *models], console)
     total = len(tuning) + len(runs) + len(models)
     console.print(f"{plan.study.name}: {total} jobs to do, {at_once} at a time, in {plan.study.output_dir}")

@@ -121,6 +121,21 @@ def test_tuning_comes_first_and_its_choice_is_used_and_shown(study, tmp_path, ca
     assert recipe["learning_rate"] == 1e-3
 
 
+def test_a_resumed_study_counts_the_runs_with_the_chosen_values(study, tmp_path, capsys):
+    tune = {"field": "learning_rate", "values": [1e-4, 1e-3], "seeds": [9], "split": "tune"}
+    path = study(tune=tune, measure_models=False)
+    main(["study", path])
+    for result in (tmp_path / "out" / "tuning").rglob("result.json"):
+        found = json.loads(result.read_text())
+        recipe = yaml.safe_load((result.parent / "recipe.yaml").read_text())
+        found["evaluation"]["avg_at_k"] = recipe["learning_rate"]  # so that the second value is the better one
+        result.write_text(json.dumps(found))
+    for count in (4, 0):
+        capsys.readouterr()
+        assert main(["study", path]) == 0
+        assert f"{count} jobs to do" in capsys.readouterr().out
+
+
 def test_only_finished_tuning_writes_choices(study, tmp_path, capsys, monkeypatch):
     tune = {"field": "learning_rate", "values": [1e-4, 1e-3], "seeds": [9], "split": "tune"}
     path, choices = study(tune=tune, measure_models=False), tmp_path / "out" / "choices.json"
