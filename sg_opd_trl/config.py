@@ -65,6 +65,8 @@ class SGOPDConfig(RunningFields, AnchorFields, ObjectiveFields, WeightFields, Ga
 
     def __post_init__(self) -> None:
         self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
+        if self.distillation_topk is None:
+            self.distillation_topk = 10 if self.distillation_mode == "asymmetric" else 32
         check_config(self)
         super().__post_init__()
 

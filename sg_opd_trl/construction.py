@@ -22,6 +22,7 @@ from .teachers.build import default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
 from .teachers.sources import check_sources
 from .trl_seam import get_config_model_id
+from .unused_settings import warn_of_unused
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,7 @@ def _check_student(model: Any) -> None:
     if isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False):
         raise SGOPDConfigError(
             f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
-            "into "
-            "it. They cannot be switched off for the reference. Load it with "
+            "into it. They cannot be switched off for the reference. Load it with "
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
         )
     for name, module in model.named_modules():
@@ -167,6 +167,7 @@ def check_run(trainer: Any) -> None:
     args = trainer.args
     _check_student(trainer.accelerator.unwrap_model(trainer.model))
     _warn_of_inexact_resume(args)
+    warn_of_unused(args)
     if trainer.is_multimodal:
         raise SGOPDConfigError(
             f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
@@ -275,16 +276,7 @@ def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | Non
     args = trainer.args
     inherited = {field.name for field in fields(GRPOConfig)}
     own = [field.name for field in fields(SGOPDConfig) if field.name not in inherited]
-    shown = [
-        *own,
-        "learning_rate",
-        "num_generations",
-        "max_completion_length",
-        "temperature",
-        "beta",
-        "loss_type",
-        "seed",
-    ]
+    sizes = ("learning_rate", "num_generations", "max_completion_length", "temperature", "beta", "loss_type", "seed")
     return {
         "model_name": model_name or Path(args.output_dir).name,
         "base_model": get_config_model_id(trainer.model.config) or None,
@@ -292,7 +284,7 @@ def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | Non
         "reference_model": trainer.reference.identity["name"] if trainer.reference is not None else None,
         "dataset_name": dataset_name,
         "tags": sorted({*trainer.tags, *([tags] if isinstance(tags, str) else tags or [])}),
-        "config": {name: getattr(args, name) for name in shown},
+        "config": {name: getattr(args, name) for name in (*own, *sizes)},
         "is_adapter": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
         "evaluations": trainer.evaluations,
         "citation": trainer.citation,

@@ -272,3 +272,11 @@ def test_the_reference_is_needed_only_where_a_lambda_is_not_1(settings: dict[str
 def test_teacher_length_defaults_to_the_students() -> None:
     assert make(max_completion_length=6).teacher_completion_length == 6
     assert make(max_completion_length=6, teacher_max_completion_length=9).teacher_completion_length == 9
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("sampled_token", 32), ("topk_logits", 32), ("full_logits", 32), ("asymmetric", 10)]
+)
+def test_the_size_of_the_support_is_that_of_the_modes_paper(mode: str, size: int) -> None:
+    assert tiny_config("unused", distillation_mode=mode, teacher_sampling_enable=False).distillation_topk == size
+    assert tiny_config("unused", distillation_mode=mode, distillation_topk=7).distillation_topk == 7

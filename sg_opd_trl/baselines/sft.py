@@ -53,9 +53,9 @@ def build_sft_trainer(
         TeacherError: the teacher's tokens are not the student's.
     """
     tokenizer = load_tokenizer(student, args)
-    group = args.num_generations if isinstance(args, TeacherSFTConfig) else 1
+    group = 1 if isinstance(args, SeqKDConfig) else args.num_generations
     plan = plan_steps(args, train_dataset, group)
-    rows, steps = requested_rows(plan, group)
+    rows, steps = requested_rows(plan, group, greedy=isinstance(args, SeqKDConfig))
     request, prompts = _request(args, train_dataset, tokenizer, rows)
     rollouts, use = _written(args, tokenizer, request, reward_funcs)
     kept = [not args.teacher_sampling_filter_correct or rollout.verdict == 1.0 for rollout in rollouts]
@@ -72,12 +72,12 @@ def build_sft_trainer(
     return trainer
 
 
-def requested_rows(plan: StepPlan, group: int) -> tuple[list[int], list[list[int]]]:
+def requested_rows(plan: StepPlan, group: int, *, greedy: bool) -> tuple[list[int], list[list[int]]]:
     """Training rows that the teacher writes for, one entry per rollout, and the rollouts of each step.
 
-    A prompt that is visited again gets new samples, but only one greedy output (`group` 1): all are the same.
+    A prompt that is visited again gets new samples, but only one greedy output: all are the same.
     """
-    if group == 1:
+    if greedy:
         rows = list(dict.fromkeys(row for step in plan.steps for row in step))
         number = {row: i for i, row in enumerate(rows)}
         return rows, [[number[row] for row in step] for step in plan.steps]

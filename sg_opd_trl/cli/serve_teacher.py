@@ -257,7 +257,7 @@ def _start(words: list[str], variables: Mapping[str, str]) -> None:
     if not (_installed(_PACKAGE) or _installed(_CPU_PACKAGE)):
         raise SGOPDConfigError(
             "vLLM must be installed in this environment to be started here, got none. The server is vLLM's own. "
-            f'Install it (`pip install "sg-opd-trl[vllm]"`), or run this where it is:\n{shown}'
+            f"Install it (`pip install 'trl[vllm]'`), or run this where it is:\n{shown}"
         )
     _say(shown)
     beside = str(Path(sys.executable).parent)

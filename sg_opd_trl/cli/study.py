@@ -249,7 +249,7 @@ def _write(plan: Plan, console: "Console", *, files: bool = True) -> None:
     written = write_study(plan.study, groups, plan.choices, failures)
     console.print("\n".join(map(str, written)), markup=False)
     if not can_draw():
-        console.print('No plots: they need matplotlib, `pip install "sg-opd-trl[plot]"`. Then run this again.')
+        console.print("No plots: they need matplotlib, `pip install matplotlib`. Then run this again.")
 
 
 @contextmanager

@@ -17,11 +17,11 @@ class ObjectiveFields:
             "where the teacher likes the sampled token less, policy gradient elsewhere)."
         },
     )
-    distillation_topk: int = field(
-        default=32,
+    distillation_topk: int | None = field(
+        default=None,
         metadata={
-            "help": "K of 'topk_logits' and 'asymmetric', the teacher's likeliest tokens at each position "
-            "(arXiv:2603.25562: 32; AOPD: 10)."
+            "help": "K of 'topk_logits' and 'asymmetric', the teacher's likeliest tokens at each position. Default: "
+            "32 (arXiv:2603.25562), and 10 with 'asymmetric' (AOPD)."
         },
     )
     asymmetric_threshold: float = field(

@@ -137,14 +137,25 @@ def model_jobs_of(study: Study, runs: Iterable[Job]) -> list[Job]:
             value = (job.recipe or {}).get(key)
             if isinstance(value, str):
                 names[value] = None
-    folder, evaluate = study.output_dir / "models", study.evaluate
+    evaluate = study.evaluate
     return [
-        Job(
-            "model", name, None, None, folder / slug(name), name, None, evaluate,
-            contents=local_contents({}, evaluate, name),
-        )
-        for name in names
-    ]  # fmt: skip
+        Job("model", name, None, None, folder, name, None, evaluate, contents=local_contents({}, evaluate, name))
+        for name, folder in _model_folders(study, names).items()
+    ]
+
+
+def _model_folders(study: Study, names: Iterable[str]) -> dict[str, Path]:
+    """A folder of its own for every model, also where two names differ only in what a folder's name cannot have."""
+    slugs = {name: slug(name) for name in names}
+    found = list(slugs.values())
+    return {
+        name: study.output_dir / "models" / (short if found.count(short) == 1 else f"{short}-{_digest(name)}")
+        for name, short in slugs.items()
+    }
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def choice_owner(run: RunSpec) -> str | None:

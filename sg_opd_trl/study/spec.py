@@ -221,7 +221,10 @@ def _tuning(top: Block) -> Tuning | None:
     name = block.text("field")
     if name in SET_BY_STUDY:
         raise block.refuse("field", "be a setting of the recipes", "The study sets this one. Tune another.")
-    return Tuning(name, tuple(block.values_of("values")), block.seeds("seeds"), block.text("split"))
+    values = tuple(block.values_of("values"))
+    if len({slug(value) for value in values}) < len(values):
+        raise block.refuse("values", "be different", "Each has a folder of its own. Remove what is there twice.")
+    return Tuning(name, values, block.seeds("seeds"), block.text("split"))
 
 
 def _check_names(study: Study, top: Block) -> None:

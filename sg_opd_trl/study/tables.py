@@ -12,9 +12,8 @@ NOTHING = "–"
 INTERVALS = (
     "Intervals: 95% Student t over seeds. Differences are paired: the same seed means the same student before "
     "training and the same order of problems. Steps and batch sizes are each recipe's own: where they differ, so does "
-    "the number of problems seen. SeqKD has one sequence per prompt and takes as many distinct prompts a step as the "
-    "other methods have sequences: 128, where the others take 16 with 8 sequences each. Intervals are not corrected "
-    "for the number of comparisons, so with twenty rows one interval is expected to miss 0 by chance."
+    "the number of problems seen. Intervals are not corrected for the number of comparisons: of twenty that should "
+    "hold 0, one is expected to miss it by chance."
 )
 
 

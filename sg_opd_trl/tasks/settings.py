@@ -126,10 +126,10 @@ class ChainSettings(TaskSettings):
         max_steps=800,
         schedule_steps=800,
         learning_rate=4e-3,
-        num_problems=600,
+        num_problems=2400,  # of 600 most students learn the slips by heart before they learn to calculate
         slip_probability=0.15,
         stop_accuracy=0.10,
-        check_from=100,
+        check_from=300,
     )
 
 

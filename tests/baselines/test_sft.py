@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sg_opd_trl.baselines import rollouts as rollouts_module
 from sg_opd_trl.baselines.config import SeqKDConfig, TeacherSFTConfig
+from sg_opd_trl.baselines.order import StepPlan
 from sg_opd_trl.baselines.rollouts import ROLLOUTS_FILE, Rollout
-from sg_opd_trl.baselines.sft import build_sft_trainer, training_rows
+from sg_opd_trl.baselines.sft import build_sft_trainer, requested_rows, training_rows
 from sg_opd_trl.errors import DataError, SGOPDConfigError, TeacherError
 
 SFT = {"num_generations": 4, "max_completion_length": 6, "rollout_batch_size": 4}
@@ -39,6 +40,21 @@ def built(
 
 def stored(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_text(encoding="utf-8").splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("group", "greedy", "rows", "steps"),
+    [
+        (1, True, [4, 7], [[0, 1], [1, 0]]),
+        (1, False, [4, 7, 7, 4], [[0, 1], [2, 3]]),
+        (2, False, [4, 4, 7, 7, 7, 7, 4, 4], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ],
+)
+def test_a_prompt_that_comes_again_gets_new_samples_but_the_same_greedy_output(
+    group: int, greedy: bool, rows: list[int], steps: list[list[int]]
+) -> None:
+    plan = StepPlan(steps=[[4, 7], [7, 4]], rows_per_step=2 * group)
+    assert requested_rows(plan, group, greedy=greedy) == (rows, steps)
 
 
 def test_labels_are_the_completion_and_nothing_else() -> None:

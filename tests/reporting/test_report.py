@@ -164,7 +164,7 @@ def test_without_matplotlib_there_are_tables_and_a_hint(tmp_path, monkeypatch):
     monkeypatch.setattr(report_module, "can_draw", lambda: False)
     monkeypatch.setattr(report_module, "draw_panels", None)
     page = write(tmp_path, log_history=log_history(), evaluations=EVALUATIONS)
-    assert 'pip install "sg-opd-trl[plot]"' in Page(page).text
+    assert "pip install matplotlib" in Page(page).text
     assert "student after 60.4%" in Page(page).text
     assert "<svg" not in page
 

@@ -109,6 +109,16 @@ def test_models_are_measured_once_each_and_only_where_asked_for():
     assert plan.model_jobs_of(study("/out", measure_models=False), found) == []
 
 
+def test_names_that_a_folder_cannot_tell_apart_have_folders_of_their_own():
+    found = jobs(study("/out", seeds=[1], settings={"model_name_or_path": "a/s@1"}))
+    found += jobs(study("/out", seeds=[1], settings={"model_name_or_path": "a/s_1"}))
+    folders = {job.model: job.folder.name for job in plan.model_jobs_of(study("/out"), found)}
+    assert len(set(folders.values())) == 3
+    assert folders["teacher"] == "teacher"
+    alone = plan.model_jobs_of(study("/out"), found[:1])
+    assert {job.model: job.folder.name for job in alone}["a/s@1"] == "a_s_1"
+
+
 def test_tuning_tries_every_value_and_seed_on_its_own_split():
     runs = {"opd": {"recipe": "a"}, "b": {"recipe": "a", "tune": "opd"}, "c": {"recipe": "a", "tune": False}}
     spec = study("/out", runs=runs, tune=TUNE)

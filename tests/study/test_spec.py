@@ -127,3 +127,9 @@ def test_the_example_of_the_guide_is_valid_and_all_keys_are_explained():
     assert list(found.runs) == ["opd", "sg_opd", "uniform-lambda_base=1.25", "uniform-lambda_base=1.8"]
     for key in STUDY_KEYS:
         assert f"`{key}`" in text, key
+
+
+@pytest.mark.parametrize("doubled", [[1e-3, 0.001], ["a b", "a_b"]])
+def test_tuned_values_have_folders_of_their_own(doubled):
+    with pytest.raises(SGOPDConfigError, match=r"`values` in the block `tune` .* must be different, got .* Each has"):
+        study("/out", tune={**TUNE, "values": doubled})

@@ -73,6 +73,14 @@ def test_route_advantages(tmp_path: Path) -> None:
     assert run(tmp_path)[1] > 0.1
 
 
+def test_settings_without_effect_are_warned_about(tmp_path: Path, caplog: Any) -> None:
+    run(tmp_path, sign_gated_extrapolation=False, lambda_high=2.5)
+    assert (
+        "no effect, each because of the one behind it: lambda_high=2.5 (sign_gated_extrapolation=False)."
+        in caplog.text
+    )
+
+
 @pytest.mark.parametrize("mode", ["topk_logits", "full_logits"])
 def test_a_lambda_without_a_reference_is_refused(tmp_path: Path, mode: str) -> None:
     class Extrapolating(SGOPDTrainer):
