@@ -11,6 +11,7 @@ from trl import GRPOConfig, ScriptArguments
 
 from sg_opd_trl import SGOPDConfig
 from sg_opd_trl.cli.arguments import SGOPDScriptArguments
+from sg_opd_trl.defaults import defaults_of
 
 TARGET = Path(__file__).with_name("configuration.md")
 HEADER = """# Configuration
@@ -33,16 +34,15 @@ GROUPS = {
 
 def render() -> str:
     """The whole page as Markdown."""
-    inherited = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    ours, trls = defaults_of(SGOPDConfig), defaults_of(GRPOConfig)
     groups: dict[str, list[str]] = {name: [] for name in GROUPS}
     changed = []
     for field in dataclasses.fields(SGOPDConfig):
-        if field.name not in inherited:
-            groups[_group(field.name)].append(_row(field.name, _default(field), _help(field)))
-        elif _default(field) != _default(inherited[field.name]):
-            changed.append(
-                f"| `{field.name}` | `{_default(inherited[field.name])!r}` | `{_default(field)!r}` | {_help(field)} |"
-            )
+        name = field.name
+        if name not in trls:
+            groups[_group(name)].append(_row(field, ours))
+        elif ours[name] != trls[name]:
+            changed.append(f"| `{name}` | `{trls[name]!r}` | `{ours[name]!r}` | {_help(field)} |")
     parts = [HEADER]
     parts += [_table(name, rows) for name, rows in groups.items() if rows]
     parts.append(
@@ -52,7 +52,7 @@ def render() -> str:
     )
     known = {field.name for field in dataclasses.fields(ScriptArguments)}
     script = [field for field in dataclasses.fields(SGOPDScriptArguments) if field.name not in known]
-    rows = [_row(field.name, _default(field), _help(field)) for field in script]
+    rows = [_row(field, defaults_of(SGOPDScriptArguments)) for field in script]
     parts.append(
         _table("Recipes and `sg-opd train` only", rows)
         + "\nBesides, the fields of TRL's `ScriptArguments` (`dataset_name`, `dataset_train_split`, ...) and "
@@ -69,14 +69,8 @@ def _table(title: str, rows: list[str]) -> str:
     return f"## {title}\n\n| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
-def _row(name: str, default: Any, meaning: str) -> str:
-    return f"| `{name}` | `{default!r}` | {meaning} |"
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+def _row(field: "dataclasses.Field[Any]", defaults: dict[str, Any]) -> str:
+    return f"| `{field.name}` | `{defaults[field.name]!r}` | {_help(field)} |"
 
 
 def _help(field: "dataclasses.Field[Any]") -> str:

@@ -65,8 +65,6 @@ class SGOPDConfig(RunningFields, AnchorFields, ObjectiveFields, WeightFields, Ga
 
     def __post_init__(self) -> None:
         self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
-        if self.distillation_topk is None:
-            self.distillation_topk = 10 if self.distillation_mode == "asymmetric" else 32
         check_config(self)
         super().__post_init__()
 
@@ -91,6 +89,11 @@ class SGOPDConfig(RunningFields, AnchorFields, ObjectiveFields, WeightFields, Ga
             "neutral_mode": self.neutral_mode,
             "cell_lambdas": tuple(self.disagree_cell_lambdas),
         }
+
+    @property
+    def support_size(self) -> int:
+        """K, the teacher's likeliest tokens at a position: as set, or as the mode's paper has it."""
+        return self.distillation_topk or (10 if self.distillation_mode == "asymmetric" else 32)
 
     @property
     def teacher_completion_length(self) -> int:

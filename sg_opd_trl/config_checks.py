@@ -97,7 +97,7 @@ _OPTIONAL = (
 )
 # name -> (whether None is allowed, what it counts)
 _COUNTS = {
-    "distillation_topk": (False, "It counts the teacher's likeliest tokens at a position."),
+    "distillation_topk": (True, "It counts the teacher's likeliest tokens at a position."),
     "teacher_num_generations": (False, "It counts the teacher's rollouts per prompt."),
     "teacher_max_completion_length": (True, "It counts the tokens of the longest teacher rollout."),
     "max_tokens_per_scoring_batch": (True, "It counts the tokens of one scoring forward."),

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .defaults import defaults_of
 
 if TYPE_CHECKING:
     from .config import SGOPDConfig
@@ -27,7 +28,13 @@ def unused_settings(config: "SGOPDConfig") -> dict[str, str]:
     Returns:
         name -> the setting that switches its part off, with its value.
     """
-    return {name: switch for switch, names in _switched_off(config) for name in names if _is_changed(config, name)}
+    defaults = defaults_of(type(config))
+    return {
+        name: switch
+        for switch, names in _switched_off(config)
+        for name in names
+        if getattr(config, name) != defaults[name]
+    }
 
 
 def _switched_off(config: "SGOPDConfig") -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -49,20 +56,6 @@ def _switched_off(config: "SGOPDConfig") -> Iterator[tuple[str, tuple[str, ...]]
     yield shown, ("distillation_topk",) if config.distillation_mode in ("sampled_token", "full_logits") else ()
     if not config.teacher_sampling_enable:
         yield "teacher_sampling_enable=False", _ANCHOR
-
-
-def _is_changed(config: "SGOPDConfig", name: str) -> bool:
-    return bool(getattr(config, name) != _defaults()[name])
-
-
-def _defaults() -> dict[str, Any]:
-    from .config import SGOPDConfig
-
-    found = {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in fields(SGOPDConfig)
-    }
-    return found | {"distillation_topk": 32}  # what None stands for where nothing reads it
 
 
 def warn_of_unused(config: "SGOPDConfig") -> None:

@@ -278,5 +278,5 @@ def test_teacher_length_defaults_to_the_students() -> None:
     ("mode", "size"), [("sampled_token", 32), ("topk_logits", 32), ("full_logits", 32), ("asymmetric", 10)]
 )
 def test_the_size_of_the_support_is_that_of_the_modes_paper(mode: str, size: int) -> None:
-    assert tiny_config("unused", distillation_mode=mode, teacher_sampling_enable=False).distillation_topk == size
-    assert tiny_config("unused", distillation_mode=mode, distillation_topk=7).distillation_topk == 7
+    assert tiny_config("unused", distillation_mode=mode, teacher_sampling_enable=False).support_size == size
+    assert tiny_config("unused", distillation_mode=mode, distillation_topk=7).support_size == 7

@@ -101,11 +101,11 @@ class SupportObjective(Objective):
 
     def ask_teacher(self, teacher: Any, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Scores:
         """The teacher's top-K tokens."""
-        return teacher.score_support(batch, rows, max_tokens, self.args.distillation_topk, self.vocab_size)
+        return teacher.score_support(batch, rows, max_tokens, self.args.support_size, self.vocab_size)
 
     def prefetch_scores(self, teacher: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
         """The teacher's top-K tokens, likewise."""
-        teacher.prefetch_scores(prompt_ids, completion_ids, self.args.distillation_topk, self.vocab_size)
+        teacher.prefetch_scores(prompt_ids, completion_ids, self.args.support_size, self.vocab_size)
 
     def teacher_entries(self, scores: Scores) -> dict[str, Tensor]:
         """Their ids and log-probs too."""

@@ -42,10 +42,10 @@ def build_objective(trainer: Any) -> Objective:
     student = trainer.model.config.get_text_config().vocab_size
     vocab_size = min([student, *(model.vocab_size for model in asked.values())])
     kind = OBJECTIVES[mode]
-    if issubclass(kind, SupportObjective) and args.distillation_topk > vocab_size:
+    if issubclass(kind, SupportObjective) and args.support_size > vocab_size:
         raise SGOPDConfigError(
             f"`distillation_topk` must not exceed the {vocab_size} ids that all models have, got "
-            f"{args.distillation_topk}. There are no more tokens. Set distillation_topk={min(32, vocab_size)}."
+            f"{args.support_size}. There are no more tokens. Set distillation_topk to at most {vocab_size}."
         )
     check_objective(type(trainer), kind, mode)
     return kind(args, teacher, reference, vocab_size)

@@ -3,10 +3,11 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
+from ..defaults import defaults_of
 from ..evaluation import EvaluationResult
 
 _SECRET_NAME = re.compile(r"(^|_)(token|auth|authorization|cookie)$|secret|passw|api_?key|credential", re.IGNORECASE)
@@ -39,7 +40,7 @@ def shown_settings(config: Any) -> list[Setting]:
     """
     if is_dataclass(config):
         values = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-        defaults = _defaults(type(config))
+        defaults = defaults_of(type(config))
     else:
         values, defaults = dict(config), _run_defaults()
     return [
@@ -85,19 +86,12 @@ def is_local(name: str) -> bool:
     return bool(name) and (looks_local or os.path.exists(name))
 
 
-def _defaults(config_class: type) -> dict[str, Any]:
-    return {
-        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
-        for field in fields(config_class)
-    }
-
-
 def _run_defaults() -> dict[str, Any]:
     from trl import ModelConfig
 
     from ..config import SGOPDConfig
 
-    return _defaults(ModelConfig) | _defaults(SGOPDConfig)
+    return defaults_of(ModelConfig) | defaults_of(SGOPDConfig)
 
 
 def _is_plain(value: Any) -> bool:

@@ -43,7 +43,7 @@ def check_server(teacher: "ServerTeacher", trainer: Any, tokenizer: Any) -> None
     prompts = _first_prompts(trainer)
     _check_context(teacher, trainer, prompts)
     probe = _probe_ids(trainer.tokenizer, prompts[0])
-    top = args.distillation_topk if args.distillation_mode in _WITH_SUPPORT else 1
+    top = args.support_size if args.distillation_mode in _WITH_SUPPORT else 1
     _check_scores(teacher, _probe(teacher, probe, top))
     told = _check_tokenizer(teacher, trainer.tokenizer, probe)
     if not told and tokenizer is None:

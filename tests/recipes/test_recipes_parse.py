@@ -23,6 +23,7 @@ from sg_opd_trl.cli.parsing import own_names, read_command_line
 from sg_opd_trl.cli.recipes import ENV_WHITELIST, load_recipe
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.study.spec import read_study
+from sg_opd_trl.unused_settings import unused_settings
 
 METHOD_KEYS = {
     *("method", "output_dir", "sign_gated_extrapolation", "lambda_base", "lambda_high", "stability_tau"),
@@ -140,6 +141,7 @@ def test_no_setting_is_without_effect(path):
     training = parse(path).training
     if recipe["method"] != "sg_opd":
         return
+    assert unused_settings(training) == {}  # what a run would be warned about
     gated = training.sign_gated_extrapolation
     if not training.teacher_sampling_enable:
         odd = [key for key in recipe if key.startswith("teacher_sampling_") and key != "teacher_sampling_enable"]
