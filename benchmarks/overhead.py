@@ -21,7 +21,7 @@ from trainers import Setup, Stepper, ours
 from transformers import TrainerCallback
 
 from sg_opd_trl import trainer as trainer_module
-from sg_opd_trl.micro_batch import MicroBatchLoss
+from sg_opd_trl.trainer import MicroBatchLoss
 
 PHASES = ("rollout", "verify", "teacher", "reference", "loss")
 MERGE, REPORT, VERDICTS, DRAIN = "gate, routing, weights", "metrics", "verdicts and a1", "metrics of a log"

@@ -41,8 +41,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 from trl import GRPOConfig, GRPOTrainer
 
-from sg_opd_trl import decoding
-from sg_opd_trl.generation import generate_completions
+from sg_opd_trl.models import generate as decoding
+from sg_opd_trl.models.generate import generate_completions
 from sg_opd_trl.tasks import resolve
 
 Rollouts = list[list[int]]

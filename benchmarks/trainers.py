@@ -27,7 +27,7 @@ from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
 from sg_opd_trl import SGOPDConfig, SGOPDTrainer
 from sg_opd_trl.baselines.gkd import PromptCollator
-from sg_opd_trl.scoring import pad_rows
+from sg_opd_trl.models.batch import pad_rows
 from sg_opd_trl.trl_seam import add_fused_head, fused_log_probs
 
 PAD = 0

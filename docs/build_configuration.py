@@ -11,7 +11,7 @@ from trl import GRPOConfig, ScriptArguments
 
 from sg_opd_trl import SGOPDConfig
 from sg_opd_trl.cli.arguments import SGOPDScriptArguments
-from sg_opd_trl.defaults import defaults_of
+from sg_opd_trl.config import defaults_of
 
 TARGET = Path(__file__).with_name("configuration.md")
 HEADER = """# Configuration

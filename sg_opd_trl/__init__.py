@@ -5,14 +5,14 @@ Names are imported on first use, so that `import sg_opd_trl` costs nothing and `
 
 from typing import TYPE_CHECKING
 
-from .first_use import imported_on_first_use
+from .lazy_imports import imported_on_first_use
 
 __version__ = "0.1.0"
 
 _SOURCES = {
     "SGOPDConfig": "config",
     "SGOPDTrainer": "trainer",
-    "TeacherAnchorCallback": "anchor",
+    "TeacherAnchorCallback": "teacher_sampling.callback",
     "AdapterTeacher": "teachers",
     "LocalTeacher": "teachers",
     "RoutedTeacher": "teachers",
@@ -54,10 +54,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .anchor import TeacherAnchorCallback
     from .config import SGOPDConfig
     from .errors import DataError, NonFiniteError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
     from .evaluation import EvaluationResult, evaluate_model, pass_at_k
+    from .teacher_sampling.callback import TeacherAnchorCallback
     from .teachers import AdapterTeacher, LocalTeacher, RoutedTeacher, ServerTeacher
     from .trainer import SGOPDTrainer
     from .verifiers import exact_match_reward, math_reward

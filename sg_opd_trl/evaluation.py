@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data_rows import is_empty_prompt
+from .data import is_empty_prompt
 from .errors import DataError, SGOPDConfigError
 
 if TYPE_CHECKING:

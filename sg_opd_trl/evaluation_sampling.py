@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerState
 
 from .errors import DataError, SGOPDConfigError, VerifierError
-from .generation import generate_completions
+from .models.generate import generate_completions
 
 _NOT_PASSED_ON = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 

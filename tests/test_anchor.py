@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_tokenizer
 
 from sg_opd_trl import TeacherAnchorCallback
-from sg_opd_trl.anchor import (
+from sg_opd_trl.teacher_sampling.callback import (
     AnchorStep,
     PromptStream,
     TeacherRollout,
@@ -17,7 +17,7 @@ from sg_opd_trl.anchor import (
     sampling_of,
     teacher_prompts_per_step,
 )
-from sg_opd_trl.teachers.vocabulary import SharedVocabulary
+from sg_opd_trl.teachers.fit import SharedVocabulary
 
 CPU = torch.device("cpu")
 

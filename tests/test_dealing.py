@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from sg_opd_trl.dealing import PromptStream, deal, occurrences, step_samples, stream_samples
+from sg_opd_trl.teacher_sampling.prompts import PromptStream, deal, occurrences, step_samples, stream_samples
 
 PROMPTS = ["a", "b", "a", "c", "a"]
 

@@ -11,9 +11,9 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sg_opd_trl import decoding
-from sg_opd_trl.decoding import decode_live_rows, draw_tokens
-from sg_opd_trl.scoring import pad_rows
+from sg_opd_trl.models import generate as decoding
+from sg_opd_trl.models.batch import pad_rows
+from sg_opd_trl.models.generate import decode_live_rows, draw_tokens
 
 END = 1
 SHORT, LONG, OTHER = [3, 7], [4, 9, 10, 11, 12, 4], [5, 5, 8]

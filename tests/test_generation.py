@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sg_opd_trl import NonFiniteError
-from sg_opd_trl.generation import cut_after_eos, generate_completions
+from sg_opd_trl.models.generate import cut_after_eos, generate_completions
 
 VOCABULARY, END = 26, 1
 SHORT, LONG, OTHER = [3, 7], [4, 9, 10, 11, 12, 4], [5, 5, 8]

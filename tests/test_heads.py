@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from sg_opd_trl import heads
 from sg_opd_trl.core import local_support_matching
-from sg_opd_trl.heads import (
+from sg_opd_trl.models import head as heads
+from sg_opd_trl.models.head import (
     OutputHead,
     likeliest_tokens,
     project,

@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from sg_opd_trl.joint_forward import JointForward
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
+from sg_opd_trl.trainer import JointForward
 
 CPU = torch.device("cpu")
 STUDENT = TokenBatch.from_lists([[5, 6, 7], [8]], [[9, 10, 1], [11, 12, 13, 14]], 0, CPU)

@@ -9,8 +9,8 @@ from tiny import ScriptedVerifier, logged, script_generation, tiny_data, tiny_mo
 from torch import Tensor
 
 from sg_opd_trl import SGOPDTrainer, TeacherAnchorCallback
+from sg_opd_trl.bookkeeping import TrainingMetrics, reduce_over_ranks
 from sg_opd_trl.core.diagnostics import MAXIMUM_NAMES, METRIC_NAMES, TokenStatistics
-from sg_opd_trl.metrics import TrainingMetrics, reduce_over_ranks
 
 
 def statistics(index: int, total: float, count: float, largest: float = 0.0) -> TokenStatistics:

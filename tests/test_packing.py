@@ -8,8 +8,8 @@ from tiny import tiny_model
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from sg_opd_trl.packing import pack, should_pack
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
+from sg_opd_trl.models.forward import pack, should_pack
 
 CPU = torch.device("cpu")
 # 2 + 3, 1 + 2 and 3 + 0 tokens in rows of 3 + 4 columns.

@@ -30,8 +30,8 @@ from trl.trainer.utils import add_fused_lm_head
 from varlen_attention import count_tokens, use_kernel
 
 from sg_opd_trl import trl_seam
-from sg_opd_trl.packing import pack, packed_log_probs, should_pack
-from sg_opd_trl.scoring import TokenBatch, score_rows
+from sg_opd_trl.models.batch import TokenBatch, score_rows
+from sg_opd_trl.models.forward import pack, packed_log_probs, should_pack
 from sg_opd_trl.trl_seam import compact_head, fused_log_probs
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from tiny import tiny_config, tiny_data, tiny_tokenizer
 
 from sg_opd_trl import SGOPDConfigError
 from sg_opd_trl.cli.parsing import build_settings, read_command_line
-from sg_opd_trl.rollout_engine import check_prompt_room, check_rollout_engine
+from sg_opd_trl.preflight import check_prompt_room, check_rollout_engine
 
 COLOCATED = {"use_vllm": True, "vllm_mode": "colocate"}
 

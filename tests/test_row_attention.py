@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from sg_opd_trl.row_attention import IMPLEMENTATION, _attend, _plan, rows_apart
+from sg_opd_trl.models.forward import IMPLEMENTATION, _attend, _plan, rows_apart
 
 
 def bounds(*lengths: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from sg_opd_trl.scoring import TokenBatch, longest, pad_rows, plan_batches, score_rows, trim_micro_batch
+from sg_opd_trl.models.batch import TokenBatch, longest, pad_rows, plan_batches, score_rows, trim_micro_batch
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [16], [17, 18]]
 COMPLETIONS = [[20, 1], [21, 22, 23, 24, 25, 6, 7], [5], [6, 7, 8], [9, 10, 11, 1], [12, 13, 14]]

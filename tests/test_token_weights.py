@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config, tiny_tokenizer, tiny_trainer
 
 from sg_opd_trl import SGOPDConfigError, VerifierError
-from sg_opd_trl.token_weights import TokenFactors, TokenWeights
+from sg_opd_trl.trainer import TokenFactors, TokenWeights
 
 NEWLINE = "0123456789+=abcdefg\n "
 

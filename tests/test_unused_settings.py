@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from sg_opd_trl import SGOPDConfig
-from sg_opd_trl.unused_settings import unused_settings
+from sg_opd_trl.config import unused_settings
 
 OFF = {"teacher_sampling_enable": False}
 UNGATED = {"sign_gated_extrapolation": False}
@@ -60,7 +60,6 @@ def test_defaults_are_never_named(settings: dict[str, Any]) -> None:
 
 def test_all_settings_of_the_anchor_are_known() -> None:
     changed = {"teacher_sampling_time_separated", "teacher_sampling_enable"}  # refused, and the switch itself
-    from sg_opd_trl.config_fields import AnchorFields
-    from sg_opd_trl.unused_settings import _ANCHOR
+    from sg_opd_trl.config import _ANCHOR, AnchorFields
 
     assert {field.name for field in fields(AnchorFields)} - changed == set(_ANCHOR)

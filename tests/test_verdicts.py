@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sg_opd_trl import SGOPDConfigError, VerifierError
-from sg_opd_trl.verdicts import RunVerifier, as_verdict_tensor
+from sg_opd_trl.verifiers.verdicts import RunVerifier, as_verdict_tensor
 
 NAN = math.nan
 

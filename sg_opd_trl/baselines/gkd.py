@@ -10,7 +10,7 @@ from trl.experimental.gkd import GKDTrainer
 
 from ..errors import TeacherError
 from ..evaluation_sampling import encode_prompt
-from ..scoring import pad_rows
+from ..models.batch import pad_rows
 from .gkd_config import OnPolicyGKDConfig
 from .order import plan_steps
 from .teacher import RENDERED, TeacherUse, end_token_ids, load_teacher, load_tokenizer, padding_ids

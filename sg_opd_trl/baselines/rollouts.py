@@ -14,9 +14,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..dealing import mixed_seed
-from ..generation import generate_completions
-from ..teachers.frozen import fingerprint
+from ..models.generate import generate_completions
+from ..random_state import mixed_seed
+from ..teachers.local import fingerprint
 from .teacher import TeacherUse, end_token_ids, padding_ids
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers import TrainerState
 from trl import SFTTrainer
 
 from ..evaluation_sampling import encode_prompt
-from ..verdicts import RunVerifier
+from ..verifiers.verdicts import RunVerifier
 from .config import SeqKDConfig, TeacherSFTConfig
 from .order import StepPlan, fill_steps, plan_steps
 from .rollouts import ROLLOUTS_FILE, Judge, Rollout, RolloutRequest, teacher_rollouts

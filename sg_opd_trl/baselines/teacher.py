@@ -8,8 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ..errors import SGOPDConfigError, TeacherError
 from ..evaluation_sampling import encode_prompt
-from ..teachers.compatibility import check_chat_templates, check_tokenizers
-from ..teachers.vocabulary import SharedVocabulary
+from ..teachers.fit import SharedVocabulary, check_chat_templates, check_tokenizers
 from ..trl_seam import create_model_from_path
 
 RENDERED = 8

@@ -113,7 +113,7 @@ def build_settings(command: CommandLine) -> TrainSettings:
     Raises:
         SGOPDConfigError: a value of the wrong type, out of range, or a combination that is refused.
     """
-    from sg_opd_trl.rollout_engine import check_prompt_room
+    from sg_opd_trl.preflight import check_prompt_room
 
     parser = make_parser(command.method)
     values = dict(command.fields)

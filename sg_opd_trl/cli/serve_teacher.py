@@ -12,7 +12,7 @@ from typing import Any
 
 from sg_opd_trl.cli.evaluate import CommandParser
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teachers.remote.settings import API_KEY_VARIABLE, Address, api_key, read_address, read_servers
+from sg_opd_trl.teachers.urls import API_KEY_VARIABLE, Address, api_key, read_address, read_servers
 
 _DEFAULT_URL = "http://localhost:8000"
 _LOCAL = ("localhost", "127.0.0.1", "::1")

@@ -9,7 +9,7 @@ from sg_opd_trl.cli.evaluate import CommandParser
 from sg_opd_trl.cli.launching import check_world_size, launch, wants_launch
 from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.rollout_cache.location import is_hub_id, push_store
+from sg_opd_trl.teacher_sampling.stored.location import is_hub_id, push_store
 
 NAME = "teacher-rollouts"
 
@@ -50,7 +50,7 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
     Raises:
         SGOPDConfigError: a recipe without teacher rollouts, or nowhere to put them.
     """
-    from sg_opd_trl.rollout_cache.precompute import planned_rollouts, precompute
+    from sg_opd_trl.teacher_sampling.stored.precompute import planned_rollouts, precompute
 
     _check(settings.training, options)
     folder = store_folder(settings, options)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
-from ..defaults import defaults_of
+from ..config import defaults_of
 from ..evaluation import EvaluationResult
 
 _SECRET_NAME = re.compile(r"(^|_)(token|auth|authorization|cookie)$|secret|passw|api_?key|credential", re.IGNORECASE)

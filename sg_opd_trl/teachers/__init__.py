@@ -5,7 +5,7 @@ Names are imported on first use, so that the HTTP client in `remote` needs neith
 
 from typing import TYPE_CHECKING
 
-from ..first_use import imported_on_first_use
+from ..lazy_imports import imported_on_first_use
 
 _SOURCES = {
     "AdapterTeacher": "adapter",

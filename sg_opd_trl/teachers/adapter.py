@@ -12,8 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import SGOPDConfigError, TeacherError
 from ..trl_seam import get_config_model_id
-from .frozen import fingerprint
-from .local import LocalTeacher
+from .local import LocalTeacher, fingerprint
 from .reference import REFERENCE_ADAPTER, adapter_switched, evaluating
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..heads import OutputHead
-from ..scoring import TokenBatch
+from ..models.batch import TokenBatch
+from ..models.head import OutputHead
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,293 @@
 """A teacher in this process."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..generation import generate_completions
-from ..scoring import plan_batches
-from ..trl_seam import is_sharded, model_for_generation
-from .base import Sampling
-from .frozen import FrozenModel
+from ..errors import NonFiniteError, TeacherError
+from ..models.batch import PartScore, TokenBatch, plan_batches, score_parts, score_rows
+from ..models.forward import HeadRequest, scattered
+from ..models.generate import generate_completions
+from ..models.head import OutputHead, likeliest_tokens, support_log_probs
+from ..trl_seam import (
+    add_fused_head,
+    create_model_from_path,
+    fused_log_probs,
+    get_config_model_id,
+    is_sharded,
+    model_for_generation,
+    output_head,
+    prepare_frozen_model,
+)
+from .base import HiddenScores, Sampling, SupportScores
+
+# Rounding of a log-softmax can end a hair above 0; more than this is a broken score.
+_POSITIVE_TOLERANCE = 1e-3
+
+
+class ModelScorer:
+    """Scores of completions under a model with a fused head that answers a `HeadRequest`.
+
+    A subclass sets the attributes; one without a model of its own borrows it in `lent`.
+
+    Attributes:
+        model: plain or wrapped; only inside of `lent` where it is borrowed.
+        role: what messages call it.
+        vocab_size: rows of its embedding.
+        accelerator: of the trainer.
+        tokens_scored: completion tokens scored so far by this process.
+    """
+
+    model: Any
+    role: str
+    vocab_size: int
+    accelerator: Any
+    tokens_scored: int = 0
+    _head: OutputHead | None = None
+
+    def lent(self) -> AbstractContextManager[Any]:
+        """Have `model`, in evaluation mode, for the block; here it is there all the time."""
+        return nullcontext()
+
+    @property
+    def distillation_modes(self) -> frozenset[str]:
+        """What it can serve: a sharded head is whole only inside the model's own forward."""
+        modes = {"sampled_token", "topk_logits", "asymmetric"}
+        return frozenset(modes if is_sharded(self.accelerator) else modes | {"full_logits"})
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
+        """Log-probs of the completions' own tokens, see `Teacher.score`."""
+        check_ids(batch, rows, self.vocab_size, self.role)
+        with self.lent():
+            logps = score_rows(self._forward, batch, rows, max_tokens, self._agree_on_calls)
+        return self._checked(batch, rows, logps)
+
+    def score_support(
+        self, batch: TokenBatch, rows: Tensor, max_tokens: int, size: int, vocab_size: int
+    ) -> SupportScores:
+        """The likeliest tokens of each position and their log-probs, see `Teacher.score_support`."""
+
+        def request(part: TokenBatch, chosen: Tensor) -> HeadRequest:
+            counted = part.completion_mask != 0
+            ids = part.completion_ids[counted]
+
+            def compute(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
+                return likeliest_tokens(hidden_states, head, ids, size, vocab_size)
+
+            return HeadRequest(counted, compute, needs_logps=False)
+
+        logps = _empty(batch, dtype=torch.float32)
+        results = (logps, _empty(batch, size, dtype=torch.long), _empty(batch, size, dtype=torch.float32))
+        self._answer(request, results, batch, rows, max_tokens)
+        self._checked(batch, rows, results[2])
+        return SupportScores(self._checked(batch, rows, logps), *results[1:])
+
+    def score_on_support(self, batch: TokenBatch, rows: Tensor, max_tokens: int, support_ids: Tensor) -> SupportScores:
+        """Log-probs of the completions' own tokens and of given ones, `support_ids` `(B, T, K)`."""
+
+        def request(part: TokenBatch, chosen: Tensor) -> HeadRequest:
+            counted = part.completion_mask != 0
+            ids = support_ids[chosen][:, : counted.size(1)][counted]
+            tokens = part.completion_ids[counted]
+
+            def compute(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
+                return logps, support_log_probs(hidden_states, head, ids, tokens, logps)
+
+            return HeadRequest(counted, compute)
+
+        results = (
+            _empty(batch, dtype=torch.float32),
+            _empty(batch, support_ids.size(2), dtype=torch.float32),
+        )
+        self._answer(request, results, batch, rows, max_tokens)
+        self._checked(batch, rows, results[1])
+        return SupportScores(self._checked(batch, rows, results[0]), support_ids, results[1])
+
+    def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
+        """The hidden states that predict the completions, see `Teacher.score_hidden`."""
+
+        def request(part: TokenBatch, chosen: Tensor) -> HeadRequest:
+            def compute(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
+                return logps, hidden_states
+
+            return HeadRequest(part.completion_mask != 0, compute)
+
+        weight = self.output_heads()[0].weight
+        results = _empty(batch, dtype=torch.float32), _empty(batch, weight.size(1), dtype=weight.dtype)
+        self._answer(request, results, batch, rows, max_tokens)
+        heads = torch.zeros(len(batch), dtype=torch.long, device=rows.device)
+        return HiddenScores(self._checked(batch, rows, results[0]), results[1], heads)
+
+    def output_heads(self) -> list[OutputHead]:
+        """The one head of the model; frozen, so that it is the same at any time."""
+        if self._head is None:
+            with self.lent():
+                self._head = output_head(self.model)
+        return [self._head]
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        request: Callable[[TokenBatch, Tensor], HeadRequest],
+        results: tuple[Tensor, ...],
+        batch: TokenBatch,
+        rows: Tensor,
+        max_tokens: int,
+    ) -> None:
+        check_ids(batch, rows, self.vocab_size, self.role)
+        with self.lent():
+            score_parts(_part_score(self._forward, request), results, batch, rows, max_tokens, self._agree_on_calls)
+
+    def _forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_length: int,
+        request: HeadRequest | None = None,
+    ) -> Tensor:
+        with self.accelerator.autocast():
+            return fused_log_probs(self.model, input_ids, attention_mask, completion_length, request)
+
+    def _checked(self, batch: TokenBatch, rows: Tensor, logps: Tensor) -> Tensor:
+        check_scores(logps, self.role)
+        if logps.dim() == 2:
+            self.tokens_scored += int(batch.completion_mask[rows].sum())
+        return logps
+
+    def _agree_on_calls(self, calls: int) -> int:
+        if not is_sharded(self.accelerator):
+            return calls
+        return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
+
+
+def check_ids(batch: TokenBatch, rows: Tensor, vocab_size: int, role: str) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Raises:
+        TeacherError: names the id, its row and position.
+    """
+    for part, ids, mask in (
+        ("prompt", batch.prompt_ids, batch.prompt_mask),
+        ("completion", batch.completion_ids, batch.completion_mask),
+    ):
+        lacking = (ids >= vocab_size) & (mask != 0) & rows.unsqueeze(1)
+        if lacking.any():
+            row, position = lacking.nonzero()[0].tolist()
+            raise TeacherError(
+                f"Token id {int(ids[row, position])} at position {position} of the {part} in row {row} does not exist "
+                f"in the {role}, whose vocabulary has {vocab_size} entries. It cannot be scored, and nothing was "
+                "updated. Use a teacher and a reference with the student's tokenizer, or suppress the id with "
+                "generation_kwargs={'suppress_tokens': [...]}."
+            )
+
+
+def check_scores(logps: Tensor, role: str) -> None:
+    """Refuse log-probs, `(B, T)` or `(B, T, K)`, that are NaN, infinite or positive.
+
+    Raises:
+        NonFiniteError: names the first bad value with its row and position.
+    """
+    bad = ~torch.isfinite(logps) | (logps > _POSITIVE_TOLERANCE)
+    if bad.any():
+        first = bad.nonzero()[0].tolist()
+        row, position = first[:2]
+        raise NonFiniteError(
+            f"The {role} gave {int(bad.sum())} log-probs that are not finite or above 0, the first "
+            f"{float(logps[tuple(first)])} in row {row} at completion token {position}. Nothing was updated. Check "
+            f"the {role}'s weights, or load it in float32 or bfloat16."
+        )
+
+
+def _part_score(forward: Callable[..., Tensor], request_for: Callable[[TokenBatch, Tensor], HeadRequest]) -> PartScore:
+    def score(part: TokenBatch, chosen: Tensor) -> tuple[Tensor, ...]:
+        request = request_for(part, chosen)
+        forward(*part.joined(), part.completion_ids.size(1), request)
+        return tuple(scattered(values, request.chosen) for values in request.output or ())
+
+    return score
+
+
+def _empty(batch: TokenBatch, *sizes: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(*batch.completion_ids.shape, *sizes, dtype=dtype, device=batch.completion_ids.device)
+
+
+class FrozenModel(ModelScorer):
+    """A model whose weights never change, scored with the student's temperature and numerics.
+
+    Args:
+        model: causal language model; frozen and put in evaluation mode in place.
+        role: what messages call it, `teacher` or `reference`.
+        name: where it came from; default: the path in its config.
+
+    Attributes:
+        loaded_from: path or Hub id, revision and options of `from_pretrained`; None for a model given as an object.
+    """
+
+    loaded_from: tuple[str, str | None, dict] | None = None
+
+    def __init__(self, model: PreTrainedModel, *, role: str, name: str | None = None) -> None:
+        self.model: Any = model.requires_grad_(False).eval()
+        self.role = role
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.identity = {"name": name or get_config_model_id(model.config), "fingerprint": fingerprint(model)}
+        self.accelerator: Any = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        role: str,
+        like: PreTrainedModel,
+        revision: str | None,
+        init_kwargs: dict | None,
+        **extra: Any,
+    ) -> "FrozenModel":
+        """Load a model with the dtype and attention implementation of `like`, unless `init_kwargs` says otherwise."""
+        options = dict(init_kwargs or {})
+        options.setdefault("dtype", like.dtype)
+        options.setdefault("attn_implementation", like.config._attn_implementation)
+        if revision is not None:
+            options["revision"] = revision
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            options["device_map"] = None
+        loaded = cls(create_model_from_path(name, **options), role=role, name=name, **extra)
+        loaded.loaded_from = name, revision, dict(init_kwargs or {})
+        return loaded
+
+    def prepare(self, accelerator: Any, *, temperature: float, cast_lm_head_to_fp32: bool) -> None:
+        """Attach the fused head and place the model as TRL places its reference model."""
+        add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
+        self.accelerator = accelerator
+        self.model = prepare_frozen_model(self.model, accelerator)
+
+
+def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str | None:
+    """Short hash of names, shapes and a few values of all weights; None where this rank holds only shards.
+
+    It tells another set of weights from this one, it does not prove equality.
+
+    Args:
+        model: with or without adapters.
+        adapter: hash the weights of this adapter alone; its own name does not count.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if adapter is not None and adapter not in name.split("."):
+            continue
+        if parameter.numel() == 0 or parameter.is_meta:
+            return None
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, values.numel() // 16)].to("cpu", torch.float64)
+        label = name.replace(f".{adapter}.", ".")
+        digest.update(f"{label}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class LocalTeacher(FrozenModel):

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import SGOPDConfigError
-from ..heads import OutputHead
-from ..scoring import TokenBatch
+from ..models.batch import TokenBatch
+from ..models.head import OutputHead
 from .base import HiddenScores, SupportScores
-from .model_scoring import ModelScorer
+from .local import ModelScorer
 
 REFERENCE_ADAPTER = "ref"
 

@@ -11,7 +11,7 @@ from sg_opd_trl.cli import main
 from sg_opd_trl.cli.parsing import build_settings, read_command_line
 from sg_opd_trl.cli.teacher_rollouts import _parser, _trainer, store_folder
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.rollout_cache.precompute import planned_rollouts, precompute, total_steps
+from sg_opd_trl.teacher_sampling.stored.precompute import planned_rollouts, precompute, total_steps
 
 ANCHOR = ("--teacher_sampling_phase1_end_frac", "1.0", "--teacher_sampling_phase2_end_frac", "1.0")
 #: Six teacher prompts in two steps.

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from real_vllm.serving import NEEDS_VLLM, Server, free_port, recipe_trainer, served_teacher
 from sg_opd_trl import TeacherError
-from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits
+from sg_opd_trl.teachers.client import CompletionsClient
+from sg_opd_trl.teachers.http import RequestLimits
 
 pytestmark = NEEDS_VLLM
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from real_vllm.serving import NEEDS_VLLM, Server, recipe_trainer
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.teachers import Sampling
 from sg_opd_trl.trl_seam import add_head_output
 

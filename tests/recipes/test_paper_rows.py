@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from recipe_files import FOLDER, ROOT, header, index_table, load, name, named, of_scale, parse
 
-from sg_opd_trl.config_fields import AnchorFields, GateFields, ObjectiveFields, WeightFields
+from sg_opd_trl.config import AnchorFields, GateFields, ObjectiveFields, WeightFields
 
 with (Path(__file__).parent / "paper_rows.csv").open(encoding="utf-8", newline="") as file:
     ROWS = list(csv.DictReader(file))

@@ -21,9 +21,9 @@ from recipe_files import (
 from sg_opd_trl.cli.launching import launch_words
 from sg_opd_trl.cli.parsing import own_names, read_command_line
 from sg_opd_trl.cli.recipes import ENV_WHITELIST, load_recipe
+from sg_opd_trl.config import unused_settings
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.study.spec import read_study
-from sg_opd_trl.unused_settings import unused_settings
 
 METHOD_KEYS = {
     *("method", "output_dir", "sign_gated_extrapolation", "lambda_base", "lambda_high", "stability_tau"),

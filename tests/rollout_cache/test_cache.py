@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny import ANCHOR, logged, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
 
 from sg_opd_trl import SGOPDConfigError, TeacherAnchorCallback
-from sg_opd_trl.rollout_cache.store import RolloutStore
+from sg_opd_trl.teacher_sampling.stored.store import RolloutStore
 
 SMALL = ANCHOR | {
     "per_device_train_batch_size": 4,
@@ -189,7 +189,7 @@ def test_a_data_set_on_the_hub_is_only_read(
 ) -> None:
     run(tmp_path, tmp_path / "cache", settings={"max_steps": 1})
     store = lines(tmp_path / "cache")
-    monkeypatch.setattr("sg_opd_trl.rollout_cache.location._download", lambda path: tmp_path / "cache")
+    monkeypatch.setattr("sg_opd_trl.teacher_sampling.stored.location._download", lambda path: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     trainer = run(tmp_path, Path("user/rollouts"))
     assert logged(trainer, "anchor/cache_hits") == [2.0, 0.0, 0.0]
@@ -257,7 +257,7 @@ def test_a_path_without_an_anchor_is_refused_at_construction(tmp_path: Path) -> 
 
 
 def test_a_sharded_model_without_a_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sg_opd_trl.rollout_cache.identity.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("sg_opd_trl.teacher_sampling.stored.identity.is_sharded", lambda accelerator: True)
     with pytest.raises(SGOPDConfigError, match="Give the teacher as a path with weights of its own"):
         tiny_trainer(tmp_path, settings={"teacher_rollouts_path": str(tmp_path / "cache")})
 

@@ -11,8 +11,8 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from sg_opd_trl import AdapterTeacher, LocalTeacher, ServerTeacher, SGOPDConfigError
-from sg_opd_trl.rollout_cache import identity
-from sg_opd_trl.rollout_cache.identity import source_facts, teacher_facts
+from sg_opd_trl.teacher_sampling.stored import identity
+from sg_opd_trl.teacher_sampling.stored.identity import source_facts, teacher_facts
 
 
 def local(model: Any) -> LocalTeacher:

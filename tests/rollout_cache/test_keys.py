@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from sg_opd_trl.rollout_cache import keys
-from sg_opd_trl.rollout_cache.keys import context_facts, differences, digest, folder_digest, tokenizer_facts
+from sg_opd_trl.teacher_sampling.stored import identity as keys
+from sg_opd_trl.teacher_sampling.stored.identity import (
+    context_facts,
+    differences,
+    digest,
+    folder_digest,
+    tokenizer_facts,
+)
 
 TEACHER = {"model": {"contents": "abc"}, "dtype": "torch.float32"}
 SAMPLING = {

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.rollout_cache.location import is_hub_id, open_store, push_store, wrong_rollouts_path
-from sg_opd_trl.rollout_cache.store import RolloutStore, StoredRollout
+from sg_opd_trl.teacher_sampling.stored.location import is_hub_id, open_store, push_store, wrong_rollouts_path
+from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout
 
 A = "a" * 24
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sg_opd_trl.rollout_cache import precompute as module
+from sg_opd_trl.teacher_sampling.stored import precompute as module
 
 WANTED = [(row, 0) for row in range(5)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sg_opd_trl.errors import DataError
-from sg_opd_trl.rollout_cache.store import RolloutStore, StoredRollout
+from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout
 
 A, B = "a" * 24, "b" * 24
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_a_killed_writer_leaves_a_readable_store(tmp_path: Path) -> None:
     """SIGKILL while it appends, again and again: nothing that was reported as added is lost."""
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from sg_opd_trl.rollout_cache.store import RolloutStore, StoredRollout\n"
+        "from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout\n"
         "store = RolloutStore(Path(sys.argv[1]))\nnumber = 0\n"
         "while True:\n    store.add([StoredRollout('a' * 24, (3, 4), number, [5] * 4000, 'x' * 9000)])\n"
         "    print(number, flush=True)\n    number += 1\n"
@@ -164,7 +164,7 @@ def test_a_killed_writer_leaves_a_readable_store(tmp_path: Path) -> None:
 def test_two_processes_write_at_the_same_time(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from sg_opd_trl.rollout_cache.store import RolloutStore, StoredRollout\n"
+        "from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout\n"
         "store, rank = RolloutStore(Path(sys.argv[1])), int(sys.argv[2])\nstore.read({'a' * 24: {}})\n"
         "for n in range(50):\n    store.add([StoredRollout('a' * 24, (rank,), n, [rank, n] * 50)])\n"
     )
@@ -196,7 +196,7 @@ def test_a_write_that_takes_only_a_part_is_an_error(tmp_path: Path) -> None:
     """A limit on the size of files: the system takes what fits, and says so only in its answer."""
     script = (
         "import resource, sys\nfrom pathlib import Path\nfrom sg_opd_trl.errors import DataError\n"
-        "from sg_opd_trl.rollout_cache.store import RolloutStore, StoredRollout\n"
+        "from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout\n"
         "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))\n"
         "store = RolloutStore(Path(sys.argv[1]))\n"
@@ -225,7 +225,7 @@ def test_datasets_reads_a_store_with_and_without_verdicts(tmp_path: Path) -> Non
 
 def test_the_store_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom sg_opd_trl.rollout_cache import keys, location, store\n"
+        "import sys\nfrom sg_opd_trl.teacher_sampling.stored import keys, location, store\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.errors import NonFiniteError, SGOPDError, TeacherError
-from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits
+from sg_opd_trl.teachers.client import CompletionsClient
+from sg_opd_trl.teachers.http import RequestLimits
 from teachers.fake_server import SECRET, FakeServer, scripted_logps, send
 
 TIMEOUT = 0.25

@@ -16,7 +16,7 @@ from tiny import (
 from transformers import TrainerCallback
 
 from sg_opd_trl import ServerTeacher
-from sg_opd_trl.teachers.remote.pending import THREAD_NAME
+from sg_opd_trl.teachers.http import THREAD_NAME
 from teachers.fake_server import FakeServer
 
 # Two student prompts of four rollouts and two teacher prompts a step.

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits, asking
-from sg_opd_trl.teachers.remote.asking import Replica, Request
-from sg_opd_trl.teachers.remote.places import Places
-from sg_opd_trl.teachers.remote.transport import Outage, Reply, Stop
+from sg_opd_trl.teachers import http as asking
+from sg_opd_trl.teachers.client import CompletionsClient
+from sg_opd_trl.teachers.http import Outage, Places, Replica, Reply, Request, RequestLimits, Stop
 from teachers.fake_server import FakeServer
 from teachers.http_cases import wait_until
 

@@ -7,7 +7,7 @@ import pytest
 from tiny import TEMPLATE, tiny_tokenizer
 
 from sg_opd_trl import TeacherError
-from sg_opd_trl.teachers.compatibility import check_chat_templates, check_tokenizers, check_vocabulary_sizes
+from sg_opd_trl.teachers.fit import check_chat_templates, check_tokenizers, check_vocabulary_sizes
 
 
 def test_equal_tokenizers_pass() -> None:

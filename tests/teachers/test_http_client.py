@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits
-from sg_opd_trl.teachers.remote.settings import parsed, read_address, read_servers
+from sg_opd_trl.teachers.client import CompletionsClient
+from sg_opd_trl.teachers.http import RequestLimits
+from sg_opd_trl.teachers.urls import parsed, read_address, read_servers
 from teachers.fake_server import SECRET, FakeServer, scripted_completion, scripted_logps
 from teachers.http_cases import (
     FIRSTS,

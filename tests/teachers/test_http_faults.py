@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.errors import TeacherError
-from sg_opd_trl.teachers.remote import CompletionsClient, RequestLimits, transport
+from sg_opd_trl.teachers import http as transport
+from sg_opd_trl.teachers.client import CompletionsClient
+from sg_opd_trl.teachers.http import RequestLimits
 from teachers.fake_server import SECRET, FakeServer
 from teachers.http_cases import (
     IDS,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.errors import TeacherError
-from sg_opd_trl.teachers.remote import RequestLimits
+from sg_opd_trl.teachers.http import RequestLimits
 from teachers.fake_server import FakeServer, scripted_completion
 from teachers.http_cases import (
     FIRSTS,

@@ -11,10 +11,9 @@ from tiny import save_pair, tiny_model
 from torch import Tensor
 
 from sg_opd_trl import LocalTeacher, NonFiniteError, TeacherError
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.teachers import Sampling
-from sg_opd_trl.teachers.frozen import fingerprint
-from sg_opd_trl.teachers.model_scoring import check_ids, check_scores
+from sg_opd_trl.teachers.local import check_ids, check_scores, fingerprint
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 5, 6, 4], [3, 7, 4], [3, 9, 10, 11, 12, 4], [4]]

@@ -19,7 +19,7 @@ from trainer.test_several_teachers import data as routed_data
 from transformers import TrainerCallback
 
 from sg_opd_trl import ServerTeacher, TeacherError
-from sg_opd_trl.anchor import prompt_stream
+from sg_opd_trl.teacher_sampling.callback import prompt_stream
 from teachers.fake_server import FakeServer
 from teachers.http_cases import wait_until
 from teachers.overlap_cases import (

@@ -15,8 +15,9 @@ from tiny import (
     tiny_trainer,
 )
 
-from sg_opd_trl import ServerTeacher, SGOPDTrainer, TeacherAnchorCallback, decoding
-from sg_opd_trl.scoring_ahead import scores_every_rollout
+from sg_opd_trl import ServerTeacher, SGOPDTrainer, TeacherAnchorCallback
+from sg_opd_trl.models import generate as decoding
+from sg_opd_trl.trainer import scores_every_rollout
 from teachers.fake_server import FakeServer
 from teachers.http_cases import wait_until
 from teachers.overlap_cases import (

@@ -9,9 +9,9 @@ import torch
 from tiny import tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
 
 from sg_opd_trl import AdapterTeacher, LocalTeacher, ServerTeacher, SGOPDConfigError
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.teachers import Sampling
-from sg_opd_trl.teachers.rows import teacher_of
+from sg_opd_trl.teachers.routed import teacher_of
 from sg_opd_trl.trl_seam import add_head_output
 from teachers.fake_server import FakeServer
 from teachers.model_server import model_server

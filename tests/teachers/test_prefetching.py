@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sg_opd_trl import ServerTeacher, SGOPDConfigError, TeacherError
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.teachers import Sampling
 from teachers.fake_server import FakeServer
 from teachers.http_cases import wait_until
@@ -192,7 +192,7 @@ def test_rollouts_are_dropped(server: FakeServer, drop: str) -> None:
 def test_the_end_of_the_process_waits_for_nothing() -> None:
     code = (
         "import sys\n"
-        "from sg_opd_trl.teachers.remote import CompletionsClient\n"
+        "from sg_opd_trl.teachers.client import CompletionsClient\n"
         "client = CompletionsClient([sys.argv[1]])\n"
         "client.connect(None)\n"
         "client.prefetch_scores([[3, 5]], [1])\n"

@@ -8,7 +8,7 @@ import torch
 from tiny import copied_weights, inject_rollouts, save_pair, tiny_model, tiny_trainer
 
 from sg_opd_trl import SGOPDConfigError
-from sg_opd_trl.teachers.frozen import FrozenModel, fingerprint
+from sg_opd_trl.teachers.local import FrozenModel, fingerprint
 from sg_opd_trl.teachers.reference import (
     REFERENCE_ADAPTER,
     AdapterReference,

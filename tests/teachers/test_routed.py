@@ -12,7 +12,7 @@ from tiny import ANCHOR, save_pair, tiny_config, tiny_data, tiny_model, tiny_tok
 from torch import Tensor
 
 from sg_opd_trl import DataError, LocalTeacher, RoutedTeacher, SGOPDConfigError, TeacherError
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.teachers import Sampling
 from sg_opd_trl.teachers.base import HiddenScores
 from sg_opd_trl.teachers.routed import TeachersOfRows

@@ -10,8 +10,8 @@ from tiny import ANCHOR, inject_rollouts, inject_teacher_rollouts, save_pair, ti
 
 from sg_opd_trl import DataError, SGOPDConfigError, TeacherError
 from sg_opd_trl.data import prepare_dataset
-from sg_opd_trl.scoring import TokenBatch
-from sg_opd_trl.teachers.rows import teacher_batch, teacher_prompt_ids
+from sg_opd_trl.models.batch import TokenBatch
+from sg_opd_trl.teachers.routed import teacher_batch, teacher_prompt_ids
 
 CPU = torch.device("cpu")
 EXAMPLES = [{"prompt": "12"}, {"prompt": "3", "teacher_prompt": "a3"}, {"prompt": "4", "teacher_prompt": None}]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import ANCHOR, GradientRecorder, inject_rollouts, logged, tiny_model, tiny_tokenizer, tiny_trainer
 
-from sg_opd_trl.scoring import TokenBatch
-from sg_opd_trl.teachers.vocabulary import SharedVocabulary
+from sg_opd_trl.models.batch import TokenBatch
+from sg_opd_trl.teachers.fit import SharedVocabulary
 
 STEP = {"max_steps": 1, "max_grad_norm": 1e9}
 

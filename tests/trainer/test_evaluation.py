@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import ANCHOR, changed_weights, copied_weights, tiny_data, tiny_trainer
 
-from sg_opd_trl.anchor import AnchorStep, TeacherRollout
+from sg_opd_trl.teacher_sampling.callback import AnchorStep, TeacherRollout
 
 EVAL = {"per_device_eval_batch_size": 8, "max_steps": 3}
 

@@ -9,7 +9,7 @@ import torch
 from tiny import ScriptedVerifier, save_pair, script_generation, tiny_data, tiny_model, tiny_trainer
 from transformers import Qwen3ForCausalLM
 
-from sg_opd_trl.anchor import AnchorStep, TeacherRollout
+from sg_opd_trl.teacher_sampling.callback import AnchorStep, TeacherRollout
 
 # Two groups of four: one mixed, one without variance.
 VERDICTS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]

@@ -19,8 +19,8 @@ from tiny import (
 from transformers import TrainerCallback
 
 from sg_opd_trl import SGOPDTrainer, TeacherAnchorCallback
-from sg_opd_trl.anchor import AnchorStep
 from sg_opd_trl.core import anchor_cross_entropy, anchor_token_weights
+from sg_opd_trl.teacher_sampling.callback import AnchorStep
 
 MIXED = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 NO_ANCHOR = {"teacher_sampling_enable": False}

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tiny import StepRecorder, logged, relative_difference, script_generation, tiny_model, tiny_trainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from sg_opd_trl import heads
+from sg_opd_trl.models import head as heads
 from trainer.mode_oracle import mode_oracle
 from trainer.oracle import Step, Weights
 from trainer.test_gradient_oracle import ANCHOR, LIMIT, MODES, TEACHER, train

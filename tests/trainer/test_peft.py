@@ -10,7 +10,7 @@ from tiny import ANCHOR, changed_weights, copied_weights, tiny_model, tiny_train
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from sg_opd_trl import SGOPDConfigError
-from sg_opd_trl.scoring import TokenBatch
+from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.teachers.reference import REFERENCE_ADAPTER, AdapterReference, adapter_switched
 
 peft = pytest.importorskip("peft")

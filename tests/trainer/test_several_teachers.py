@@ -22,7 +22,7 @@ from tiny import (
     tiny_trainer,
 )
 
-from sg_opd_trl.scoring import pad_rows
+from sg_opd_trl.models.batch import pad_rows
 from trainer.oracle import GROUP, VERDICTS, Row, advantage, anchor_loss, float64_model, group_advantages, log_probs
 from trainer.oracle import token_class as class_of
 

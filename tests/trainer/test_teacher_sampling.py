@@ -16,7 +16,8 @@ from tiny import (
 )
 
 from sg_opd_trl import TeacherAnchorCallback
-from sg_opd_trl.dealing import PromptStream, mixed_seed
+from sg_opd_trl.random_state import mixed_seed
+from sg_opd_trl.teacher_sampling.prompts import PromptStream
 
 SMALL = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 3, "lambda_high": 1.0}
 

@@ -1,0 +1,175 @@
+"""A teacher that is gone ends the run; its last finished step is kept as a checkpoint to go on from."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+
+from .core.diagnostics import TokenStatistics, combine, finalize
+from .errors import TeacherError
+from .random_state import RandomState
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingMetrics:
+    """Totals since the last log, for training and evaluation apart; all values are already reduced over ranks."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, list[TokenStatistics]] = defaultdict(list)
+        self._totals: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+
+    def add_tokens(self, mode: str, statistics: TokenStatistics) -> None:
+        """Add the statistics of a micro-batch; they are merged at once, so that the window does not grow."""
+        self._tokens[mode] = [combine([*self._tokens[mode], statistics])]
+
+    def add(self, mode: str, name: str, total: float, count: float = 1.0) -> None:
+        """Add to one metric; its logged value is the sum of totals over the sum of counts."""
+        entry = self._totals[mode][name]
+        entry[0] += total
+        entry[1] += count
+
+    def set(self, mode: str, name: str, value: float) -> None:
+        """Replace the value of one metric; its logged value is the last one."""
+        self._totals[mode][name] = [value, 1.0]
+
+    def drain(self, mode: str) -> dict[str, float]:
+        """Values of the window by name; the totals start anew."""
+        values = {name: total / count for name, (total, count) in self._totals.pop(mode, {}).items() if count}
+        for statistics in self._tokens.pop(mode, []):
+            values |= {name: float(value) for name, value in finalize(*statistics).items()}
+        return values
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[part]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] += time.perf_counter() - start
+
+
+def reduce_over_ranks(
+    accelerator: Any, statistics: TokenStatistics, sums: Tensor
+) -> tuple[TokenStatistics, list[float]]:
+    """Reduce everything a micro-batch reports in one exchange and one wait for the device.
+
+    Args:
+        accelerator: of the trainer.
+        statistics: of this rank.
+        sums: `(n,)` further values that add up over ranks.
+
+    Returns:
+        The statistics of all ranks on the CPU, and the `n` sums.
+    """
+    totals, maxima = statistics
+    packed = torch.cat([totals, maxima, sums.to(totals.dtype)]).unsqueeze(0)
+    ranks = accelerator.gather(packed).cpu()
+    end_of_totals, end_of_maxima = totals.numel(), totals.numel() + maxima.numel()
+    reduced = TokenStatistics(ranks[:, :end_of_totals].sum(dim=0), ranks[:, end_of_totals:end_of_maxima].amax(dim=0))
+    return reduced, ranks[:, end_of_maxima:].sum(dim=0).tolist()
+
+
+class LastStep(TrainerCallback):
+    """Remembers what the process was like after the last finished step, before the next one draws or counts anything.
+
+    Args:
+        trainer: whose run it is.
+
+    Attributes:
+        random_state: of then; None before the first step has finished.
+        saved_step: of this run's newest checkpoint, None without any.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.random_state: RandomState | None = None
+        self.saved_step: int | None = None
+        self._tokens = 0
+        self._counters: list[tuple[Any, dict]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing to go back to yet."""
+        self.random_state = self.saved_step = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the random state, and the counters that checkpoints keep."""
+        self.random_state = RandomState.of(self.trainer.accelerator.device)
+        self._tokens = state.num_input_tokens_seen
+        self._remember_callbacks()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an evaluation after the step counts, such as patience; the random state here is its own."""
+        self._remember_callbacks()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint of this run; folders of other runs may have the same name."""
+        self.saved_step = state.global_step
+
+    def _remember_callbacks(self) -> None:
+        stateful = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
+        self._counters = [(one, dict(one.state()["attributes"])) for one in stateful]
+
+    def restore(self) -> None:
+        """Go back to it."""
+        if self.random_state is not None:
+            self.random_state.restore()
+            self.trainer.state.num_input_tokens_seen = self._tokens
+        for owner, attributes in self._counters:
+            vars(owner).update(attributes)
+
+
+def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
+    """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
+
+    Ranks that did not fail wait for one another and cannot take part: with several processes nothing is written. What
+    goes wrong here is told and not raised, so that it does not hide the error.
+
+    Args:
+        trainer: whose run the error ends.
+        last: its callback.
+        error: why.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    if last.random_state is None or trainer.accelerator.num_processes > 1 or args.save_strategy == SaveStrategy.NO:
+        return
+    folder = Path(args.output_dir) / f"checkpoint-{step}"
+    if last.saved_step != step:
+        last.restore()
+        try:
+            trainer.save_checkpoint()
+        except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
+            logger.warning(
+                "The teacher ended the run, and its %d finished steps could not be kept in %s: %s. Delete that "
+                "folder, and continue from an older checkpoint.",
+                step,
+                folder,
+                failure,
+            )
+            return
+    inside = step * args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
+    logger.warning(
+        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.%s",
+        type(error).__name__,
+        step,
+        folder,
+        folder,
+        " It is inside a generation batch: what is left of it is replaced by new rollouts." if inside else "",
+    )

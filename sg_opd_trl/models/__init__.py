@@ -1,0 +1,1 @@
+"""Running a causal language model well; nothing of distillation."""

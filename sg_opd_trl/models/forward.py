@@ -1,0 +1,339 @@
+"""Forwards without padding: the rows of a batch behind one another in one row.
+
+Exact for models whose tokens meet in attention alone. Attention is a variable-length kernel, or SDPA row by row.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .head import OutputHead
+
+Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
+"""`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens."""
+Pick = Callable[[Tensor, Tensor], Tensor]
+"""`(values per position of the model, chosen (rows, T)) -> values of the positions that predict the chosen tokens`."""
+
+
+class HeadRequest:
+    """A second output of one forward, computed from the hidden states that predict chosen completion tokens.
+
+    Args:
+        chosen: `(B, T)` bool, completion tokens of the forward's first rows and columns.
+        compute: gets, for the chosen tokens in row-major order, the hidden states that predict them, the model's head
+            and the tokens' log-probs, with gradient where the model has one.
+        needs_logps: False spares the forward its own log-probs, which are 0 then.
+
+    Attributes:
+        output: what `compute` returned; None before the forward.
+    """
+
+    def __init__(self, chosen: Tensor, compute: Compute, *, needs_logps: bool = True) -> None:
+        self.chosen = chosen
+        self.compute = compute
+        self.needs_logps = needs_logps
+        self.output: tuple[Tensor, ...] | None = None
+
+    def asked_of(self, model: Any, shape: Sequence[int], pick: Pick) -> Callable[..., Any]:
+        """The model with this request as an argument of its forward; the wrappers around it pass that on.
+
+        Args:
+            model: with `head_output` among the arguments of its forward.
+            shape: rows and completion columns of the forward, not less than those of `chosen`.
+            pick: the layout of the forward's positions.
+        """
+        missing = shape[0] - self.chosen.size(0), shape[1] - self.chosen.size(1)
+        chosen = functional.pad(self.chosen, (0, missing[1], 0, missing[0]))
+
+        def head_output(hidden_states: Tensor, logps: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
+            return self.compute(pick(hidden_states, chosen), head, pick(logps, chosen))
+
+        def forward(**inputs: Any) -> Any:
+            if not self.needs_logps:
+                inputs |= {k: torch.full_like(inputs[k], -100) for k in ("labels", "shift_labels") if k in inputs}
+            outputs = model(**inputs, head_output=head_output)
+            self.output = outputs.head_output
+            return outputs
+
+        return forward
+
+
+def pick_padded(width: int) -> Pick:
+    """The layout of padded rows whose last `width` positions predict the completions."""
+    return lambda values, chosen: values[:, -width:][chosen]
+
+
+def scattered(values: Tensor, chosen: Tensor) -> Tensor:
+    """Values `(N, ...)` of the chosen tokens back to `(B, T, ...)`, 0 elsewhere; connected without a token too."""
+    if values.dim() == 1:
+        return values.new_zeros(chosen.shape).masked_scatter(chosen, values)
+    result = values.new_zeros(*chosen.shape, *values.shape[1:])
+    result[chosen] = values
+    return result
+
+
+IMPLEMENTATION = "sg_opd_rows"
+# Not every architecture hands the bounds that its forward is given through to its attention (Nemotron does not).
+_bounds: ContextVar[tuple[int, ...]] = ContextVar("bounds of packed rows")
+# Rows share a call down to this share of its longest row: fewer calls for little padding, in attention alone.
+_LIKE_LENGTH = 0.8
+
+
+class _Plan(NamedTuple):
+    """How packed tokens go into padded calls and back; None where the order stays as it is.
+
+    `calls` are `(rows, longest row)`; `into` is the packed position of every padded one, `back` the padded position of
+    every packed one.
+    """
+
+    calls: tuple[tuple[int, int], ...]
+    into: Tensor | None
+    back: Tensor | None
+
+
+@lru_cache(maxsize=8)
+def _plan(bounds: tuple[int, ...]) -> _Plan:
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    calls: list[list[int]] = []
+    for row in order:
+        if not calls or lengths[row] < _LIKE_LENGTH * lengths[calls[-1][0]]:
+            calls.append([])
+        calls[-1].append(row)
+    into, back, padded = [], torch.empty(bounds[-1], dtype=torch.long), 0
+    for rows in calls:
+        width = lengths[rows[0]]
+        for row in rows:
+            # Padding repeats the row's last token: it stands behind all others, where causal attention ignores it.
+            into.append(torch.arange(width).clamp(max=lengths[row] - 1) + bounds[row])
+            back[bounds[row] : bounds[row + 1]] = torch.arange(lengths[row]) + padded
+            padded += width
+    sizes = tuple((len(rows), lengths[rows[0]]) for rows in calls)
+    if padded == bounds[-1] and order == sorted(order):
+        return _Plan(sizes, None, None)
+    return _Plan(sizes, torch.cat(into), back)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' attention functions: `(1, heads, N, size)` each -> `(1, N, heads, size)`."""
+    plan = _plan(_bounds.get())
+    padded = [_take(states[0].transpose(0, 1), plan.into) for states in (query, key, value)]
+    results, start = [], 0
+    for rows, width in plan.calls:
+        call = slice(start, start + rows * width)
+        queries, keys, values = (states[call].unflatten(0, (rows, width)).transpose(1, 2) for states in padded)
+        band = _band(width, sliding_window, query.device)
+        options["is_causal"] = band is None
+        results.append(sdpa_attention_forward(module, queries, keys, values, band, **options)[0].flatten(0, 1))
+        start += rows * width
+    return _take(torch.cat(results), plan.back).unsqueeze(0), None
+
+
+def _take(states: Tensor, positions: Tensor | None) -> Tensor:
+    return states if positions is None else states.index_select(0, positions.to(states.device))
+
+
+def _band(width: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Mask of a sliding window that is shorter than the rows, else None."""
+    if window is None or width <= window:
+        return None
+    back = torch.arange(width, device=device).unsqueeze(1) - torch.arange(width, device=device)
+    return ((back >= 0) & (back < window)).expand(1, 1, width, width)
+
+
+@contextmanager
+def rows_apart(model: PreTrainedModel, bounds: Tensor) -> Iterator[None]:
+    """Have an SDPA model attend inside packed rows only; the model is as before afterwards.
+
+    Not for gradient checkpointing, whose second forward runs after the block.
+
+    Args:
+        model: whose attention goes through transformers' `AttentionInterface`.
+        bounds: `(rows + 1,)`, where the rows begin and the last one ends.
+    """
+    config = model.config
+    before, token = config._attn_implementation, _bounds.set(tuple(bounds.tolist()))
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _bounds.reset(token)
+
+
+# Without a mask function of that name transformers builds no mask, and hands the rows' bounds through.
+AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+_IGNORED = -100
+# Share of padding from which packing on the CPU pays for its bookkeeping.
+_WORTHWHILE = 0.05
+_NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
+_HUB_KERNELS = ("flash-attn", "flash_attn")
+_ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows without their padding, `N` tokens in all.
+
+    Attributes:
+        model_inputs: arguments of the model: `input_ids`, `position_ids` (from 0 in each row) and `shift_labels` (the
+            label that a position predicts, -100 = none), `(1, N)` each, and where the rows begin.
+        scored: `(N,)` bool, positions that predict a token of a completion.
+        targets: `(B, T)` bool, the tokens that they predict, in the same order.
+    """
+
+    model_inputs: dict[str, Any]
+    scored: Tensor
+    targets: Tensor
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Back to `(B, T)` from one value per packed position, `(1, N)`; 0 where nothing was predicted."""
+        # Not an indexed assignment: without any target the result stays connected to the model.
+        return values.new_zeros(self.targets.shape).masked_scatter(self.targets, values[0, self.scored])
+
+    def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """`(N, ...)` values `(1, W, ...)` of the positions that predict the chosen tokens, `(B, T)` bool.
+
+        A token that nothing predicts, the first one without a prompt, gets those of position 0.
+        """
+        scored = self.scored.nonzero().flatten()
+        positions = scored.new_zeros(self.targets.shape).masked_scatter(self.targets, scored)
+        return values[0, positions[chosen]]
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedRows:
+    """Put rows behind one another without their padding.
+
+    Args:
+        input_ids: `(B, P + T)` token ids; the tokens of a row have no padding between them.
+        attention_mask: `(B, P + T)`, 1 = token, 0 = padding; at least one token.
+        completion_length: T, the columns at the end whose tokens are scored.
+    """
+    present = attention_mask != 0
+    prompt_width = input_ids.size(1) - completion_length
+    labels = input_ids.masked_fill(~present, _IGNORED)
+    labels[:, :prompt_width] = _IGNORED
+    # A position predicts the next column of its own row; the last one predicts nothing.
+    shift_labels = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+    predicting = present & (shift_labels != _IGNORED)
+    packed_labels = shift_labels[present]
+    model_inputs = {
+        "input_ids": input_ids[present].unsqueeze(0),
+        "position_ids": (present.cumsum(dim=1) - 1)[present].unsqueeze(0),
+        "shift_labels": packed_labels.unsqueeze(0),
+        **_row_bounds(present.sum(dim=1)),
+    }
+    targets = functional.pad(predicting[:, :-1], (1, 0))[:, prompt_width:]
+    return PackedRows(model_inputs, scored=packed_labels != _IGNORED, targets=targets)
+
+
+def _row_bounds(lengths: Tensor) -> dict[str, Any]:
+    """What the kernels take; without it they would find the rows anew from `position_ids` in every layer."""
+    lengths = lengths[lengths > 0]
+    bounds = functional.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_log_probs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    request: HeadRequest | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One forward without padding of a model with a fused head, for arguments as in `pack`; answers a request.
+
+    Returns:
+        Log-probs and entropies (None if the head gives none) of the last `completion_length` tokens,
+        `(B, completion_length)` float32; 0 where the mask is 0.
+    """
+    packed = pack(input_ids, attention_mask, completion_length)
+    with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
+        asked: Any = request.asked_of(model, packed.targets.shape, packed.pick) if request else model
+        outputs = asked(**packed.model_inputs, fused_lm_head=True)
+    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+    return packed.unpack(outputs.log_probs), entropies
+
+
+def should_pack(model: nn.Module, attention_mask: Tensor) -> bool:
+    """Whether packed rows cannot see one another in this model, and packing these rows saves work.
+
+    That takes layers that mix tokens through attention alone (recurrent states and convolutions would run on from row
+    to row, images bring positions of their own, virtual tokens of prompt tuning would stand before the first row only)
+    and attention that keeps rows apart: a variable-length kernel, or SDPA on the CPU, row by row.
+
+    Args:
+        model: plain or wrapped, with a fused head.
+        attention_mask: `(B, W)`, 1 = token, 0 = padding.
+    """
+    base = _base(model)
+    if base is None or not _mixes_within_rows(base):
+        return False
+    if _has_variable_length_kernel(base):
+        return True
+    if not _attends_by_rows(base, attention_mask.device):
+        return False
+    padding = attention_mask.numel() - int(attention_mask.sum())
+    return padding >= _WORTHWHILE * attention_mask.numel()
+
+
+def _base(model: nn.Module) -> PreTrainedModel | None:
+    """The model inside its wrappers; None where virtual tokens come in between."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+        if _adds_virtual_tokens(module):
+            return None
+    return None
+
+
+def _attends_by_rows(base: PreTrainedModel, device: torch.device) -> bool:
+    if device.type != "cpu" or base.config._attn_implementation != "sdpa" or not base._supports_attention_backend:
+        return False
+    checkpointing = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
+    return not (torch.is_grad_enabled() and any(checkpointing))
+
+
+def _attention(model: nn.Module, bounds: Tensor) -> AbstractContextManager[None]:
+    base = _base(model)
+    return rows_apart(base, bounds) if base is not None and _attends_by_rows(base, bounds.device) else nullcontext()
+
+
+def _adds_virtual_tokens(module: Any) -> bool:
+    return hasattr(module, "peft_config") and any(c.is_prompt_learning for c in module.peft_config.values())
+
+
+def _has_variable_length_kernel(model: PreTrainedModel) -> bool:
+    # Not the `paged|...` names, under which transformers generates.
+    name = model.config._attn_implementation or ""
+    from_hub = any(kernel in name for kernel in _HUB_KERNELS) and "|" not in name
+    return name in _NATIVE_KERNELS or from_hub
+
+
+def _mixes_within_rows(model: PreTrainedModel) -> bool:
+    config: Any = model.config
+    if model._is_stateful or config.get_text_config() is not config:
+        return False
+    return not hasattr(config, "layer_types") or set(config.layer_types or ()) <= _ROW_LOCAL_LAYERS

@@ -1,0 +1,312 @@
+"""Settings of the engine that writes the student's rollouts (`use_vllm`), checked before it starts."""
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from trl import GRPOConfig
+
+from . import __version__
+from .config import SGOPDConfig, engine_problems, warn_of_unused
+from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
+from .errors import SGOPDConfigError
+from .teacher_sampling.callback import TeacherAnchorCallback
+from .teachers.build import check_sources, default_reference
+from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
+from .trl_seam import get_config_model_id
+
+logger = logging.getLogger(__name__)
+
+
+# What transformers calls tables of learned absolute positions.
+_ABSOLUTE_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed")
+
+
+def default_config(model: Any) -> SGOPDConfig:
+    """The configuration of a trainer that was given none, its output folder named after the student."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return SGOPDConfig(f"{Path(name).name or 'student'}-SG-OPD")
+
+
+def check_arguments(
+    args: Any,
+    teacher_model: Any,
+    reference_model: Any,
+    callbacks: Iterable | None,
+    tools: Any,
+    rollout_func: Any,
+    environment_factory: Any,
+    train_dataset: Any,
+) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        SGOPDConfigError: names the setting, its value, the reason and the way out.
+    """
+    if not isinstance(args, SGOPDConfig):
+        raise SGOPDConfigError(
+            f"`args` must be an SGOPDConfig, got {type(args).__name__}. The gate and the anchor read their settings "
+            "from it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
+        )
+    check_sources(args, teacher_model, reference_model)
+    if args.teacher_sampling_enable:
+        _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
+    elif any(map(_is_anchor_callback, callbacks or [])):
+        raise SGOPDConfigError(
+            "`callbacks` must not hold a TeacherAnchorCallback with teacher_sampling_enable=False, got one. It would "
+            "have the teacher generate against the setting. Leave it out, or set teacher_sampling_enable=True."
+        )
+
+
+def _check_anchor(
+    tools: Any, rollout_func: Any, environment_factory: Any, args: SGOPDConfig, train_dataset: Any
+) -> None:
+    given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+    for name, value in given.items():
+        if value:
+            raise SGOPDConfigError(
+                f"`teacher_sampling_enable=True` is not supported with `{name}`, got both. The teacher's rollouts are "
+                "single turns, the verifier would judge them by the end of an interaction that never took place. Set "
+                "teacher_sampling_enable=False; gate and teacher signal work as usual."
+            )
+    if isinstance(train_dataset, IterableDataset) and args.teacher_sampling_prompts == "reserve":
+        raise SGOPDConfigError(
+            "`teacher_sampling_prompts='reserve'` is not supported with an iterable data set: its rows cannot be "
+            "drawn by number. Set teacher_sampling_prompts='share', or load the data set without streaming."
+        )
+
+
+def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_config: Any) -> Any:
+    """Keep the student's initial state where the reference will need it, before anything changes the student.
+
+    Returns:
+        A deep copy of a student given as a plain model; None where a path, an adapter or TRL's reference serves.
+    """
+    _check_can_be_reloaded(model, args, peft_config)
+    if isinstance(model, str) or peft_config is not None or not default_reference(args, reference_model):
+        return None
+    if args.beta != 0.0 and not args.sync_ref_model:
+        return None
+    if hasattr(model, "peft_config"):
+        add_reference_adapter(model)
+        return None
+    return copy.deepcopy(model)
+
+
+def _check_student(model: Any) -> None:
+    """Refuse students whose log-probs depend on how a batch is padded, and adapters that TRL cannot switch.
+
+    Raises:
+        SGOPDConfigError: learned absolute positions, or an adapter loaded into a plain model.
+    """
+    if isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False):
+        raise SGOPDConfigError(
+            f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
+            "into it. They cannot be switched off for the reference. Load it with "
+            "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _ABSOLUTE_POSITIONS:
+            raise SGOPDConfigError(
+                f"`model` must not learn a vector per position, got {name!r} in {type(model).__name__}. Prompts are "
+                "padded on the left, which would move every token of a short row to other positions in student and "
+                "teacher. Use a model with rotary or relative positions."
+            )
+
+
+def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> None:
+    """TRL loads its own reference for the KL penalty from the student's path."""
+    plain = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
+    if args.beta != 0.0 and plain and not get_config_model_id(model.config):
+        raise SGOPDConfigError(
+            f"`beta={args.beta}` is not supported with a student given as a model without a path: TRL loads the "
+            "initial student, which the KL penalty needs, from there. Pass `model` as a path, or set beta=0."
+        )
+
+
+def with_anchor_callback(callbacks: list | None, args: SGOPDConfig) -> list | None:
+    """Add the anchor's callback unless the caller brought one."""
+    if not args.teacher_sampling_enable or any(map(_is_anchor_callback, callbacks or [])):
+        return callbacks
+    return [*(callbacks or []), TeacherAnchorCallback()]
+
+
+def _is_anchor_callback(callback: Any) -> bool:
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, TeacherAnchorCallback)
+
+
+class AnchorBinding(TrainerCallback):
+    """Binds every anchor callback to the trainer when training starts, those restored from a checkpoint too."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bind."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TeacherAnchorCallback):
+                callback.bind(self.trainer)
+
+
+def check_run(trainer: Any) -> None:
+    """Check what the parent has set up: data, chat template, inputs, dropout.
+
+    Raises:
+        DataError: a data set without what the run needs.
+        SGOPDConfigError: a student that takes images.
+    """
+    args = trainer.args
+    _check_student(trainer.accelerator.unwrap_model(trainer.model))
+    _warn_of_inexact_resume(args)
+    warn_of_unused(args)
+    if trainer.is_multimodal:
+        raise SGOPDConfigError(
+            f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
+            "teacher. Use trl.GRPOTrainer, or a text-only student."
+        )
+    for name, dataset in datasets_of(trainer):
+        prompts = args.generation_batch_size // args.num_generations if name == "train_dataset" else 1
+        check_dataset(
+            dataset,
+            reward_funcs=trainer.reward_funcs,
+            processing_class=trainer.processing_class,
+            prompts_per_generation_batch=prompts,
+            name=name,
+        )
+    check_rollout_engine(trainer)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if REFERENCE_ADAPTER in (getattr(student, "peft_config", None) or {}):
+        save_without_reference(student)
+    if args.sign_gated_extrapolation and not args.disable_dropout and _dropout(student):
+        logger.warning(
+            "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
+            "student's log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
+            _dropout(student),
+        )
+
+
+def _warn_of_inexact_resume(args: Any) -> None:
+    """Rollouts are not part of a checkpoint: one inside a generation batch resumes with new rollouts."""
+    block = args.steps_per_generation * args.num_iterations
+    between = args.save_steps * args.gradient_accumulation_steps
+    if args.save_strategy == "steps" and args.save_steps >= 1 and between % block:
+        logger.warning(
+            "`save_steps=%s` puts checkpoints inside a generation batch (%d micro-batches, used %d times): a run "
+            "resumed from one draws new rollouts and differs from an uninterrupted one. Make save_steps * "
+            "gradient_accumulation_steps a multiple of steps_per_generation * num_iterations.",
+            args.save_steps,
+            args.steps_per_generation,
+            args.num_iterations,
+        )
+
+
+def _dropout(model: Any) -> float:
+    inside = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    config = model.config.to_dict()
+    return max([0.0, *inside, *(v for k, v in config.items() if k.endswith("dropout") and isinstance(v, float))])
+
+
+def checkpoint_facts(trainer: Any) -> dict:
+    """What a checkpoint says about the run's teacher and reference."""
+    reference = trainer.reference.identity if trainer.reference is not None else None
+    return {
+        "version": __version__,
+        "teacher": trainer.teacher.identity,
+        "reference": reference,
+        "teacher_tokens": list(trainer.teacher_tokens),
+    }
+
+
+def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
+    """Refuse to resume with other weights in the teacher or reference.
+
+    Raises:
+        SGOPDConfigError: names the model and both fingerprints, or where there are none, both names.
+    """
+    for role, model in (("teacher", trainer.teacher), ("reference", trainer.reference)):
+        stored = _identities(role, state.get(role))
+        current = _identities(role, None if model is None else model.identity)
+        if stored.keys() != current.keys():
+            raise SGOPDConfigError(
+                f"The teachers must be those of the checkpoint, got {sorted(current)} in place of {sorted(stored)}. "
+                "The resumed run would optimise something else. Give the original ones, or start a new run from the "
+                "checkpoint's model."
+            )
+        for name, facts in stored.items():
+            difference = _difference(facts, current[name])
+            if difference is not None:
+                raise SGOPDConfigError(
+                    f"The {name} must be the one of the checkpoint, got {difference}. The resumed run would optimise "
+                    f"something else. Give the original {name}, or start a new run from the checkpoint's model."
+                )
+
+
+def _difference(before: dict, now: dict) -> str | None:
+    """How a model differs from the checkpoint's, for a message; None where it does not, or nothing tells."""
+    old, new = before.get("fingerprint"), now.get("fingerprint")
+    if old is not None and new is not None:
+        other = f"other weights (fingerprint {new}, the checkpoint has {old} of {before['name']!r})"
+        return other if old != new else None
+    if old is not None or new is not None:
+        return None
+    # A server's weights are not seen: it is known by its model's name and by what that was loaded from.
+    for key in ("name", "root", "revision"):
+        if None not in (before.get(key), now.get(key)) and before[key] != now[key]:
+            return f"another model ({key} {now[key]!r}, the checkpoint has {before[key]!r})"
+    return None
+
+
+def _identities(role: str, identity: dict | None) -> dict[str, dict]:
+    """What is known of a model, or of each of several teachers, by the name that messages use."""
+    several = (identity or {}).get("teachers")
+    return {role: identity or {}} if several is None else {f"{role} {name}": part for name, part in several.items()}
+
+
+def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:
+    """What the model card says of a run."""
+    args = trainer.args
+    inherited = {field.name for field in fields(GRPOConfig)}
+    own = [field.name for field in fields(SGOPDConfig) if field.name not in inherited]
+    sizes = ("learning_rate", "num_generations", "max_completion_length", "temperature", "beta", "loss_type", "seed")
+    return {
+        "model_name": model_name or Path(args.output_dir).name,
+        "base_model": get_config_model_id(trainer.model.config) or None,
+        "teacher_model": trainer.teacher.identity["name"] or None,
+        "reference_model": trainer.reference.identity["name"] if trainer.reference is not None else None,
+        "dataset_name": dataset_name,
+        "tags": sorted({*trainer.tags, *([tags] if isinstance(tags, str) else tags or [])}),
+        "config": {name: getattr(args, name) for name in (*own, *sizes)},
+        "is_adapter": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+        "evaluations": trainer.evaluations,
+        "citation": trainer.citation,
+    }
+
+
+def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> None:
+    """Refuse what `engine_problems` finds; nothing if the longest prompt is not known.
+
+    Raises:
+        SGOPDConfigError: names the length that is needed.
+    """
+    for problem in engine_problems(config, longest_prompt, source) if longest_prompt is not None else ():
+        raise SGOPDConfigError(problem)
+
+
+def check_rollout_engine(trainer: Any) -> None:
+    """Hold the first prompts of the data set against the engine's context.
+
+    Raises:
+        SGOPDConfigError: they do not fit.
+    """
+    if not trainer.args.use_vllm or trainer.environment_factories:
+        return
+    prompts = trainer.tokenize_prompts(first_prompts(trainer.train_dataset))
+    longest = max(map(len, prompts), default=0)
+    check_prompt_room(trainer.args, longest, f"the longest of the first {PROMPTS_RENDERED} prompts")

@@ -1,0 +1,1 @@
+"""Phased teacher sampling: prompts, one plan per step, and stored rollouts."""

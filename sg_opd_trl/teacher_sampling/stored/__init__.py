@@ -1,0 +1,1 @@
+"""Teacher rollouts that are kept between runs."""

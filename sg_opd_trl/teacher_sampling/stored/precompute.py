@@ -1,0 +1,135 @@
+"""All teacher rollouts that a run will ask for, written before it starts."""
+
+import time
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from ...errors import SGOPDConfigError
+from ...random_state import mixed_seed
+from ...teachers.routed import teacher_prompt_ids
+from ..callback import TeacherAnchorCallback, prompt_stream
+from ..prompts import stream_samples
+
+
+@dataclass
+class RolloutCounts:
+    """What became of the rollouts of a schedule, over all processes.
+
+    Attributes:
+        stored: were in the store before.
+        written: were generated now.
+        right: of those written, judged right by the verifier.
+        tokens: generated now.
+        seconds: wall time.
+    """
+
+    stored: int = 0
+    written: int = 0
+    right: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def planned_rollouts(trainer: Any, processes: int | None = None) -> list[tuple[int, int]]:
+    """Row of the training set and sample index of every rollout that the anchor will ask for, in that order.
+
+    Args:
+        trainer: of the run, ready to train.
+        processes: of the run; default: as many as now.
+
+    Raises:
+        SGOPDConfigError: another number of processes where the number of steps depends on it.
+    """
+    args = trainer.args
+    if processes is None:
+        processes = trainer.accelerator.num_processes
+    elif processes != trainer.accelerator.num_processes and args.max_steps <= 0:
+        raise SGOPDConfigError(
+            f"`train_processes` must be left out where `max_steps` is not set, got {processes}. The number of steps "
+            "follows from the number of processes. Set max_steps, or start as many processes as will train."
+        )
+    total = total_steps(trainer)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    run: Any = SimpleNamespace(
+        args=args,
+        train_dataset=trainer.train_dataset,
+        student_prompts_per_step=rows / args.num_generations,
+        state=SimpleNamespace(max_steps=total),
+    )
+    callback, stream, each = TeacherAnchorCallback(), prompt_stream(run), args.teacher_num_generations
+    wanted: dict[tuple[int, int], None] = {}
+    for step in range(1, total + 1):
+        if callback.alpha(args, step, total) <= 0:
+            continue
+        first, end = callback.prompt_range(run, step)
+        slots = range((end - first) * each)
+        chosen = [row for row in stream.between(first, end) for _ in range(each)]
+        samples = stream_samples(stream, first, slots, each, trainer.rollout_cache.repeats)
+        wanted |= dict.fromkeys(zip(chosen, samples, strict=True))
+    return list(wanted)
+
+
+def total_steps(trainer: Any) -> int:
+    """Optimizer steps of a run that has not started."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def precompute(trainer: Any, wanted: list[tuple[int, int]], batch_size: int) -> RolloutCounts:
+    """Have the teacher write the rollouts that the trainer's cache lacks; all processes together.
+
+    Every batch is stored as soon as it is judged: a killed run goes on where it stopped.
+
+    Args:
+        trainer: with a writable `rollout_cache`.
+        wanted: row of the training set and sample index of each.
+        batch_size: rollouts that one process writes at once.
+    """
+    started, counts = time.perf_counter(), RolloutCounts()
+    cache, accelerator = trainer.rollout_cache, trainer.accelerator
+    examples = {row: trainer.train_dataset[row] for row, _ in wanted}
+    prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples.values()])
+    read_ids = teacher_prompt_ids(list(examples.values()), prompt_ids, trainer.tokenize_prompts)
+    read = dict(zip(examples, read_ids, strict=True))
+    missing = [(row, sample) for row, sample in wanted if not cache.holds(examples[row], read[row], sample)]
+    # What was read may differ, as other runs append: all go through one list, in calls of the same number.
+    missing = broadcast_object_list([missing])[0]
+    together = batch_size * accelerator.num_processes
+
+    def judge(rows: list[dict], completion_ids: list[list[int]]) -> list[float | None]:
+        verdicts = trainer.judge(rows, completion_ids)
+        counts.written += len(verdicts)
+        counts.right += sum(verdict == 1 for verdict in verdicts)
+        counts.tokens += sum(map(len, completion_ids))
+        return verdicts
+
+    quiet = trainer.args.disable_tqdm or not accelerator.is_main_process
+    with tqdm(
+        total=len(wanted),
+        initial=len(wanted) - len(missing),
+        desc="Teacher rollouts",
+        unit="rollout",
+        dynamic_ncols=True,
+        disable=quiet,
+    ) as bar:
+        for start in range(0, len(missing), together):
+            batch = missing[start : start + together]
+            own = batch[accelerator.process_index :: accelerator.num_processes]
+            # The first of the batch, not its number, so that a resumed run does not repeat an earlier seed.
+            seed = mixed_seed(trainer.args.seed, 5, *batch[0], accelerator.process_index)
+            rows, samples = [row for row, _ in own], [sample for _, sample in own]
+            cache.complete([examples[row] for row in rows], [read[row] for row in rows], samples, seed, judge)
+            bar.update(len(batch))
+    counts.seconds = time.perf_counter() - started
+    return _over_processes(counts, stored=len(wanted) - len(missing))
+
+
+def _over_processes(counts: RolloutCounts, stored: int) -> RolloutCounts:
+    ranks = gather_object([counts])
+    total = {field.name: sum(getattr(rank, field.name) for rank in ranks) for field in fields(RolloutCounts)}
+    return RolloutCounts(**total | {"stored": stored, "seconds": max(rank.seconds for rank in ranks)})

@@ -1,0 +1,244 @@
+"""Teacher rollouts in a folder that `datasets.load_dataset` reads: JSON Lines, one file per process that wrote.
+
+A process appends to a file of its own, whole lines at a time, and reads everybody's when it starts. A killed process
+leaves at most one line without an end, which the next reader passes over.
+"""
+
+import json
+import logging
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+from .identity import DIGEST_LENGTH
+
+logger = logging.getLogger(__name__)
+
+
+CARD_FILE = "README.md"
+
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files: rollouts-*.jsonl
+dataset_info:
+  features:
+  - name: context
+    dtype: string
+  - name: sample
+    dtype: int64
+  - name: prompt_ids
+    list: int64
+  - name: completion_ids
+    list: int64
+  - name: completion
+    dtype: string
+  - name: verdict
+    dtype: float64
+  - name: checksum
+    dtype: string
+tags:
+- sg-opd
+- teacher-rollouts
+---
+
+# Teacher rollouts
+
+Completions that a frozen teacher wrote for the anchor of SG-OPD runs (`sg_opd_trl`). Set `teacher_rollouts_path` to
+this folder or data set, and runs that ask for the same rollouts read them here.
+
+| column | meaning |
+|---|---|
+| `context` | digest of teacher, tokenizer and sampling settings; `contexts/DIGEST.json` lists them |
+| `sample` | tells the rollouts of one prompt apart |
+| `prompt_ids` | token ids that the teacher read |
+| `completion_ids` | token ids that it wrote, the end token included |
+| `completion` | the same as text, special tokens left out |
+| `verdict` | of the verifier when the rollout was written: 1 right, 0 wrong, null not judged then; runs judge anew |
+| `checksum` | of the four columns that matter; a line that does not fit it is passed over |
+"""
+
+
+def store_card() -> str:
+    """Markdown with the columns and their types."""
+    return _CARD
+
+
+ROLLOUT_FILES = "rollouts-*.jsonl"
+CONTEXT_FOLDER = "contexts"
+_START = re.compile(rb'\{"context": "([0-9a-f]{%d})", ' % DIGEST_LENGTH)
+
+
+@dataclass(frozen=True)
+class StoredRollout:
+    """One line of a store.
+
+    Attributes:
+        context: digest of teacher, tokenizer and sampling settings.
+        prompt_ids: what the teacher read.
+        sample: tells the rollouts of one prompt apart.
+        completion_ids: what it wrote, the end token included.
+        completion: the same as text, for readers of the data set.
+        verdict: of the verifier at the time: 1 right, 0 wrong, None not judged then. Runs judge anew.
+    """
+
+    context: str
+    prompt_ids: tuple[int, ...]
+    sample: int
+    completion_ids: list[int]
+    completion: str = ""
+    verdict: float | None = None
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...], int]:
+        """What a rollout is found by."""
+        return self.context, self.prompt_ids, self.sample
+
+    def line(self) -> bytes:
+        """As JSON, the context first, so that readers can pass over other contexts unread."""
+        fields = {
+            "context": self.context,
+            "sample": self.sample,
+            "prompt_ids": list(self.prompt_ids),
+            "completion_ids": self.completion_ids,
+            "completion": self.completion,
+            "verdict": self.verdict,
+            "checksum": _checksum(self.context, self.sample, self.prompt_ids, self.completion_ids),
+        }
+        return (json.dumps(fields) + "\n").encode()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "StoredRollout":
+        """Check and convert one line.
+
+        Raises:
+            ValueError: ids that are not those that were written.
+            KeyError: a field is missing.
+            TypeError: no mapping, or a field of another type.
+        """
+        context, sample, prompt = fields["context"], fields["sample"], tuple(fields["prompt_ids"])
+        completion_ids = list(fields["completion_ids"])
+        if fields["checksum"] != _checksum(context, sample, prompt, completion_ids):
+            raise ValueError("checksum")
+        return cls(context, prompt, sample, completion_ids, fields["completion"], fields["verdict"])
+
+
+class RolloutStore:
+    """The rollouts of a folder that belong to given contexts.
+
+    Args:
+        folder: exists; its rollouts are read by `read`.
+        writable: whether `add` writes into it; otherwise it only remembers.
+        name: what messages call the store; default: the folder.
+    """
+
+    def __init__(self, folder: Path, *, writable: bool = True, name: str | None = None) -> None:
+        self.folder = folder
+        self.writable = writable
+        self.name = str(folder) if name is None else name
+        self._rollouts: dict[tuple, list[int]] = {}
+        self._facts: dict[str, dict] = {}
+        self._own_file = folder / ROLLOUT_FILES.replace("*", uuid.uuid4().hex[:16])
+
+    def __len__(self) -> int:
+        return len(self._rollouts)
+
+    def read(self, contexts: Mapping[str, dict]) -> None:
+        """Read the rollouts of some contexts; where two files have the same one, the first file's counts.
+
+        Args:
+            contexts: digest -> facts.
+        """
+        self._facts.update(contexts)
+        for path in sorted(self.folder.glob(ROLLOUT_FILES)):
+            for rollout in _rollouts_of(path, contexts):
+                self._rollouts.setdefault(rollout.key, rollout.completion_ids)
+
+    def get(self, context: str, prompt_ids: Sequence[int], sample: int) -> list[int] | None:
+        """Completion ids of a rollout; None where the store has none."""
+        return self._rollouts.get((context, tuple(prompt_ids), sample))
+
+    def add(self, rollouts: Sequence[StoredRollout]) -> None:
+        """Keep rollouts, on disk before this returns where the store is writable.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        for rollout in rollouts:
+            self._rollouts.setdefault(rollout.key, rollout.completion_ids)
+        if not self.writable or not rollouts:
+            return
+        try:
+            self._describe({rollout.context for rollout in rollouts})
+            with self._own_file.open("ab") as file:
+                # Buffered: a plain file may take a part of what it is given, and says so only in its answer.
+                file.write(b"".join(rollout.line() for rollout in rollouts))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"`teacher_rollouts_path` must be a folder that can be written, got {self.name!r}: {error.strerror}. "
+                "The teacher's rollouts are kept there. Make room or choose another folder; what it holds stays "
+                "readable."
+            ) from error
+
+    def other_contexts(self) -> dict[str, dict]:
+        """Facts by digest of the contexts that were not asked for."""
+        found = {}
+        for path in sorted((self.folder / CONTEXT_FOLDER).glob("*.json")):
+            if path.stem in self._facts:
+                continue
+            try:
+                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                logger.warning("%s is not readable; it only describes rollouts and is passed over.", path)
+        return found
+
+    def _describe(self, contexts: Collection[str]) -> None:
+        """Write card and facts where they are missing; several processes may do so at once."""
+        texts = {self.folder / CARD_FILE: store_card()}
+        for context in contexts:
+            path = self.folder / CONTEXT_FOLDER / f"{context}.json"
+            texts[path] = json.dumps(self._facts.get(context, {}), indent=1, sort_keys=True) + "\n"
+        for path, text in texts.items():
+            if path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+
+
+def _rollouts_of(path: Path, contexts: Collection[str]) -> Iterator[StoredRollout]:
+    bad: list[int] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            start = _START.match(line)
+            if start and start.group(1).decode() not in contexts and line.endswith(b"}\n"):
+                continue
+            try:
+                rollout = StoredRollout.from_fields(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                bad.append(number)
+                continue
+            if rollout.context in contexts:
+                yield rollout
+    if bad:
+        logger.warning(
+            "%s: %d of its lines cannot be read, the first is line %d. They count as missing, and their rollouts are "
+            "written again. A process that was killed leaves such a line.",
+            path,
+            len(bad),
+            bad[0],
+        )
+
+
+def _checksum(context: str, sample: int, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
+    return f"{zlib.crc32(json.dumps([context, sample, list(prompt_ids), list(completion_ids)]).encode()):08x}"

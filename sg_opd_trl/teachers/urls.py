@@ -1,0 +1,188 @@
+"""`teacher_model_server_url` and what goes with it: one form for all of its spellings, and its checks."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import SGOPDConfigError
+
+API_KEY_VARIABLE = "SG_OPD_TEACHER_API_KEY"
+"""Environment variable with the key of the teacher servers; settings end up in checkpoints, so it is none of them."""
+
+TIMEOUT, MAX_RETRIES = 600.0, 5
+"""Defaults of `teacher_request_timeout` (seconds) and `teacher_max_retries`."""
+
+_PORTS = {"http": 80, "https": 443}
+_WAY_OUT = "Set for example http://localhost:8000."
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+_HEADER_VALUE = re.compile(r"[ -~\xa0-\xff]*")
+# What a message shows of a URL: scheme and host, not the path, in which some gateways have a key.
+_SHOWN = re.compile(r"([\w+.-]+:/*)?[^/\\\s]*")
+_UNSENDABLE = re.compile(r"[\x00-\x20\x7f]")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is.
+
+    Attributes:
+        scheme: `http` or `https`.
+        host: name or number.
+        port: of the host.
+        path: what comes before `/v1`, without a slash at its end.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        """For messages: without the path, in which some gateways have a key."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def read_address(text: str) -> Address:
+    """The address in a URL; a `/v1` at its end is taken off.
+
+    Raises:
+        SGOPDConfigError: something else than a plain http or https URL. What it shows holds no credentials.
+    """
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise _bad_url("something that is not a URL", "It could not be reached.") from None
+    if any(mark in text for mark in "@?#"):
+        raise SGOPDConfigError(
+            "`teacher_model_server_url` must not hold credentials, a query or a fragment, got a URL with one, not "
+            f"shown here. Settings are written into checkpoints. Set the environment variable {API_KEY_VARIABLE} for "
+            "a key, or pass ServerTeacher(url, headers=...) as `teacher_model`."
+        )
+    if parts.scheme not in _PORTS or not parts.hostname:
+        shown = _SHOWN.match(text)
+        raise _bad_url(repr(shown[0][:100] if shown else ""), "It says how the server is reached.")
+    if _UNSENDABLE.search(parts.hostname + parts.path) or not parts.path.isascii():
+        raise _bad_url("one with characters that a URL cannot have, not shown here", "HTTP cannot send it.")
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return Address(parts.scheme, parts.hostname, _PORTS[parts.scheme] if port is None else port, path)
+
+
+def api_key() -> str | None:
+    """The key in SG_OPD_TEACHER_API_KEY, None without one; a line end, as files have one, is no part of it."""
+    return os.environ.get(API_KEY_VARIABLE, "").strip() or None
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Refuse what HTTP cannot send; `http.client` would show the value, which may be a key, in its error.
+
+    Raises:
+        SGOPDConfigError: names the header and does not show its value.
+    """
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            shown, part = "a header", "name"
+        elif not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            shown, part = f"the header {name!r}", "value"
+        else:
+            continue
+        raise SGOPDConfigError(
+            f"`headers` must be of printable Latin-1 characters, got others in the {part} of {shown}, not shown here. "
+            f"HTTP cannot send them. Correct the environment variable {API_KEY_VARIABLE}, or the headers that are "
+            "given to ServerTeacher."
+        )
+
+
+def _bad_url(got: str, reason: str) -> SGOPDConfigError:
+    return SGOPDConfigError(
+        f"`teacher_model_server_url` must be made of http or https URLs, got {got}. {reason} {_WAY_OUT}"
+    )
+
+
+def parsed(value: Any) -> Any:
+    """A value from a command line: JSON lists and mappings are strings there."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            raise _bad_url("JSON that cannot be read", "A list or a mapping may be given as JSON.") from None
+    return value
+
+
+def read_servers(value: Any) -> dict[str, list[str]] | list[str]:
+    """The replicas of one teacher, or those of each teacher by `teacher_id`.
+
+    Raises:
+        SGOPDConfigError: another form, an empty one, or a URL that is not one.
+    """
+    if isinstance(value, Mapping):
+        if not value or not all(str(label) for label in value):
+            raise _bad_url("a mapping without names", "It maps the names in the column `teacher_id` to servers.")
+        return {str(label): _replicas(part) for label, part in value.items()}
+    return _replicas(value)
+
+
+def _replicas(value: Any) -> list[str]:
+    urls = [value] if isinstance(value, str) else value
+    if not isinstance(urls, Sequence) or not urls or not all(isinstance(url, str) for url in urls):
+        raise _bad_url(
+            f"{type(value).__name__} without a URL" if not value else f"{type(value).__name__} of other things",
+            "It is a URL, a list of the replicas of one teacher, or a mapping from `teacher_id` to either.",
+        )
+    addresses = [read_address(url) for url in urls]
+    if len(set(addresses)) < len(addresses):
+        raise _bad_url("one URL twice in a list", "Replicas are different servers with the same model.")
+    return list(urls)
+
+
+def server_problems(config: Any) -> Iterator[str]:
+    """What is wrong with a configuration's server settings, one message each."""
+    timeout, retries = config.teacher_request_timeout, config.teacher_max_retries
+    url = config.teacher_model_server_url
+    yield from limit_problems(timeout, retries)
+    if url is None:
+        for name, value, usual in (
+            ("teacher_request_timeout", timeout, TIMEOUT),
+            ("teacher_max_retries", retries, MAX_RETRIES),
+        ):
+            if value != usual:
+                yield (
+                    f"`{name}` must go with `teacher_model_server_url`, got {value!r} without it. It would do "
+                    "nothing. Leave it out, or set the URL; a ServerTeacher in Python has arguments of its own."
+                )
+        return
+    try:
+        read_servers(url)
+    except SGOPDConfigError as error:
+        yield str(error)
+    if config.temperature != 1:
+        yield temperature_problem(config.temperature)
+
+
+def temperature_problem(temperature: Any) -> str:
+    """The message for a temperature under which a server's scores would be of another distribution."""
+    return (
+        f"`temperature={temperature}` is not supported with a teacher server: vLLM scores given tokens at temperature "
+        "1 whatever it is asked for. Set temperature=1, or use a teacher in this process."
+    )
+
+
+def limit_problems(timeout: Any, retries: Any) -> Iterator[str]:
+    """What is wrong with the two limits of a request."""
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout < math.inf:
+        yield (
+            f"`teacher_request_timeout` must be a number in (0, inf), got {timeout!r}. It is the time in seconds that "
+            f"a request to a teacher server may take, its retries included. Set it to {TIMEOUT:g}, the default."
+        )
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        yield (
+            f"`teacher_max_retries` must be a whole number of at least 0, got {retries!r}. It counts how often a "
+            f"request is sent again. Set it to {MAX_RETRIES}, the default."
+        )

@@ -1,0 +1,433 @@
+"""The private steps of TRL's GRPO trainer as hooks with public names."""
+
+import functools
+import inspect
+import json
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational  # noqa: F401
+from trl.distributed import DistributedBackend
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import (  # noqa: F401
+    FusedCausalLMOutput,
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+)
+
+from .bookkeeping import timed
+from .models.forward import HeadRequest, packed_log_probs, pick_padded, should_pack
+from .models.generate import generate_completions
+from .models.head import OutputHead
+
+# Columns of the vocabulary that are projected at once on the CPU.
+_CPU_TILE_WIDTH = 1024
+
+
+@dataclass
+class HeadCausalLMOutput(FusedCausalLMOutput):
+    """What a model with a fused head returns, and what was computed from its hidden states beside that."""
+
+    head_output: tuple[Tensor, ...] | None = None
+
+
+def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> None:
+    """Give a frozen model TRL's fused head: log-probs at the student's temperature, logits never built."""
+    add_fused_lm_head(_base(model), temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+    add_head_output(model)
+
+
+def add_head_output(model: nn.Module) -> None:
+    """Let a model with a fused head answer a `HeadRequest` in its forward, given as the argument `head_output`.
+
+    The answer is part of what the forward returns: replicas and shards take their gradients from there.
+    """
+    base = _base(model)
+    fused: Any = base.forward.__func__
+    if hasattr(fused, "answers_requests"):
+        return
+    # What TRL made of the model's configuration; its names and rules are not repeated here.
+    base.sg_opd_head = {name: inspect.getclosurevars(fused).nonlocals[name] for name in _HEAD_SETTINGS}
+
+    # The original signature: `generate` validates its arguments against it.
+    @functools.wraps(type(base).forward)
+    def forward(self: Any, *args: Any, head_output: Any = None, **kwargs: Any) -> Any:
+        if head_output is None:
+            return fused(self, *args, **kwargs)
+        with _last_hidden_state(getattr(self, self.sg_opd_head["backbone_attr"])) as states:
+            outputs = fused(self, *args, **kwargs)
+        head = output_head(self)
+        # Labels that TRL shifts itself leave the last position without one.
+        hidden_states = states[0] if "shift_labels" in kwargs else states[0][:, :-1]
+        with head.gathered(head.weight, head.bias):
+            answer = head_output(hidden_states.to(head.weight.device), outputs.log_probs, head)
+        return HeadCausalLMOutput(**outputs, head_output=answer)
+
+    forward.answers_requests = True  # type: ignore[attr-defined]
+    base.forward = types.MethodType(forward, base)
+
+
+_HEAD_SETTINGS = (
+    "backbone_attr",
+    "temperature",
+    "cast_lm_head_to_fp32",
+    "logit_scale",
+    "final_logit_softcapping",
+)
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The output head of a model with a fused head as it is now, computing what the fused head computes."""
+    base = _base(model)
+    settings, layer = base.sg_opd_head, base.get_output_embeddings()
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (layer.weight, layer.bias))
+    return OutputHead(
+        weight,
+        bias,
+        temperature=settings["temperature"],
+        scale=settings["logit_scale"],
+        softcap=settings["final_logit_softcapping"],
+        full_precision=settings["cast_lm_head_to_fp32"],
+        gathered=maybe_gather_lm_head_ctx,
+    )
+
+
+def _base(model: nn.Module) -> Any:
+    """The transformers model inside its wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+@contextmanager
+def _last_hidden_state(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    states: list[Tensor] = []
+    hook = backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def fused_log_probs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    request: HeadRequest | None = None,
+) -> Tensor:
+    """Log-probs of the last `completion_length` tokens, `(B, completion_length)` float32; 0 where the mask is 0.
+
+    A `request` is answered in the same forward; it may ask for no log-probs, which are 0 then.
+    """
+    with compact_head(input_ids.device):
+        if should_pack(model, attention_mask):
+            return packed_log_probs(model, input_ids, attention_mask, completion_length, request)[0]
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-completion_length] = -100
+        shape = len(input_ids), completion_length
+        asked: Any = request.asked_of(model, shape, pick_padded(completion_length)) if request else model
+        outputs = asked(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -completion_length:]
+
+
+@contextmanager
+def compact_head(device: torch.device) -> Iterator[None]:
+    """Have TRL's fused head project only the positions that count on the CPU too, in tiles that fit its caches.
+
+    TRL asks one function whether the device runs Triton, and projects fewer positions only there, because some other
+    devices compile anew for every shape. The CPU does not. Its tiles are as wide as a GPU likes them; the CPU runs the
+    same sums about twice as fast, and in a thirtieth of the memory, when a tile stays in the cache.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    original = trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_utils._use_triton = lambda device: device.type == "cpu" or original[0](device)
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = _CPU_TILE_WIDTH
+    try:
+        yield
+    finally:
+        trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = original
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether a forward of a prepared frozen model is a collective operation."""
+    backend = DistributedBackend(accelerator)
+    return backend.is_fsdp or backend.is_zero3
+
+
+def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:
+    """Place a frozen model as TRL places its own reference model: DeepSpeed, FSDP or plain."""
+    backend = DistributedBackend(accelerator)
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(model, accelerator)
+    if backend.is_fsdp:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def model_for_generation(model: nn.Module, accelerator: Any) -> Iterator[PreTrainedModel]:
+    """The frozen model unwrapped for `generate`, its shards gathered where that is needed."""
+    backend = DistributedBackend(accelerator)
+    gathered = backend.summon_full_params(model, recurse=False) if backend.is_fsdp else nullcontext()
+    with unwrap_model_for_generation(model, accelerator) as unwrapped, torch.no_grad(), gathered:
+        yield unwrapped
+
+
+STATE_FILE = "sg_opd_state.json"
+
+OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]]], None]
+"""`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
+
+
+class GRPOSeam(GRPOTrainer):
+    """`GRPOTrainer` with hooks in place of its private steps; it changes nothing by itself.
+
+    A subclass overrides `on_rewards`, `on_rollouts`, `on_micro_batch` and `checkpoint_state`, and may run its own
+    forward in place of the one inside TRL's loss through `policy_forward`.
+    """
+
+    args: Any
+    model: Any
+    _buffered_inputs: Any
+
+    on_completions: OnCompletions | None = None
+    """Is told of completions while others are still written, and of all of them before they are judged."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._loss_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+        super().__init__(*args, **kwargs)
+
+    # --- hooks ---------------------------------------------------------------------------------------------------
+    def making_rollouts(self, examples: list[dict]) -> AbstractContextManager[None]:
+        """Surrounds the making of this rank's generation batch, from prompts to `on_rollouts`."""
+        return nullcontext()
+
+    def on_rewards(self, rewards: Tensor) -> None:
+        """Called with the rewards of all ranks, `(rows of all ranks, reward functions)`, NaN where abstained."""
+
+    def on_rollouts(self, rollouts: dict, examples: list[dict]) -> dict:
+        """Called with this rank's scored generation batch, before it is shuffled and split; returns what is used."""
+        return rollouts
+
+    def on_slices(self, slices: list[dict]) -> list[dict]:
+        """Called with a new generation batch, shuffled and split into micro-batches; returns what is buffered."""
+        return slices
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether the next micro-batch is made of rollouts; otherwise the loss gets an empty one."""
+        return True
+
+    def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        """Log-probs `(B, completion_length)` of the old policy or TRL's own reference, without gradient."""
+        with self.accelerator.autocast():
+            return fused_log_probs(model, input_ids, attention_mask, completion_length)
+
+    def on_micro_batch(self, inputs: dict) -> dict:
+        """Called with the micro-batch that the loss is about to see; returns what is used."""
+        return inputs
+
+    def on_grad_norm(self, grad_norm: Any) -> None:
+        """Called with the norm of the gradient, before the optimizer's step unless DeepSpeed has taken it already."""
+
+    def checkpoint_state(self) -> dict:
+        """JSON-ready facts that go into every checkpoint."""
+        return {}
+
+    def check_checkpoint_state(self, state: dict) -> None:
+        """Called with the facts of the checkpoint that training resumes from."""
+
+    # --- what a subclass may read --------------------------------------------------------------------------------
+    @property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer, also where the processing class wraps it."""
+        return self._tokenizer
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags of the model card."""
+        return self._tag_names
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the paper."""
+        return self._paper["citation"]
+
+    @property
+    def event_loop(self) -> Any:
+        """TRL's running loop for async reward functions, None without any."""
+        return self.async_loop if self._has_async_funcs else None
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the student takes images."""
+        return self._is_vlm
+
+    @property
+    def mode(self) -> str:
+        """`train` or `eval`, as TRL tells them apart."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether frozen models are sharded, so that all ranks must run them the same number of times."""
+        return is_sharded(self.accelerator)
+
+    def report_metric(self, mode: str, name: str, value: float) -> None:
+        """Log a value with TRL's own metrics; values of one logging window are averaged."""
+        self._metrics[mode][name].append(value)
+
+    def suppress_tokens(self, ids: list[int]) -> None:
+        """Have the student never sample these ids; vLLM does its own sampling and is not told."""
+        wanted = sorted({*ids, *(self.generation_config.suppress_tokens or ())})
+        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = wanted
+
+    def tokenize_prompts(self, prompts: list) -> list[list[int]]:
+        """Token ids of prompts, rendered exactly as for the student's rollouts."""
+        return self._tokenize_prompts(prompts)[0]
+
+    def window_entries(self, name: str) -> Tensor:
+        """One entry of all buffered rows of the current optimizer step on this rank, `(rows, ...)`."""
+        slices = min(self.current_gradient_accumulation_steps, self.args.steps_per_generation)
+        first = self._step % self.args.steps_per_generation
+        wanted = [(first + i) % self.args.steps_per_generation for i in range(slices)]
+        return torch.cat([self._buffered_inputs[i][name] for i in wanted])
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step, as the training loop does."""
+        self._save_checkpoint(self.model, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    @contextmanager
+    def student_scoring(self) -> Iterator[Any]:
+        """The student for scoring without gradient: gradient checkpointing off, otherwise as it is."""
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            yield self.model
+
+    def policy_log_probs(self, model: Any, input_ids: Tensor, mask: Tensor, completion_length: int) -> Tensor:
+        """Log-probs `(B, completion_length)` of the student, with gradient."""
+        return self._get_per_token_logps_and_entropies(model, input_ids, mask, completion_length)[0]
+
+    @contextmanager
+    def policy_forward(self, forward: Callable) -> Iterator[None]:
+        """Have `forward(run, input_ids, attention_mask, completion_length)` replace the loss's policy forward.
+
+        `run(input_ids, attention_mask, completion_length, request=None)` is TRL's own forward, all other arguments
+        passed through; it returns `(log-probs, entropies, auxiliary loss)`, and so must `forward`. A `HeadRequest` is
+        answered in the same forward.
+        """
+        self._loss_forward = forward
+        try:
+            yield
+        finally:
+            self._loss_forward = None
+
+    # --- TRL's private steps -------------------------------------------------------------------------------------
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        wants_entropy = bool(kwargs.get("compute_entropy"))
+        # Images, the auxiliary loss of experts and batches of TRL's own need its padded rows.
+        plain = not args and all(v is None or v is False for k, v in kwargs.items() if k != "compute_entropy")
+
+        def run(
+            ids: Tensor, mask: Tensor, keep: int, request: HeadRequest | None = None
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            with compact_head(ids.device):
+                if plain and should_pack(model, mask):
+                    with self.accelerator.autocast():
+                        logps, entropies = packed_log_probs(model, ids, mask, keep, request)
+                    return logps, entropies if wants_entropy else None, None
+                # TRL does nothing with the model but call it.
+                asked: Any = request.asked_of(model, (len(ids), keep), pick_padded(keep)) if request else model
+                return super(GRPOSeam, self)._get_per_token_logps_and_entropies(
+                    asked, ids, mask, keep, *args, **kwargs
+                )
+
+        forward, self._loss_forward = self._loss_forward, None
+        if forward is not None:
+            return forward(run, input_ids, attention_mask, logits_to_keep)
+        if torch.is_grad_enabled() or args or wants_entropy or kwargs.get("pixel_values") is not None:
+            return run(input_ids, attention_mask, logits_to_keep)
+        return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        other = self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded
+        # TRL cuts at its own end tokens even where the settings name others; with tools it writes turn by turn.
+        if other or self.tools or "eos_token_id" in (self.args.generation_kwargs or {}):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            told = None if self.on_completions is None else partial(self.on_completions, prompt_ids)
+            return generate_completions(model, prompt_ids, self.generation_config, on_ended=told), None
+
+    def _generate(self, prompts: list) -> Any:
+        with timed(self.seconds, "rollout"):
+            written = super()._generate(prompts)
+        if self.on_completions is not None:
+            prompt_ids, completion_ids = written[:2]
+            self.on_completions(prompt_ids, range(len(completion_ids)), completion_ids)
+        return written
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        with timed(self.seconds, "verify"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self.on_rewards(rewards)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        with self.making_rollouts(inputs):
+            return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict:
+        if not self.needs_rollouts:
+            return {}
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            self._buffered_inputs = self.on_slices(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self.on_micro_batch(inputs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.on_grad_norm(grad_norm)
+        return grad_norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / STATE_FILE).is_file():
+            self.check_checkpoint_state(json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8")))

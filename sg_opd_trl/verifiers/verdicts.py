@@ -1,0 +1,125 @@
+"""The run's verifier: the one reward function whose verdicts are the trust signal for the teacher."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SGOPDConfigError, VerifierError
+from ..trl_seam import is_async_callable
+
+# Columns that TRL does not pass on either: it passes its own.
+_NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
+
+
+class RunVerifier:
+    """Picks the verifier among the reward functions, checks its verdicts and asks it about teacher rollouts.
+
+    Args:
+        reward_funcs: of the trainer.
+        names: their names, as logged.
+        wanted: `verifier_reward_func`; None takes the first.
+        binary: whether verdicts must be 1, 0 or None; off where nothing depends on them.
+        event_loop: running loop of another thread, where an async verifier is called; None without one.
+
+    Raises:
+        SGOPDConfigError: no reward function has the wanted name, or it is a reward model where verdicts are binary.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[Any],
+        names: Sequence[str],
+        wanted: str | None,
+        *,
+        binary: bool,
+        event_loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        if wanted is not None and wanted not in names:
+            raise SGOPDConfigError(
+                f"`verifier_reward_func` must name one of the reward functions {list(names)}, got {wanted!r}. Its "
+                "verdicts gate the teacher. Set it to one of them, or to None for the first."
+            )
+        self.index = 0 if wanted is None else list(names).index(wanted)
+        self.name = names[self.index]
+        self.binary = binary
+        self._event_loop = event_loop
+        self._function: Callable[..., Any] = reward_funcs[self.index]
+        if binary and isinstance(self._function, nn.Module):
+            raise SGOPDConfigError(
+                "`verifier_reward_func` must be a function that answers 1, 0 or None, got the reward model "
+                f"{self.name!r}. Its scores have no right and wrong. Put a verifier such as math_reward first, name "
+                "it in verifier_reward_func, or set sign_gated_extrapolation=False and teacher_sampling_enable=False."
+            )
+
+    def verdicts(self, rewards: Tensor) -> Tensor:
+        """The verifier's column of TRL's rewards.
+
+        Args:
+            rewards: `(N, reward functions)`, NaN where a function abstained.
+
+        Returns:
+            `(N,)`: 1 right, 0 wrong, NaN abstained.
+
+        Raises:
+            VerifierError: another value, where verdicts must be binary.
+        """
+        verdicts = rewards[:, self.index]
+        if self.binary:
+            bad = ~((verdicts == 0) | (verdicts == 1) | verdicts.isnan())
+            if bad.any():
+                self._refuse(float(verdicts[bad][0]))
+        return verdicts
+
+    def judge(
+        self, examples: list[dict], completions: list, completion_ids: list[list[int]], trainer_state: Any
+    ) -> list[float | None]:
+        """Verdicts on completions that are no student rollouts; nothing of it enters TRL's logs.
+
+        Raises:
+            VerifierError: the wrong number of verdicts, or a value other than 1, 0 and None.
+        """
+        columns = {key: [example[key] for example in examples] for key in examples[0] if key not in _NOT_PASSED_ON}
+        verdicts = self._call(
+            prompts=[example["prompt"] for example in examples],
+            completions=completions,
+            completion_ids=completion_ids,
+            trainer_state=trainer_state,
+            log_extra=_log_nothing,
+            log_metric=_log_nothing,
+            **columns,
+        )
+        if len(verdicts) != len(examples):
+            raise VerifierError(
+                f"`{self.name}` must return one verdict per completion, got {len(verdicts)} for {len(examples)}."
+            )
+        for verdict in verdicts:
+            if verdict is not None and verdict == verdict and verdict not in (0, 1):
+                self._refuse(float(verdict))
+        return [None if verdict is None or verdict != verdict else float(verdict) for verdict in verdicts]
+
+    def _call(self, **arguments: Any) -> list:
+        if not is_async_callable(self._function):
+            return self._function(**arguments)
+        if self._event_loop is not None:
+            # Not asyncio.run: a notebook's thread has a running loop, and sessions belong to the loop they met.
+            return asyncio.run_coroutine_threadsafe(self._function(**arguments), self._event_loop).result()
+        return asyncio.run(self._function(**arguments))
+
+    def _refuse(self, value: float) -> None:
+        raise VerifierError(
+            f"`{self.name}` must answer 1 (right), 0 (wrong) or None (no verdict), got {value:g}. Its verdict is the "
+            "sign that gates the teacher; nothing was updated. Return 1.0, 0.0 or None, or name another function in "
+            "verifier_reward_func."
+        )
+
+
+def _log_nothing(*_: Any) -> None:
+    """Stands in for TRL's logging callbacks: teacher rollouts do not belong in the student's table."""
+
+
+def as_verdict_tensor(verdicts: Sequence[float | None]) -> Tensor:
+    """`(N,)` float32: 1 right, 0 wrong, NaN no verdict."""
+    return torch.tensor([float("nan") if verdict is None else verdict for verdict in verdicts], dtype=torch.float32)
