@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
+from trl import GRPOConfig
+from trl.trainer.utils import get_config_model_id
 
+from . import __version__
 from .core.diagnostics import TokenStatistics, combine, finalize
-from .errors import TeacherError
+from .errors import SGOPDConfigError, TeacherError
 from .random_state import RandomState
 
 logger = logging.getLogger(__name__)
@@ -173,3 +177,79 @@ def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
         folder,
         " It is inside a generation batch: what is left of it is replaced by new rollouts." if inside else "",
     )
+
+
+def checkpoint_facts(run: Any) -> dict:
+    """What a checkpoint says about the run's teacher and reference."""
+    reference = run.reference.identity if run.reference is not None else None
+    return {
+        "version": __version__,
+        "teacher": run.teacher.identity,
+        "reference": reference,
+        "teacher_tokens": list(run.teacher_tokens),
+    }
+
+
+def compare_checkpoint_facts(run: Any, state: dict) -> None:
+    """Refuse to resume with other weights in the teacher or reference.
+
+    Raises:
+        SGOPDConfigError: names the model and both fingerprints, or where there are none, both names.
+    """
+    for role, model in (("teacher", run.teacher), ("reference", run.reference)):
+        stored = _identities(role, state.get(role))
+        current = _identities(role, None if model is None else model.identity)
+        if stored.keys() != current.keys():
+            raise SGOPDConfigError(
+                f"The teachers must be those of the checkpoint, got {sorted(current)} in place of {sorted(stored)}. "
+                "The resumed run would optimise something else. Give the original ones, or start a new run from the "
+                "checkpoint's model."
+            )
+        for name, facts in stored.items():
+            difference = _difference(facts, current[name])
+            if difference is not None:
+                raise SGOPDConfigError(
+                    f"The {name} must be the one of the checkpoint, got {difference}. The resumed run would optimise "
+                    f"something else. Give the original {name}, or start a new run from the checkpoint's model."
+                )
+
+
+def _difference(before: dict, now: dict) -> str | None:
+    """How a model differs from the checkpoint's, for a message; None where it does not, or nothing tells."""
+    old, new = before.get("fingerprint"), now.get("fingerprint")
+    if old is not None and new is not None:
+        other = f"other weights (fingerprint {new}, the checkpoint has {old} of {before['name']!r})"
+        return other if old != new else None
+    if old is not None or new is not None:
+        return None
+    # A server's weights are not seen: it is known by its model's name and by what that was loaded from.
+    for key in ("name", "root", "revision"):
+        if None not in (before.get(key), now.get(key)) and before[key] != now[key]:
+            return f"another model ({key} {now[key]!r}, the checkpoint has {before[key]!r})"
+    return None
+
+
+def _identities(role: str, identity: dict | None) -> dict[str, dict]:
+    """What is known of a model, or of each of several teachers, by the name that messages use."""
+    several = (identity or {}).get("teachers")
+    return {role: identity or {}} if several is None else {f"{role} {name}": part for name, part in several.items()}
+
+
+def card_arguments(run: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:
+    """What the model card says of a run."""
+    args = run.args
+    inherited = {field.name for field in fields(GRPOConfig)}
+    own = [field.name for field in fields(args) if field.name not in inherited]
+    sizes = ("learning_rate", "num_generations", "max_completion_length", "temperature", "beta", "loss_type", "seed")
+    return {
+        "model_name": model_name or Path(args.output_dir).name,
+        "base_model": get_config_model_id(run.model.config) or None,
+        "teacher_model": run.teacher.identity["name"] or None,
+        "reference_model": run.reference.identity["name"] if run.reference is not None else None,
+        "dataset_name": dataset_name,
+        "tags": sorted({*run.tags, *([tags] if isinstance(tags, str) else tags or [])}),
+        "config": {name: getattr(args, name) for name in (*own, *sizes)},
+        "is_adapter": hasattr(run.accelerator.unwrap_model(run.model), "peft_config"),
+        "evaluations": run.evaluations,
+        "citation": run.citation,
+    }

@@ -3,20 +3,17 @@
 import copy
 import logging
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
-from trl import GRPOConfig
+from transformers import PreTrainedModel
 
-from . import __version__
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
-from .teacher_sampling.callback import TeacherAnchorCallback
+from .teacher_sampling.callback import is_anchor_callback
 from .teachers.build import check_sources, default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
 from .trl_seam import get_config_model_id
@@ -57,7 +54,7 @@ def check_arguments(
     check_sources(args, teacher_model, reference_model)
     if args.teacher_sampling_enable:
         _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
-    elif any(map(_is_anchor_callback, callbacks or [])):
+    elif any(map(is_anchor_callback, callbacks or [])):
         raise SGOPDConfigError(
             "`callbacks` must not hold a TeacherAnchorCallback with teacher_sampling_enable=False, got one. It would "
             "have the teacher generate against the setting. Leave it out, or set teacher_sampling_enable=True."
@@ -130,31 +127,6 @@ def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> N
         )
 
 
-def with_anchor_callback(callbacks: list | None, args: SGOPDConfig) -> list | None:
-    """Add the anchor's callback unless the caller brought one."""
-    if not args.teacher_sampling_enable or any(map(_is_anchor_callback, callbacks or [])):
-        return callbacks
-    return [*(callbacks or []), TeacherAnchorCallback()]
-
-
-def _is_anchor_callback(callback: Any) -> bool:
-    kind = callback if isinstance(callback, type) else type(callback)
-    return issubclass(kind, TeacherAnchorCallback)
-
-
-class AnchorBinding(TrainerCallback):
-    """Binds every anchor callback to the trainer when training starts, those restored from a checkpoint too."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bind."""
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, TeacherAnchorCallback):
-                callback.bind(self.trainer)
-
-
 def check_run(trainer: Any) -> None:
     """Check what the parent has set up: data, chat template, inputs, dropout.
 
@@ -211,82 +183,6 @@ def _dropout(model: Any) -> float:
     inside = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     config = model.config.to_dict()
     return max([0.0, *inside, *(v for k, v in config.items() if k.endswith("dropout") and isinstance(v, float))])
-
-
-def checkpoint_facts(trainer: Any) -> dict:
-    """What a checkpoint says about the run's teacher and reference."""
-    reference = trainer.reference.identity if trainer.reference is not None else None
-    return {
-        "version": __version__,
-        "teacher": trainer.teacher.identity,
-        "reference": reference,
-        "teacher_tokens": list(trainer.teacher_tokens),
-    }
-
-
-def compare_checkpoint_facts(trainer: Any, state: dict) -> None:
-    """Refuse to resume with other weights in the teacher or reference.
-
-    Raises:
-        SGOPDConfigError: names the model and both fingerprints, or where there are none, both names.
-    """
-    for role, model in (("teacher", trainer.teacher), ("reference", trainer.reference)):
-        stored = _identities(role, state.get(role))
-        current = _identities(role, None if model is None else model.identity)
-        if stored.keys() != current.keys():
-            raise SGOPDConfigError(
-                f"The teachers must be those of the checkpoint, got {sorted(current)} in place of {sorted(stored)}. "
-                "The resumed run would optimise something else. Give the original ones, or start a new run from the "
-                "checkpoint's model."
-            )
-        for name, facts in stored.items():
-            difference = _difference(facts, current[name])
-            if difference is not None:
-                raise SGOPDConfigError(
-                    f"The {name} must be the one of the checkpoint, got {difference}. The resumed run would optimise "
-                    f"something else. Give the original {name}, or start a new run from the checkpoint's model."
-                )
-
-
-def _difference(before: dict, now: dict) -> str | None:
-    """How a model differs from the checkpoint's, for a message; None where it does not, or nothing tells."""
-    old, new = before.get("fingerprint"), now.get("fingerprint")
-    if old is not None and new is not None:
-        other = f"other weights (fingerprint {new}, the checkpoint has {old} of {before['name']!r})"
-        return other if old != new else None
-    if old is not None or new is not None:
-        return None
-    # A server's weights are not seen: it is known by its model's name and by what that was loaded from.
-    for key in ("name", "root", "revision"):
-        if None not in (before.get(key), now.get(key)) and before[key] != now[key]:
-            return f"another model ({key} {now[key]!r}, the checkpoint has {before[key]!r})"
-    return None
-
-
-def _identities(role: str, identity: dict | None) -> dict[str, dict]:
-    """What is known of a model, or of each of several teachers, by the name that messages use."""
-    several = (identity or {}).get("teachers")
-    return {role: identity or {}} if several is None else {f"{role} {name}": part for name, part in several.items()}
-
-
-def card_arguments(trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:
-    """What the model card says of a run."""
-    args = trainer.args
-    inherited = {field.name for field in fields(GRPOConfig)}
-    own = [field.name for field in fields(SGOPDConfig) if field.name not in inherited]
-    sizes = ("learning_rate", "num_generations", "max_completion_length", "temperature", "beta", "loss_type", "seed")
-    return {
-        "model_name": model_name or Path(args.output_dir).name,
-        "base_model": get_config_model_id(trainer.model.config) or None,
-        "teacher_model": trainer.teacher.identity["name"] or None,
-        "reference_model": trainer.reference.identity["name"] if trainer.reference is not None else None,
-        "dataset_name": dataset_name,
-        "tags": sorted({*trainer.tags, *([tags] if isinstance(tags, str) else tags or [])}),
-        "config": {name: getattr(args, name) for name in (*own, *sizes)},
-        "is_adapter": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
-        "evaluations": trainer.evaluations,
-        "citation": trainer.citation,
-    }
 
 
 def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> None:

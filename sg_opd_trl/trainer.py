@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import core
-from .bookkeeping import LastStep, TrainingMetrics, keep_last_step, reduce_over_ranks, timed
+from .bookkeeping import (
+    LastStep,
+    TrainingMetrics,
+    card_arguments,
+    checkpoint_facts,
+    compare_checkpoint_facts,
+    keep_last_step,
+    reduce_over_ranks,
+    timed,
+)
 from .config import SGOPDConfig
 from .core import anchored_loss
 from .errors import NonFiniteError, SGOPDConfigError, TeacherError
@@ -25,21 +34,11 @@ from .models.batch import TokenBatch, longest, loss_mask, score_rows, sort_windo
 from .models.forward import HeadRequest, scattered
 from .models.head import OutputHead
 from .objectives import Objective, Positions, Scores, build_objective
-from .preflight import (
-    AnchorBinding,
-    card_arguments,
-    check_arguments,
-    check_run,
-    checkpoint_facts,
-    compare_checkpoint_facts,
-    default_config,
-    prepare_student,
-    with_anchor_callback,
-)
+from .preflight import check_arguments, check_run, default_config, prepare_student
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
 from .run import inherits
-from .teacher_sampling.callback import AnchorStep, sampling_of
+from .teacher_sampling.callback import AnchorBinding, AnchorStep, sampling_of, with_anchor_callback
 from .teacher_sampling.stored.cache import RolloutCache, open_cache
 from .teachers import RoutedTeacher, Sampling, Teacher
 from .teachers.build import build_reference, build_teacher, default_reference

@@ -294,3 +294,29 @@ def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
         repetition_penalty=args.repetition_penalty,
         generation_kwargs=trainer.vocabulary.without_unusable(args.generation_kwargs),
     )
+
+
+def with_anchor_callback(callbacks: list | None, args: Any) -> list | None:
+    """Add the anchor's callback unless the caller brought one."""
+    if not args.teacher_sampling_enable or any(map(is_anchor_callback, callbacks or [])):
+        return callbacks
+    return [*(callbacks or []), TeacherAnchorCallback()]
+
+
+def is_anchor_callback(callback: Any) -> bool:
+    """Whether a callback, or a class of callbacks as transformers takes them too, is the anchor's."""
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, TeacherAnchorCallback)
+
+
+class AnchorBinding(TrainerCallback):
+    """Binds every anchor callback to the trainer when training starts, those restored from a checkpoint too."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bind."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TeacherAnchorCallback):
+                callback.bind(self.trainer)

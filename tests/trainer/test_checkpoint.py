@@ -12,7 +12,7 @@ from tiny import changed_weights, copied_weights, logged, save_pair, tiny_model,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sg_opd_trl import SGOPDConfigError, SGOPDTrainer, TeacherAnchorCallback, __version__
-from sg_opd_trl.preflight import compare_checkpoint_facts
+from sg_opd_trl.bookkeeping import compare_checkpoint_facts
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
 # Over 4 steps P1 = 2 and P2 = 4: the checkpoint of step 2 is the boundary of the phases.
