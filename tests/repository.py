@@ -23,7 +23,8 @@ def repository_files() -> Iterator[Path]:
             and not (Path(folder) / name / "pyvenv.cfg").exists()
         ]
         for file in files:
-            if Path(file).suffix in TEXT_SUFFIXES:
+            # In a worktree .git is a file, with a path of the machine.
+            if Path(file).suffix in TEXT_SUFFIXES and file != ".git":
                 yield Path(folder) / file
 
 
@@ -37,6 +38,18 @@ def name_of(path: Path) -> str:
 
 def read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
+
+
+def check_none(offences: list[str]) -> None:
+    """Fail with all offences, one a line: pytest shortens the lists that it compares."""
+    assert not offences, "\n".join([f"{len(offences)} offences", *offences])
+
+
+def lines_with(pattern: re.Pattern[str], path: Path) -> Iterator[tuple[str, str]]:
+    """`file:line` and what was found there, for each match of a pattern in a file."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for found in pattern.finditer(line):
+            yield f"{name_of(path)}:{number}", found.group()
 
 
 def tables(text: str, first_column: str) -> list[dict[str, str]]:

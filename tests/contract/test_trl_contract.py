@@ -5,12 +5,14 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trl
+from repository import MODULES, PACKAGE, check_none, name_of
 from tiny import parity_verifier, save_pair, tiny_data, tiny_model
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
@@ -18,9 +20,8 @@ from trl import GRPOConfig, GRPOTrainer
 from sg_opd_trl import SGOPDConfig, SGOPDTrainer
 from sg_opd_trl.trl_seam import GRPOSeam
 
-PACKAGE = Path(__file__).resolve().parents[2] / "sg_opd_trl"
-SEAM = PACKAGE / "trl_seam"
-OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if SEAM not in path.parents)
+SEAM = PACKAGE / "trl_seam.py"
+OTHERS = [path for path in MODULES if path != SEAM]
 # Class attributes that TRL asks subclasses to set.
 DECLARED = {"_tag_names", "_name", "_paper", "_VALID_DICT_FIELDS"}
 # method -> parameters that the seam passes on by position or name
@@ -52,6 +53,7 @@ def syntax(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def private_names_of_trl() -> set[str]:
     """Everything private that TRL's and transformers' trainers define or set on themselves."""
     modules = [inspect.getmodule(kind) for kind in (GRPOTrainer, GRPOTrainer.__mro__[1], Trainer)]
@@ -59,18 +61,33 @@ def private_names_of_trl() -> set[str]:
     return {name for name in assigned | set(dir(GRPOTrainer)) if re.match(r"_[a-zA-Z]", name)}
 
 
-def private_names_touched(path: Path) -> set[str]:
-    """Names of TRL's trainers that a file reads or writes, but for those of a class of its own (`self._step`)."""
+def private_names_touched(path: Path) -> list[str]:
+    """Where a file reads or writes names of TRL's trainers, but for those of a class of its own (`self._step`)."""
     nodes = list(ast.walk(syntax(path)))
     own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    touched = {
-        node.attr
+    forbidden = private_names_of_trl() - DECLARED
+    return [
+        f"{name_of(path)}:{node.lineno}: {node.attr}"
         for node in nodes
         if isinstance(node, ast.Attribute)
+        and node.attr in forbidden
         and not (node.attr in own and isinstance(node.value, ast.Name) and node.value.id == "self")
-    }
-    return touched & (private_names_of_trl() - DECLARED)
+    ]
+
+
+def imports_from_inside_trl(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(syntax(path)):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        public = ("trl.scripts", "trl.experimental")
+        inside = [name for name in modules if name.startswith("trl.") and not name.startswith(public)]
+        found += [f"{name_of(path)}:{node.lineno}: {name}" for name in inside]
+    return found
 
 
 def test_the_supported_version() -> None:
@@ -138,9 +155,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_attributes(plain: Any, name: str) -> None:
-    assert hasattr(plain, name)
+def test_attributes(plain: Any) -> None:
+    assert [name for name in ATTRIBUTES if not hasattr(plain, name)] == []
 
 
 def test_kinds_of_the_attributes(plain: Any) -> None:
@@ -292,33 +308,24 @@ def test_a_token_with_a_ratio_of_one_loses_its_advantage_with_its_gradient(plain
 
 
 # --- nobody else does -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_other_file_touches_private_names_of_trl(path: Path) -> None:
-    assert private_names_touched(path) == set()
+def test_no_other_file_touches_private_names_of_trl() -> None:
+    check_none([offence for path in OTHERS for offence in private_names_touched(path)])
 
 
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_other_file_imports_from_inside_trl(path: Path) -> None:
-    imports = [
-        node.module or "" for node in ast.walk(syntax(path)) if isinstance(node, ast.ImportFrom) and not node.level
-    ]
-    imports += [alias.name for node in ast.walk(syntax(path)) if isinstance(node, ast.Import) for alias in node.names]
-    public = ("trl.scripts", "trl.experimental")
-    inside = {name for name in imports if name.startswith("trl.") and not name.startswith(public)}
-    assert inside == set()
+def test_no_other_file_imports_from_inside_trl() -> None:
+    check_none([offence for path in OTHERS for offence in imports_from_inside_trl(path)])
 
 
 def test_the_seam_does_touch_them() -> None:
     """The two tests above can fail: the same search finds the seam's names and imports."""
+    touched = {offence.rpartition(" ")[2] for offence in private_names_touched(SEAM)}
     # Not `_buffered_inputs`: what a file assigns itself counts as its own.
-    assert {"_metrics", "_step", "_is_vlm", "_tokenizer"} <= private_names_touched(SEAM / "trainer.py")
+    assert {"_metrics", "_step", "_is_vlm", "_tokenizer"} <= touched
     assert {"_metrics", "_generate_and_score_completions", "_attn_implementation"} & private_names_of_trl() == {
         "_metrics",
         "_generate_and_score_completions",
     }
-    for name in ("__init__.py", "models.py"):
-        modules = {node.module for node in ast.walk(syntax(SEAM / name)) if isinstance(node, ast.ImportFrom)}
-        assert "trl.trainer.utils" in modules
+    assert "trl.trainer.utils" in {offence.rpartition(" ")[2] for offence in imports_from_inside_trl(SEAM)}
 
 
 def test_our_own_private_names_hide_none_of_trls() -> None:

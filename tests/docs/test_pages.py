@@ -7,31 +7,38 @@ import inspect
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
-from repository import PAGES, ROOT, code_blocks, name_of, read, tables
+from repository import PAGES, ROOT, check_none, code_blocks, name_of, read, tables
 
 import sg_opd_trl
 from sg_opd_trl import core
 
 
 def heading_anchors(text: str) -> set[str]:
-    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_code(text), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_resolve(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        path, _, anchor = target.partition("#")
-        linked = page if not path else (page.parent / path)
-        assert linked.exists(), target
-        if anchor:
-            assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), target
+def without_code(text: str) -> str:
+    """A page with its code blocks empty, and every line where it was."""
+    return re.sub(r"^```.*?^```", lambda block: "\n" * block.group().count("\n"), text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_links_resolve() -> None:
+    offences = []
+    for page in PAGES:
+        for number, line in enumerate(without_code(page.read_text(encoding="utf-8")).splitlines(), start=1):
+            for target in re.findall(r"\]\(([^)\s]+)\)", line):
+                path, _, anchor = target.partition("#")
+                linked = page.parent / path if path else page
+                there = linked.exists()
+                if not there or (anchor and anchor not in heading_anchors(linked.read_text(encoding="utf-8"))):
+                    offences.append(f"{name_of(page)}:{number}: {target}")
+    check_none(offences)
 
 
 def test_equation_table_names_functions_where_they_are() -> None:
@@ -42,7 +49,13 @@ def test_equation_table_names_functions_where_they_are() -> None:
         label, link = re.fullmatch(r"\[(.+)\]\((.+)\)", row["file"]).groups()
         assert link.endswith("/" + label)
         owner = sg_opd_trl if name.startswith("SGOPD") else core
-        assert Path(inspect.getfile(getattr(owner, name))).resolve() == (ROOT / link).resolve()
+        assert Path(inspect.getfile(attrgetter(name)(owner))).resolve() == (ROOT / link).resolve()
+
+
+def test_performance_page_names_functions_where_they_are() -> None:
+    found = re.findall(r"\[[\w./]+\]\(([\w./]+\.py)\), `(\w+)`", read("docs/performance.md"))
+    assert len(found) >= 5
+    check_none([f"{link}: {name}" for link, name in found if f"def {name}(" not in read(f"docs/{link}")])
 
 
 def test_worked_examples_are_what_the_core_computes() -> None:
@@ -95,14 +108,24 @@ def test_recipe_example_of_the_readme_has_known_keys_and_types(tmp_path: Path) -
     assert command.fields["lambda_high"] == 1.8
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_python_examples_compile_and_import_what_exists(page: Path) -> None:
-    for block in code_blocks(page.read_text(encoding="utf-8"), "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sg_opd_trl"):
-                module = importlib.import_module(node.module)
-                for alias in node.names:
-                    assert hasattr(module, alias.name), alias.name
+def test_python_examples_compile_and_import_what_exists() -> None:
+    offences = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in code_blocks(text, "python"):
+            before = text[: text.index(block)].count("\n")
+            for node in ast.walk(ast.parse(block, filename=name_of(page))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sg_opd_trl"):
+                    place = f"{name_of(page)}:{before + node.lineno}"
+                    offences += [f"{place}: {name}" for name in missing_names(node)]
+    check_none(offences)
+
+
+def missing_names(node: ast.ImportFrom) -> list[str]:
+    if importlib.util.find_spec(node.module) is None:
+        return [node.module]
+    module = importlib.import_module(node.module)
+    return [f"{node.module}.{alias.name}" for alias in node.names if not hasattr(module, alias.name)]
 
 
 def test_examples_override_methods_as_they_are() -> None:

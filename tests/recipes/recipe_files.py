@@ -1,5 +1,6 @@
 """The recipe files, and how tests read them."""
 
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -32,8 +33,9 @@ def header(path):
     return path.read_text(encoding="utf-8").split("\n\n")[0]
 
 
+@cache
 def parse(path, *flags):
-    """With `use_cpu`, because bfloat16 recipes are refused where there is no GPU."""
+    """Once for the many tests that read it. `use_cpu`: bfloat16 recipes are refused where there is no GPU."""
     return build_settings(read_command_line(["--config", str(path), "--use_cpu", "true", *flags]))
 
 

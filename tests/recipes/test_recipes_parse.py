@@ -17,6 +17,7 @@ from recipe_files import (
     of_scale,
     parse,
 )
+from repository import check_none
 
 from sg_opd_trl.cli.launching import launch_words
 from sg_opd_trl.cli.parsing import own_names, read_command_line
@@ -69,38 +70,55 @@ def test_all_recipes_are_found():
     assert sorted(TRAIN) == sorted(path for scale in SCALES for path in of_scale(scale))
 
 
-@pytest.mark.parametrize("path", TRAIN, ids=name)
-def test_train_recipes_parse_strictly(path):
-    settings = parse(path)
-    assert settings.student
-    assert settings.training.push_to_hub is False
-    assert settings.training.max_steps > 0
+def test_train_recipes_parse_strictly():
+    offences = []
+    for path in TRAIN:
+        try:
+            settings = parse(path)
+        except SGOPDConfigError as error:
+            offences.append(f"{name(path)}: {error}")
+            continue
+        if not (settings.student and settings.training.push_to_hub is False and settings.training.max_steps > 0):
+            offences.append(f"{name(path)}: no student, no steps, or pushed to the hub")
+    check_none(offences)
 
 
-@pytest.mark.parametrize("path", TRAIN, ids=name)
-def test_a_misspelt_key_fails_with_the_right_one(path, tmp_path):
-    copy = tmp_path / "copy.yaml"
-    copy.write_text(path.read_text(encoding="utf-8").replace("max_steps:", "max_stepz:"), encoding="utf-8")
-    with pytest.raises(SGOPDConfigError, match=r"`max_stepz`.*copy\.yaml.*`max_steps`"):
-        parse(copy)
+def test_a_misspelt_key_fails_with_the_right_one(tmp_path):
+    for path in TRAIN:
+        copy = tmp_path / name(path) / "copy.yaml"
+        copy.parent.mkdir(parents=True)
+        copy.write_text(path.read_text(encoding="utf-8").replace("max_steps:", "max_stepz:"), encoding="utf-8")
+        with pytest.raises(SGOPDConfigError, match=r"`max_stepz`.*copy\.yaml.*`max_steps`"):
+            parse(copy)
 
 
-@pytest.mark.parametrize("path", TRAIN, ids=name)
-def test_headers_say_what_how_and_where(path):
-    head = header(path)
-    for start in ("# Paper: ", "# Launch: sg-opd train --config ", "# Hardware: ", "# Run time: "):
-        assert f"\n{start}" in head
-    # Every command of the header runs this file and no other.
-    assert set(re.findall(r"--config[ =](\S+)", head)) == {f"recipes/{name(path)}"}
-    assert not re.search(r"\b(TODO|RUNTIME)\b", head)
+def test_headers_say_what_how_and_where():
+    starts = ("# Paper: ", "# Launch: sg-opd train --config ", "# Hardware: ", "# Run time: ")
+    offences = []
+    for path in TRAIN:
+        head = header(path)
+        offences += [f"{name(path)}: no line {start!r}" for start in starts if f"\n{start}" not in head]
+        # Every command of the header runs this file and no other.
+        commands = set(re.findall(r"--config[ =](\S+)", head))
+        if commands != {f"recipes/{name(path)}"}:
+            offences.append(f"{name(path)}: runs {sorted(commands)}")
+        if re.search(r"\b(TODO|RUNTIME)\b", head):
+            offences.append(f"{name(path)}: an unfinished header")
+    check_none(offences)
 
 
-@pytest.mark.parametrize("path", BUILTIN, ids=name)
-def test_every_overridden_default_has_its_reason(path):
-    text = path.read_text(encoding="utf-8")
-    section = text.split("# Overrides of defaults")[1].split("\n\n")[0].splitlines()[1:]
-    assert len(section) >= 8
-    assert [line for line in section if not re.search(r"  # \S.{9,}", line)] == []
+def test_every_overridden_default_has_its_reason():
+    offences = []
+    for path in BUILTIN:
+        before, section = path.read_text(encoding="utf-8").split("# Overrides of defaults")
+        lines = section.split("\n\n")[0].splitlines()[1:]
+        if len(lines) < 8:
+            offences.append(f"{name(path)}: {len(lines)} overridden defaults")
+        first = before.count("\n") + 2
+        for number, line in enumerate(lines, start=first):
+            if not re.search(r"  # \S.{9,}", line):
+                offences.append(f"{name(path)}:{number}: {line}")
+    check_none(offences)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -135,23 +153,34 @@ def test_all_methods_of_a_scale_train_on_equal_terms(scale):
         assert getattr(training, "num_iterations", 1) == (2 if "drift_gate" in name(path) else 1)
 
 
-@pytest.mark.parametrize("path", TRAIN, ids=name)
-def test_no_setting_is_without_effect(path):
-    recipe = load(path)
-    training = parse(path).training
-    if recipe["method"] != "sg_opd":
-        return
-    assert unused_settings(training) == {}  # what a run would be warned about
+def test_no_setting_is_without_effect():
+    own = [path for path in TRAIN if load(path)["method"] == "sg_opd"]
+    assert len(own) > 40
+    offences = []
+    for path in own:
+        offences += [
+            f"{name(path)}: {key}" for key in sorted(set(keys_without_effect(load(path), parse(path).training)))
+        ]
+    check_none(offences)
+
+
+def keys_without_effect(recipe, training):
+    """Keys that stand in a recipe, or are missing from it, against what its other settings say."""
     gated = training.sign_gated_extrapolation
+    yield from unused_settings(training)  # what a run would be warned about
     if not training.teacher_sampling_enable:
-        odd = [key for key in recipe if key.startswith("teacher_sampling_") and key != "teacher_sampling_enable"]
-        assert [*odd, *(key for key in recipe if key == "teacher_max_completion_length")] == []
-    assert gated or not recipe.keys() & {"lambda_high", "disagree_mode", "disagree_interp_beta", "gate_signal"}
-    assert ("disagree_cell_lambdas" in recipe) == (gated and training.disagree_mode == "cells")
-    assert "lambda_high" not in recipe or training.disagree_mode != "cells"
-    assert "disagree_interp_beta" not in recipe or training.disagree_mode in ("interp", "interp_lambda")
-    assert "distillation_topk" not in recipe or training.distillation_mode in ("topk_logits", "asymmetric")
-    assert "reference_model_name_or_path" not in recipe or training.needs_reference
+        yield from (key for key in recipe if key.startswith("teacher_sampling_") and key != "teacher_sampling_enable")
+    odd = {
+        "teacher_max_completion_length": not training.teacher_sampling_enable,
+        **dict.fromkeys(("lambda_high", "disagree_mode", "disagree_interp_beta", "gate_signal"), not gated),
+    }
+    odd["lambda_high"] |= training.disagree_mode == "cells"
+    odd["disagree_interp_beta"] |= training.disagree_mode not in ("interp", "interp_lambda")
+    odd["distillation_topk"] = training.distillation_mode not in ("topk_logits", "asymmetric")
+    odd["reference_model_name_or_path"] = not training.needs_reference
+    yield from (key for key in odd if odd[key] and key in recipe)
+    if ("disagree_cell_lambdas" in recipe) != (gated and training.disagree_mode == "cells"):
+        yield "disagree_cell_lambdas"
 
 
 @pytest.mark.parametrize(
