@@ -1,8 +1,8 @@
-"""Data set rows -> `prompt` and `solution`, and the checks that run before a model is asked for anything.
+"""What the data set must look like: how rows become it, and what is checked before a model is asked for anything.
 
 A training row needs `prompt` (a string or a chat, the list of messages up to the question) and whatever columns the
 reward functions ask for by name; the built-in verifiers ask for `solution`, the bare gold answer. `teacher_id` and
-`teacher_prompt` are kept where they exist; their checks are in `teachers.rows`.
+`teacher_prompt` are optional; what they mean is in `teachers.routed`.
 """
 
 import inspect
@@ -11,75 +11,30 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from sg_opd_trl.errors import DataError
+from .errors import DataError
+from .run import Run
 
 logger = logging.getLogger(__name__)
 
-
-def is_empty_prompt(prompt: Any) -> bool:
-    """Whether a prompt (string or chat) is missing or says nothing."""
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    return not prompt or all(not message.get("content") for message in prompt if isinstance(message, Mapping))
-
-
-def is_empty_gold(gold: Any) -> bool:
-    """Whether a row has no gold answer."""
-    return gold is None or (isinstance(gold, str) and not gold.strip()) or gold == []
-
-
-def as_gold(gold: Any) -> Any:
-    """The gold answer as it is given, numbers as text."""
-    return str(gold) if isinstance(gold, (int, float)) else gold
-
-
-def as_prompt(question: Any, instruction: str | None, system_prompt: str | None, always_chat: bool) -> Any:
-    """A question (string or chat, None stays None) as the prompt that is trained on.
-
-    Args:
-        question: as the data set has it.
-        instruction: appended to the last message on a new line.
-        system_prompt: first message of a chat that has none.
-        always_chat: whether a string becomes a chat without a system prompt too.
-    """
-    if question is None:
-        return None
-    if isinstance(question, str):
-        text = _with_instruction(question, instruction) if instruction else question
-        if not always_chat and system_prompt is None:
-            return text
-        messages = [{"role": "user", "content": text}]
-    else:
-        messages = [dict(message) for message in question]
-        if instruction:
-            messages[-1]["content"] = _with_instruction(messages[-1]["content"], instruction)
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _with_instruction(content: Any, instruction: str) -> Any:
-    """Content is a string, or a list of typed parts as multimodal templates have it."""
-    return (
-        f"{content}\n{instruction}" if isinstance(content, str) else [*content, {"type": "text", "text": instruction}]
-    )
-
-
-HEAVY_COLUMN_CHARACTERS = 1000
-"""A column nobody asked for is dropped above this mean length (our choice): worked solutions fill most of a disk."""
 TEACHER_ID = "teacher_id"
 """Column that names a row's teacher, where there are several."""
 TEACHER_PROMPT = "teacher_prompt"
 """Column with the prompt that the teacher reads in place of `prompt`, e.g. with privileged context."""
+HEAVY_COLUMN_CHARACTERS = 1000
+"""A column nobody asked for is dropped above this mean length (our choice): worked solutions fill most of a disk."""
 ROWS_CHECKED = 1000
+"""Rows that are looked at before the run (our choice): as many as cost no noticeable time."""
 STREAMED_ROWS_CHECKED = 8
+"""The same for a stream, whose rows may each be a download."""
 PROMPTS_RENDERED = 8
 """Prompts that are rendered and compared before the run (our choice)."""
 PROVIDED_BY_TRAINER = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 )
+"""Parameters of a reward function that TRL fills itself, so that no column has to."""
 
 
+# --- rows -> `prompt` and `solution` ---------------------------------------------------------------------------------
 def prepare_dataset(
     dataset: Any,
     *,
@@ -179,12 +134,99 @@ def filter_long_prompts(
             text = processing_class.apply_chat_template(
                 prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
             )
+            # The template has written the special tokens already.
             ids = processing_class(text=text, add_special_tokens=False)["input_ids"]
         return len(ids) <= max_prompt_tokens
 
     return _filter(dataset, fits, name, f"prompt longer than {max_prompt_tokens} tokens")
 
 
+def as_prompt(question: Any, instruction: str | None, system_prompt: str | None, always_chat: bool) -> Any:
+    """A question (string or chat, None stays None) as the prompt that is trained on.
+
+    Args:
+        question: as the data set has it.
+        instruction: appended to the last message on a new line.
+        system_prompt: first message of a chat that has none.
+        always_chat: whether a string becomes a chat without a system prompt too.
+    """
+    if question is None:
+        return None
+    if isinstance(question, str):
+        text = _with_instruction(question, instruction) if instruction else question
+        if not always_chat and system_prompt is None:
+            return text
+        messages = [{"role": "user", "content": text}]
+    else:
+        messages = [dict(message) for message in question]
+        if instruction:
+            messages[-1]["content"] = _with_instruction(messages[-1]["content"], instruction)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _with_instruction(content: Any, instruction: str) -> Any:
+    """Content is a string, or a list of typed parts as multimodal templates have it."""
+    return (
+        f"{content}\n{instruction}" if isinstance(content, str) else [*content, {"type": "text", "text": instruction}]
+    )
+
+
+def as_gold(gold: Any) -> Any:
+    """The gold answer as it is given, numbers as text."""
+    return str(gold) if isinstance(gold, (int, float)) else gold
+
+
+def is_empty_prompt(prompt: Any) -> bool:
+    """Whether a prompt (string or chat) is missing or says nothing."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return not prompt or all(not message.get("content") for message in prompt if isinstance(message, Mapping))
+
+
+def is_empty_gold(gold: Any) -> bool:
+    """Whether a row has no gold answer."""
+    return gold is None or (isinstance(gold, str) and not gold.strip()) or gold == []
+
+
+def _require_column(column: str | None, setting: str, columns: list[str], name: str) -> None:
+    if column is None or column in columns:
+        return
+    raise DataError(
+        f"`{setting}` must name a column of the {name}, got {column!r}; it has {columns}. Rows are built from it. Set "
+        f"`{setting}` to one of them."
+    )
+
+
+def _filter(dataset: Any, keep: Callable[[Any], bool], name: str, reason: str) -> Any:
+    filtered = dataset.filter(keep)
+    if is_stream(dataset):
+        logger.info("%s: rows are skipped while streaming: %s", name, reason)
+    elif len(filtered) < len(dataset):
+        logger.warning("%s: dropped %d of %d rows: %s", name, len(dataset) - len(filtered), len(dataset), reason)
+    return filtered
+
+
+def _at_least(value: Any, limit: float) -> bool:
+    return value is not None and float(value) >= limit
+
+
+def _heavy_columns(dataset: Any, columns: list[str], kept: set[str], name: str) -> set[str]:
+    """Unused columns whose text is long: worked solutions, generations of other models."""
+    candidates = [column for column in columns if column not in kept]
+    rows = list(islice(dataset, STREAMED_ROWS_CHECKED)) if candidates else []
+    heavy = {
+        column
+        for column in candidates
+        if rows and sum(len(str(row[column])) for row in rows) > HEAVY_COLUMN_CHARACTERS * len(rows)
+    }
+    if heavy:
+        logger.warning("%s: dropped the long unused columns %s", name, sorted(heavy))
+    return heavy
+
+
+# --- checked before the run ------------------------------------------------------------------------------------------
 def check_dataset(
     dataset: Any,
     *,
@@ -231,27 +273,19 @@ def check_dataset(
     _check_prompts([row["prompt"] for row in rows], processing_class, name)
 
 
-def datasets_of(trainer: Any) -> list[tuple[str, Any]]:
-    """The data sets of a trainer with the names that messages use."""
-    evaluation = trainer.eval_dataset
-    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-    found = [(f"eval_dataset {key}".strip(), dataset) for key, dataset in named.items() if dataset is not None]
-    # An environment that owns the data brings its own prompts; TRL then drives it with placeholder rows.
-    return found if trainer.environment_factories is not None else [("train_dataset", trainer.train_dataset), *found]
+def required_columns(reward_funcs: Sequence[Any]) -> list[str]:
+    """Parameters without a default that only a column can fill, in order of appearance."""
+    from torch import nn
 
-
-def column_names(dataset: Any) -> list[str]:
-    """Columns of a map-style or streamed data set; a stream that does not declare them is asked for its first row."""
-    if dataset.column_names is not None:
-        return list(dataset.column_names)
-    return next((list(row) for row in dataset), [])
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether the data set has no length, so that rows cannot be counted or drawn at random."""
-    from datasets import IterableDataset
-
-    return isinstance(dataset, IterableDataset)
+    names: dict[str, None] = {}
+    for reward_func in reward_funcs:
+        if isinstance(reward_func, (str, nn.Module)):
+            continue
+        for parameter in inspect.signature(reward_func).parameters.values():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and parameter.default is parameter.empty and parameter.name not in PROVIDED_BY_TRAINER:
+                names[parameter.name] = None
+    return list(names)
 
 
 def _check_prompts(prompts: list[Any], processing_class: Any, name: str) -> None:
@@ -279,19 +313,28 @@ def _check_prompts(prompts: list[Any], processing_class: Any, name: str) -> None
         )
 
 
-def required_columns(reward_funcs: Sequence[Any]) -> list[str]:
-    """Parameters without a default that only a column can fill, in order of appearance."""
-    from torch import nn
+# --- reading a data set ----------------------------------------------------------------------------------------------
+def datasets_of(run: Run) -> list[tuple[str, Any]]:
+    """The data sets of a run with the names that messages use, `train_dataset` first."""
+    evaluation = run.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    found = [(f"eval_dataset {key}".strip(), dataset) for key, dataset in named.items() if dataset is not None]
+    # An environment that owns the data brings its own prompts; TRL then drives it with placeholder rows.
+    return found if run.environment_factories is not None else [("train_dataset", run.train_dataset), *found]
 
-    names: dict[str, None] = {}
-    for reward_func in reward_funcs:
-        if isinstance(reward_func, (str, nn.Module)):
-            continue
-        for parameter in inspect.signature(reward_func).parameters.values():
-            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            if named and parameter.default is parameter.empty and parameter.name not in PROVIDED_BY_TRAINER:
-                names[parameter.name] = None
-    return list(names)
+
+def column_names(dataset: Any) -> list[str]:
+    """Columns of a map-style or streamed data set; a stream that does not declare them is asked for its first row."""
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return next((list(row) for row in dataset), [])
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether the data set has no length, so that rows cannot be counted or drawn at random."""
+    from datasets import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
 
 
 def first_rows(dataset: Any) -> list[dict[str, Any]]:
@@ -305,39 +348,3 @@ def first_prompts(dataset: Any, column: str = "prompt") -> list:
     """The prompts that are rendered before the run, those of the first 8 rows; of a column where a row has it."""
     rows = first_rows(dataset)[:PROMPTS_RENDERED]
     return [row["prompt"] if row.get(column) is None else row[column] for row in rows]
-
-
-def _require_column(column: str | None, setting: str, columns: list[str], name: str) -> None:
-    if column is None or column in columns:
-        return
-    raise DataError(
-        f"`{setting}` must name a column of the {name}, got {column!r}; it has {columns}. Rows are built from it. Set "
-        f"`{setting}` to one of them."
-    )
-
-
-def _heavy_columns(dataset: Any, columns: list[str], kept: set[str], name: str) -> set[str]:
-    """Unused columns whose text is long: worked solutions, generations of other models."""
-    candidates = [column for column in columns if column not in kept]
-    rows = list(islice(dataset, STREAMED_ROWS_CHECKED)) if candidates else []
-    heavy = {
-        column
-        for column in candidates
-        if rows and sum(len(str(row[column])) for row in rows) > HEAVY_COLUMN_CHARACTERS * len(rows)
-    }
-    if heavy:
-        logger.warning("%s: dropped the long unused columns %s", name, sorted(heavy))
-    return heavy
-
-
-def _filter(dataset: Any, keep: Callable[[Any], bool], name: str, reason: str) -> Any:
-    filtered = dataset.filter(keep)
-    if is_stream(dataset):
-        logger.info("%s: rows are skipped while streaming: %s", name, reason)
-    elif len(filtered) < len(dataset):
-        logger.warning("%s: dropped %d of %d rows: %s", name, len(dataset) - len(filtered), len(dataset), reason)
-    return filtered
-
-
-def _at_least(value: Any, limit: float) -> bool:
-    return value is not None and float(value) >= limit

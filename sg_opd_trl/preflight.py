@@ -1,10 +1,15 @@
-"""Settings of the engine that writes the student's rollouts (`use_vllm`), checked before it starts."""
+"""Everything that is refused or warned about before the first step.
+
+In the order of a run: `check_arguments` before a model is loaded, `prepare_student` before anything changes the
+student, `check_run` once TRL has set up models, data and tokenizer. What concerns teacher and reference alone is
+checked where they are built, in `teachers.build`; single settings are checked by the configuration.
+"""
 
 import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import IterableDataset
 from torch import nn
@@ -13,18 +18,35 @@ from transformers import PreTrainedModel
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
+from .run import Run
 from .teacher_sampling.callback import is_anchor_callback
-from .teachers.build import check_sources, default_reference
+from .teachers.build import check_given_models, default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
 from .trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)
 
-
 # What transformers calls tables of learned absolute positions.
 _ABSOLUTE_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed")
 
 
+class PreparedRun(Run, Protocol):
+    """A run that TRL has set up.
+
+    Attributes:
+        reward_funcs: reward functions and models, the verifier among them.
+        processing_class: tokenizer, or the processor around it, which renders chats.
+    """
+
+    reward_funcs: Any
+    processing_class: Any
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the student takes images."""
+
+
+# --- before a model is loaded ----------------------------------------------------------------------------------------
 def default_config(model: Any) -> SGOPDConfig:
     """The configuration of a trainer that was given none, its output folder named after the student."""
     name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -51,7 +73,7 @@ def check_arguments(
             f"`args` must be an SGOPDConfig, got {type(args).__name__}. The gate and the anchor read their settings "
             "from it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
         )
-    check_sources(args, teacher_model, reference_model)
+    check_given_models(args, teacher_model, reference_model)
     if args.teacher_sampling_enable:
         _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
     elif any(map(is_anchor_callback, callbacks or [])):
@@ -79,21 +101,81 @@ def _check_anchor(
         )
 
 
+def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> None:
+    """Refuse a rollout engine without room for a prompt and its completion; nothing if the prompt is not known.
+
+    Raises:
+        SGOPDConfigError: names the length that is needed.
+    """
+    for problem in engine_problems(config, longest_prompt, source) if longest_prompt is not None else ():
+        raise SGOPDConfigError(problem)
+
+
+# --- before anything changes the student -----------------------------------------------------------------------------
 def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_config: Any) -> Any:
     """Keep the student's initial state where the reference will need it, before anything changes the student.
 
     Returns:
         A deep copy of a student given as a plain model; None where a path, an adapter or TRL's reference serves.
+
+    Raises:
+        SGOPDConfigError: a state that could not be had back.
     """
     _check_can_be_reloaded(model, args, peft_config)
     if isinstance(model, str) or peft_config is not None or not default_reference(args, reference_model):
         return None
+    # TRL keeps a reference for its KL penalty, which is the initial student as long as it is not synced.
     if args.beta != 0.0 and not args.sync_ref_model:
         return None
     if hasattr(model, "peft_config"):
         add_reference_adapter(model)
         return None
     return copy.deepcopy(model)
+
+
+def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> None:
+    """TRL loads its own reference for the KL penalty from the student's path."""
+    plain = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
+    if args.beta != 0.0 and plain and not get_config_model_id(model.config):
+        raise SGOPDConfigError(
+            f"`beta={args.beta}` is not supported with a student given as a model without a path: TRL loads the "
+            "initial student, which the KL penalty needs, from there. Pass `model` as a path, or set beta=0."
+        )
+
+
+# --- once TRL has set up everything ----------------------------------------------------------------------------------
+def check_run(run: PreparedRun) -> None:
+    """Check student, data and settings against one another.
+
+    Raises:
+        DataError: a data set without what the run needs.
+        SGOPDConfigError: a student that cannot be trained so, or prompts without room in the rollout engine.
+    """
+    args: Any = run.args  # TRL has filled in by now what its fields leave open
+    student = run.accelerator.unwrap_model(run.model)
+    _check_student(student)
+    _warn_of_inexact_resume(args)
+    warn_of_unused(args)
+    if run.is_multimodal:
+        raise SGOPDConfigError(
+            f"`model` must be a text model, got {type(run.model).__name__}. Image inputs are not scored by the "
+            "teacher. Use trl.GRPOTrainer, or a text-only student."
+        )
+    for name, dataset in datasets_of(run):
+        # Evaluation takes an incomplete batch as it is.
+        prompts = args.generation_batch_size // args.num_generations if name == "train_dataset" else 1
+        check_dataset(
+            dataset,
+            reward_funcs=run.reward_funcs,
+            processing_class=run.processing_class,
+            prompts_per_generation_batch=prompts,
+            name=name,
+        )
+    check_rollout_engine(run)
+    # Not a check, but it has its place here: the reference's adapter exists by now, the teacher's does not yet.
+    if REFERENCE_ADAPTER in (getattr(student, "peft_config", None) or {}):
+        save_without_reference(student)
+    _warn_of_dropout(args, student)
 
 
 def _check_student(model: Any) -> None:
@@ -117,51 +199,18 @@ def _check_student(model: Any) -> None:
             )
 
 
-def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> None:
-    """TRL loads its own reference for the KL penalty from the student's path."""
-    plain = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
-    if args.beta != 0.0 and plain and not get_config_model_id(model.config):
-        raise SGOPDConfigError(
-            f"`beta={args.beta}` is not supported with a student given as a model without a path: TRL loads the "
-            "initial student, which the KL penalty needs, from there. Pass `model` as a path, or set beta=0."
-        )
-
-
-def check_run(trainer: Any) -> None:
-    """Check what the parent has set up: data, chat template, inputs, dropout.
+def check_rollout_engine(run: Run) -> None:
+    """Hold the first prompts of the data set against the engine's context.
 
     Raises:
-        DataError: a data set without what the run needs.
-        SGOPDConfigError: a student that takes images.
+        SGOPDConfigError: they do not fit.
     """
-    args = trainer.args
-    _check_student(trainer.accelerator.unwrap_model(trainer.model))
-    _warn_of_inexact_resume(args)
-    warn_of_unused(args)
-    if trainer.is_multimodal:
-        raise SGOPDConfigError(
-            f"`model` must be a text model, got {type(trainer.model).__name__}. Image inputs are not scored by the "
-            "teacher. Use trl.GRPOTrainer, or a text-only student."
-        )
-    for name, dataset in datasets_of(trainer):
-        prompts = args.generation_batch_size // args.num_generations if name == "train_dataset" else 1
-        check_dataset(
-            dataset,
-            reward_funcs=trainer.reward_funcs,
-            processing_class=trainer.processing_class,
-            prompts_per_generation_batch=prompts,
-            name=name,
-        )
-    check_rollout_engine(trainer)
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    if REFERENCE_ADAPTER in (getattr(student, "peft_config", None) or {}):
-        save_without_reference(student)
-    if args.sign_gated_extrapolation and not args.disable_dropout and _dropout(student):
-        logger.warning(
-            "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
-            "student's log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
-            _dropout(student),
-        )
+    # An environment writes its own prompts, which nobody knows yet.
+    if not run.args.use_vllm or run.environment_factories:
+        return
+    prompts = run.tokenize_prompts(first_prompts(run.train_dataset))
+    longest = max(map(len, prompts), default=0)
+    check_prompt_room(run.args, longest, f"the longest of the first {PROMPTS_RENDERED} prompts")
 
 
 def _warn_of_inexact_resume(args: Any) -> None:
@@ -179,30 +228,19 @@ def _warn_of_inexact_resume(args: Any) -> None:
         )
 
 
-def _dropout(model: Any) -> float:
+def _warn_of_dropout(args: SGOPDConfig, student: Any) -> None:
+    """Dropout moves the student's log-probs at random, and with them the sign of a2 (Eq. 4)."""
+    dropout = _largest_dropout(student)
+    if args.sign_gated_extrapolation and not args.disable_dropout and dropout:
+        logger.warning(
+            "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
+            "student's log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
+            dropout,
+        )
+
+
+def _largest_dropout(model: Any) -> float:
     inside = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     config = model.config.to_dict()
+    # Attention has its dropout in the configuration alone, without a module.
     return max([0.0, *inside, *(v for k, v in config.items() if k.endswith("dropout") and isinstance(v, float))])
-
-
-def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> None:
-    """Refuse what `engine_problems` finds; nothing if the longest prompt is not known.
-
-    Raises:
-        SGOPDConfigError: names the length that is needed.
-    """
-    for problem in engine_problems(config, longest_prompt, source) if longest_prompt is not None else ():
-        raise SGOPDConfigError(problem)
-
-
-def check_rollout_engine(trainer: Any) -> None:
-    """Hold the first prompts of the data set against the engine's context.
-
-    Raises:
-        SGOPDConfigError: they do not fit.
-    """
-    if not trainer.args.use_vllm or trainer.environment_factories:
-        return
-    prompts = trainer.tokenize_prompts(first_prompts(trainer.train_dataset))
-    longest = max(map(len, prompts), default=0)
-    check_prompt_room(trainer.args, longest, f"the longest of the first {PROMPTS_RENDERED} prompts")

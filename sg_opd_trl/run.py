@@ -1,13 +1,15 @@
 """What a part of the package may ask of a training run, and whether a subclass decides something itself."""
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from .config import SGOPDConfig
+    # Parts below the configuration name its type from here, so that they do not have to import it.
+    from .config import SGOPDConfig as SGOPDConfig
 
 
 class Run(Protocol):
-    """The run as its parts see it; `SGOPDTrainer` is one.
+    """The run as its parts see it; `SGOPDTrainer` is one. A part that needs more says so in a Protocol beside it.
 
     Attributes:
         args: the configuration.
@@ -16,6 +18,10 @@ class Run(Protocol):
         state: of transformers: steps done and steps in all.
         train_dataset: rows with a `prompt`.
         eval_dataset: the same for evaluation, a mapping of several, or None.
+        temperature: of the student's rollouts and of all log-probs.
+        tools: functions that the student may call while it writes; empty or None without.
+        rollout_func: the caller's own way to make rollouts, or None.
+        environment_factories: makers of the environments that the student acts in, or None; these may own the data.
     """
 
     args: "SGOPDConfig"
@@ -24,6 +30,10 @@ class Run(Protocol):
     state: Any
     train_dataset: Any
     eval_dataset: Any
+    temperature: float
+    tools: Any
+    rollout_func: Any
+    environment_factories: Any
 
     @property
     def tokenizer(self) -> Any:
@@ -35,6 +45,9 @@ class Run(Protocol):
 
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
         """Token ids of prompts, rendered exactly as for the student's rollouts."""
+
+    def student_scoring(self) -> AbstractContextManager[Any]:
+        """The student for scoring without gradient: gradient checkpointing off, otherwise as it is."""
 
 
 def inherits(kind: type, base: type, *names: str) -> bool:

@@ -1,19 +1,18 @@
-"""The trainer's arguments -> its teacher and its reference, checked before anything is trained."""
+"""The trainer's arguments -> its teacher and its reference: decided first, then built, then checked."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..data import TEACHER_PROMPT, first_prompts
 from ..errors import SGOPDConfigError
-from ..trl_seam import get_config_model_id, is_conversational
+from ..trl_seam import get_config_model_id
 from .adapter import AdapterTeacher, adapter_config, fits_student, is_adapter, load_with_base
 from .base import Teacher
-from .fit import check_chat_templates, check_tokenizers, check_vocabulary_sizes
+from .fit import RenderingRun, check_fits_student, check_vocabulary_sizes
 from .local import FrozenModel, LocalTeacher
 from .reference import REFERENCE_ADAPTER, AdapterReference, Reference
 from .routed import RoutedTeacher, check_teacher_columns
@@ -21,16 +20,65 @@ from .server import ServerTeacher
 from .urls import read_servers
 
 if TYPE_CHECKING:
-    from ..config import SGOPDConfig
+    from ..run import SGOPDConfig
 
 logger = logging.getLogger(__name__)
 
-
 # The one loading option that is for a server: `sg-opd serve-teacher` starts it so.
 _SERVED_OPTIONS = {"dtype"}
+# What the trainer will ask of an object that is given as a teacher.
+_TEACHER_NAMES = (*Teacher.__annotations__, "score", "generate", "stop_generating")
 
 
-def teacher_source(args: "SGOPDConfig", teacher_model: Any) -> Any:
+class BuildingRun(RenderingRun, Protocol):
+    """A run whose teacher and reference are being built.
+
+    Attributes:
+        reuses_trl_reference: whether TRL's own reference of the KL penalty is the initial student that is wanted.
+    """
+
+    reuses_trl_reference: bool
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+def build_teacher(run: BuildingRun, teacher_model: Any, teacher_processing_class: Any) -> Teacher | RoutedTeacher:
+    """The teacher given to the trainer or named in the configuration, ready to score.
+
+    Args:
+        run: whose student sets dtype, attention and temperature.
+        teacher_model: a path or Hub id, a model, a teacher, a mapping from `teacher_id` to any of these, or None for
+            `teacher_model_name_or_path` and `teacher_model_server_url`.
+        teacher_processing_class: tokenizer of teachers given as models, or a mapping from `teacher_id` to it; None
+            skips the token-by-token check.
+
+    Raises:
+        SGOPDConfigError: there is no teacher, there are two, or it is the student itself.
+        DataError: the data set does not say which row has which teacher.
+        TeacherError: its tokens are not the student's.
+    """
+    given = resolve_teacher(run.args, teacher_model)
+    if not isinstance(given, Mapping):
+        check_teacher_columns(run, None)
+        return _build_one(run, given, teacher_processing_class, "teacher")
+    by_label = {str(label): part for label, part in given.items()}
+    # Before anything is loaded: several teachers take minutes, a wrong column is seen at once.
+    check_teacher_columns(run, list(by_label))
+    tokenizers = teacher_processing_class
+    if not isinstance(tokenizers, Mapping):
+        tokenizers = dict.fromkeys(by_label, teacher_processing_class)
+    _check_labels(tokenizers, by_label)
+    built: dict[Any, Teacher] = {}
+    for label, part in by_label.items():
+        # Names that share a path or a model share the teacher.
+        key = part if isinstance(part, str) else id(part)
+        if key not in built:
+            built[key] = _build_one(run, part, tokenizers.get(label), f"teacher {label}")
+    return RoutedTeacher(
+        {label: built[part if isinstance(part, str) else id(part)] for label, part in by_label.items()}
+    )
+
+
+def resolve_teacher(args: "SGOPDConfig", teacher_model: Any) -> Any:
     """The teacher that is given or named: a path, a model, a teacher, or a mapping from `teacher_id` to these.
 
     Names that have a URL become servers; those that share a URL and a name share one.
@@ -58,16 +106,172 @@ def teacher_source(args: "SGOPDConfig", teacher_model: Any) -> Any:
     return server(urls, names)
 
 
-def check_sources(args: "SGOPDConfig", teacher_model: Any, reference_model: Any) -> None:
+def _build_one(run: BuildingRun, given: Any, tokenizer: Any, role: str) -> Teacher:
+    """A teacher from a path, a model or a teacher, ready to score, its tokens checked as far as they are known."""
+    teacher: Any = given
+    if isinstance(given, str):
+        teacher = _load_teacher(run, given)
+    elif isinstance(given, nn.Module):
+        # Before it is frozen: the student would be.
+        _check_not_the_student(run, given, "teacher_model")
+        teacher = LocalTeacher(teacher)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_teacher(run, given)
+    _make_ready(run, teacher, tokenizer, role)
+    if tokenizer is not None:
+        check_fits_student(run, tokenizer, role)
+    elif not isinstance(teacher, AdapterTeacher | ServerTeacher):
+        # These two have checked what can be known when they were bound.
+        check_vocabulary_sizes(run.tokenizer, teacher.vocab_size, role)
+    return teacher
+
+
+def _load_teacher(run: BuildingRun, path: str) -> LocalTeacher:
+    args: Any = run.args  # its JSON strings are dictionaries by now
+    revision, init_kwargs = args.teacher_model_revision, args.teacher_model_init_kwargs
+    if not is_adapter(path, revision):
+        return _load(LocalTeacher, run, path, "teacher", revision, init_kwargs)
+    # Loading options are for a model of its own.
+    if not init_kwargs and fits_student(path, revision, _student(run)):
+        logger.info("The teacher %s is an adapter on the student's base: it shares the student's weights.", path)
+        return AdapterTeacher(path, revision=revision)
+    options = {"trust_remote_code": args.trust_remote_code} | dict(init_kwargs or {})
+    return load_with_base(path, like=run.model, revision=revision, init_kwargs=options)
+
+
+def _make_ready(run: BuildingRun, teacher: Any, tokenizer: Any, role: str) -> None:
+    if isinstance(teacher, AdapterTeacher):
+        teacher.bind(run)
+    elif isinstance(teacher, ServerTeacher):
+        teacher.bind(run, tokenizer)
+    elif isinstance(teacher, LocalTeacher):
+        # A teacher that the caller has made of the student's own weights.
+        _check_not_the_student(run, teacher.model, "teacher_model")
+        _prepare(run, teacher)
+    else:
+        _check_methods(teacher, role)
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+def build_reference(
+    run: BuildingRun, reference_model: Any, initial_student: PreTrainedModel | None
+) -> Reference | None:
+    """The reference of the extrapolation, or None where no route uses one or TRL's own reference serves.
+
+    Args:
+        run: whose student is the default reference.
+        reference_model: a path or Hub id, a model, or None for `reference_model_name_or_path` or the initial student.
+        initial_student: copy of a student that exists in memory only, made before anything changed it.
+
+    Raises:
+        SGOPDConfigError: it is the student itself.
+        TeacherError: its tokens are not the student's.
+    """
+    args = run.args
+    if not args.needs_reference:
+        return None
+    given = args.reference_model_name_or_path if reference_model is None else reference_model
+    reference: FrozenModel
+    if isinstance(given, str):
+        revision = args.reference_model_revision
+        reference = _load(FrozenModel, run, given, "reference", revision, args.reference_model_init_kwargs)
+        check_fits_student(run, _tokenizer(run, given, revision), "reference")
+    elif given is not None:
+        # Before it is frozen: the student would be.
+        _check_not_the_student(run, given, "reference_model")
+        reference = FrozenModel(given, role="reference")
+        check_vocabulary_sizes(run.tokenizer, reference.vocab_size, "reference")
+    else:
+        return _initial_student(run, initial_student)
+    _prepare(run, reference)
+    return reference
+
+
+def default_reference(args: "SGOPDConfig", reference_model: Any) -> bool:
+    """Whether the reference is the initial student and is used at all."""
+    return args.needs_reference and reference_model is None and args.reference_model_name_or_path is None
+
+
+def _initial_student(run: BuildingRun, initial_student: PreTrainedModel | None) -> Reference | None:
+    """The cheapest way to the student as it was: TRL's, its adapters switched, the copy, or its path again."""
+    adapters = getattr(_student(run), "peft_config", None)
+    if run.reuses_trl_reference:
+        return None
+    if adapters is not None:
+        name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None
+        size = run.model.config.get_text_config().vocab_size
+        return AdapterReference(run.student_scoring, run.accelerator, name, size)
+    if initial_student is not None:
+        reference = FrozenModel(initial_student, role="reference", name="initial student")
+    else:
+        args: Any = run.args  # its JSON strings are dictionaries by now
+        path = get_config_model_id(run.model.config)
+        init_kwargs = dict(args.model_init_kwargs or {}) | dict(args.reference_model_init_kwargs or {})
+        reference = _load(FrozenModel, run, path, "reference", init_kwargs.pop("revision", None), init_kwargs)
+    _prepare(run, reference)
+    return reference
+
+
+# --- models and their tokenizers -------------------------------------------------------------------------------------
+def _load(kind: type[FrozenModel], run: BuildingRun, name: str, role: str, revision: Any, init_kwargs: Any) -> Any:
+    options = {"trust_remote_code": run.args.trust_remote_code} | dict(init_kwargs or {})
+    return kind.from_pretrained(name, role=role, like=run.model, revision=revision, init_kwargs=options)
+
+
+def _prepare(run: BuildingRun, model: FrozenModel) -> None:
+    model.prepare(run.accelerator, temperature=run.temperature, cast_lm_head_to_fp32=run.args.cast_lm_head_to_fp32)
+
+
+def _student(run: BuildingRun) -> Any:
+    return run.accelerator.unwrap_model(run.model)
+
+
+def _tokenizer_of_teacher(run: BuildingRun, given: Any) -> Any:
+    """A teacher's own tokenizer as far as it can be found; None where it cannot."""
+    if isinstance(given, str):
+        return _tokenizer(run, given, run.args.teacher_model_revision)
+    if isinstance(given, AdapterTeacher):
+        # Without one in its folder it has the base's, which is the student's.
+        return _tokenizer_if_any(run, given.path, given.revision)
+    if isinstance(given, ServerTeacher) and given.expected is not None:
+        # What a server calls its model may be any name; only a folder or a Hub id is looked up.
+        name = given.expected
+        if Path(name).is_dir() or "/" in name:
+            return _tokenizer_if_any(run, name, run.args.teacher_model_revision)
+    return None
+
+
+def _tokenizer(run: BuildingRun, name: str, revision: str | None) -> Any:
+    """A model's tokenizer; an adapter without one of its own has its base's."""
+    trusted = run.args.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+    except (OSError, ValueError):
+        if not is_adapter(name, revision):
+            raise
+    config = adapter_config(name, revision)
+    base = config.base_model_name_or_path
+    return AutoTokenizer.from_pretrained(base, revision=config.revision, trust_remote_code=trusted)
+
+
+def _tokenizer_if_any(run: BuildingRun, name: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=run.args.trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+# --- refused before a model is loaded --------------------------------------------------------------------------------
+def check_given_models(args: "SGOPDConfig", teacher_model: Any, reference_model: Any) -> None:
     """Refuse no teacher, two of a kind, loading options that nothing is loaded with, and a reference without a use.
 
     Raises:
-        SGOPDConfigError: names the sources, the option, or the lambdas that leave the reference without a use.
+        SGOPDConfigError: names what is given, the option, or the lambdas that leave the reference without a use.
     """
     _check_mapping("teacher_model", teacher_model, paths_only=False)
     _check_mapping("teacher_model_name_or_path", args.teacher_model_name_or_path, paths_only=True)
-    _check_one_source("teacher", teacher_model, args.teacher_model_name_or_path, args.teacher_model_server_url)
-    _check_one_source("reference", reference_model, args.reference_model_name_or_path)
+    _check_given_once("teacher", teacher_model, args.teacher_model_name_or_path, args.teacher_model_server_url)
+    _check_given_once("reference", reference_model, args.reference_model_name_or_path)
     _check_servers(args, teacher_model)
     for role, given in (("teacher", teacher_model), ("reference", reference_model)):
         _check_loading_options(role, given, args)
@@ -77,26 +281,6 @@ def check_sources(args: "SGOPDConfig", teacher_model: Any, reference_model: Any)
             f"A reference must have a use, got {given!r} with every lambda equal to 1: the extrapolation term is zero "
             "and the reference would never be run. Leave the reference out, or set lambda_base or lambda_high."
         )
-
-
-def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
-    revision, init_kwargs = getattr(args, f"{role}_model_revision"), getattr(args, f"{role}_model_init_kwargs")
-    if given is not None and not _names_a_path(given) and (revision or init_kwargs):
-        name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
-        raise SGOPDConfigError(
-            f"`{role}_model_{name}` must go with a path, got {value!r} for a {role} given as a model. It is loaded "
-            f"already, the option would do nothing. Leave it out, or give the {role}'s path."
-        )
-    if role == "reference" and revision and given is None and args.reference_model_name_or_path is None:
-        raise SGOPDConfigError(
-            f"`reference_model_revision` must go with a reference of its own, got {revision!r} with the initial "
-            "student "
-            "as the reference. It would do nothing. Leave it out, or set reference_model_name_or_path."
-        )
-
-
-def _names_a_path(given: Any) -> bool:
-    return any(isinstance(part, str) for part in (given.values() if isinstance(given, Mapping) else [given]))
 
 
 def _check_mapping(setting: str, value: Any, *, paths_only: bool) -> None:
@@ -113,7 +297,7 @@ def _check_mapping(setting: str, value: Any, *, paths_only: bool) -> None:
         )
 
 
-def _check_one_source(role: str, given: Any, named: Any, url: Any = None) -> None:
+def _check_given_once(role: str, given: Any, named: Any, url: Any = None) -> None:
     if given is not None and named is not None and given != named:
         raise SGOPDConfigError(
             f"The {role} must be given once, got `{role}_model` and `{role}_model_name_or_path={named!r}`. Which one "
@@ -157,111 +341,32 @@ def _check_servers(args: "SGOPDConfig", teacher_model: Any) -> None:
         )
 
 
-_TEACHER_NAMES = (*Teacher.__annotations__, "score", "generate", "stop_generating")
+def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
+    revision, init_kwargs = getattr(args, f"{role}_model_revision"), getattr(args, f"{role}_model_init_kwargs")
+    if given is not None and not _names_a_path(given) and (revision or init_kwargs):
+        name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
+        raise SGOPDConfigError(
+            f"`{role}_model_{name}` must go with a path, got {value!r} for a {role} given as a model. It is loaded "
+            f"already, the option would do nothing. Leave it out, or give the {role}'s path."
+        )
+    if role == "reference" and revision and given is None and args.reference_model_name_or_path is None:
+        raise SGOPDConfigError(
+            f"`reference_model_revision` must go with a reference of its own, got {revision!r} with the initial "
+            "student as the reference. It would do nothing. Leave it out, or set reference_model_name_or_path."
+        )
 
 
-def build_teacher(trainer: Any, teacher_model: Any, teacher_processing_class: Any) -> Teacher | RoutedTeacher:
-    """The teacher given to the trainer or named in the configuration.
-
-    Args:
-        trainer: whose student sets dtype, attention and temperature.
-        teacher_model: a path or Hub id, a model, a teacher, a mapping from `teacher_id` to any of these, or None for
-            `teacher_model_name_or_path` and `teacher_model_server_url`.
-        teacher_processing_class: tokenizer of teachers given as models, or a mapping from `teacher_id` to it; None
-            skips the token-by-token check.
-
-    Raises:
-        SGOPDConfigError: there is no teacher, there are two, or it is the student itself.
-        DataError: the data set does not say which row has which teacher.
-        TeacherError: its tokens are not the student's.
-    """
-    source = teacher_source(trainer.args, teacher_model)
-    if not isinstance(source, Mapping):
-        check_teacher_columns(trainer, None)
-        return _build_one(trainer, source, teacher_processing_class, "teacher")
-    sources = {str(label): part for label, part in source.items()}
-    check_teacher_columns(trainer, list(sources))
-    tokenizers = teacher_processing_class
-    if not isinstance(tokenizers, Mapping):
-        tokenizers = dict.fromkeys(sources, teacher_processing_class)
-    _check_labels(tokenizers, sources)
-    built: dict[Any, Teacher] = {}
-    for label, part in sources.items():
-        # Names that share a path or a model share the teacher.
-        key = part if isinstance(part, str) else id(part)
-        if key not in built:
-            built[key] = _build_one(trainer, part, tokenizers.get(label), f"teacher {label}")
-    teachers = {label: built[part if isinstance(part, str) else id(part)] for label, part in sources.items()}
-    return RoutedTeacher(teachers)
+def _names_a_path(given: Any) -> bool:
+    return any(isinstance(part, str) for part in (given.values() if isinstance(given, Mapping) else [given]))
 
 
-def _build_one(trainer: Any, source: Any, tokenizer: Any, role: str) -> Teacher:
-    """A teacher from a path, a model or a teacher, its tokens checked, ready to score."""
-    teacher: Any = source
-    if isinstance(source, str):
-        teacher = _load_teacher(trainer, source)
-        if tokenizer is None:
-            tokenizer = _tokenizer(trainer, source, trainer.args.teacher_model_revision)
-    elif isinstance(source, nn.Module):
-        # Before it is frozen.
-        _check_not_the_student(trainer, source, "teacher_model")
-        teacher = LocalTeacher(teacher)
-    tokenizer = _made_ready(trainer, teacher, tokenizer, role)
-    if tokenizer is not None:
-        _check_tokenizer(trainer, tokenizer, role)
-    elif not isinstance(teacher, AdapterTeacher | ServerTeacher):
-        check_vocabulary_sizes(trainer.tokenizer, teacher.vocab_size, role)
-    return teacher
-
-
-def _made_ready(trainer: Any, teacher: Any, tokenizer: Any, role: str) -> Any:
-    """Have a teacher ready to score; returns its tokenizer, None if it is not known."""
-    if isinstance(teacher, AdapterTeacher):
-        teacher.bind(trainer)
-        return _tokenizer_beside(trainer, teacher) if tokenizer is None else tokenizer
-    if isinstance(teacher, ServerTeacher):
-        tokenizer = _tokenizer_served(trainer, teacher) if tokenizer is None else tokenizer
-        teacher.bind(trainer, tokenizer)
-    elif isinstance(teacher, LocalTeacher):
-        _check_not_the_student(trainer, teacher.model, "teacher_model")
-        _prepare(trainer, teacher)
-    else:
-        _check_methods(teacher, role)
-    return tokenizer
-
-
-def _load_teacher(trainer: Any, path: str) -> LocalTeacher:
-    args = trainer.args
-    revision, init_kwargs = args.teacher_model_revision, args.teacher_model_init_kwargs
-    if not is_adapter(path, revision):
-        return _load(LocalTeacher, trainer, path, "teacher", revision, init_kwargs)
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    # Loading options are for a model of its own.
-    if not init_kwargs and fits_student(path, revision, student):
-        logger.info("The teacher %s is an adapter on the student's base: it shares the student's weights.", path)
-        return AdapterTeacher(path, revision=revision)
-    options = {"trust_remote_code": args.trust_remote_code} | dict(init_kwargs or {})
-    return load_with_base(path, like=trainer.model, revision=revision, init_kwargs=options)
-
-
-def _check_tokenizer(trainer: Any, tokenizer: Any, role: str) -> None:
-    """Ids, special ids and, where the data set has chats, what the chat template makes of them."""
-    check_tokenizers(trainer.tokenizer, tokenizer, role)
-    if trainer.environment_factories is not None:
-        return
-    prompts = first_prompts(trainer.train_dataset, TEACHER_PROMPT if role.startswith("teacher") else "prompt")
-    if is_conversational({"prompt": prompts[0]}):
-        rendered = trainer.tokenize_prompts(prompts)
-        kwargs = trainer.chat_template_kwargs
-        check_chat_templates(prompts, rendered, tokenizer, role, tools=trainer.tools, template_kwargs=kwargs)
-
-
-def _check_labels(tokenizers: Mapping, sources: Mapping) -> None:
-    odd = sorted(map(str, tokenizers.keys() - sources.keys()))
+# --- refused while they are built ------------------------------------------------------------------------------------
+def _check_labels(tokenizers: Mapping, teachers: Mapping) -> None:
+    odd = sorted(map(str, tokenizers.keys() - teachers.keys()))
     if odd:
         raise SGOPDConfigError(
-            f"`teacher_processing_class` must have the names of the teachers {sorted(sources)}, got {odd}. They would "
-            "be used by nobody. Correct them."
+            f"`teacher_processing_class` must have the names of the teachers {sorted(teachers)}, got {odd}. They "
+            "would be used by nobody. Correct them."
         )
 
 
@@ -274,104 +379,8 @@ def _check_methods(teacher: Any, role: str) -> None:
         )
 
 
-def build_reference(trainer: Any, reference_model: Any, initial_student: PreTrainedModel | None) -> Reference | None:
-    """The reference of the extrapolation, or None where no route uses one or TRL's own reference serves.
-
-    Args:
-        trainer: whose student is the default reference.
-        reference_model: a path or Hub id, a model, or None for `reference_model_name_or_path` or the initial student.
-        initial_student: copy of a student that exists in memory only, made before anything changed it.
-    """
-    args = trainer.args
-    if not args.needs_reference:
-        return None
-    source = args.reference_model_name_or_path if reference_model is None else reference_model
-    reference: FrozenModel
-    if isinstance(source, str):
-        reference = _load(
-            FrozenModel, trainer, source, "reference", args.reference_model_revision, args.reference_model_init_kwargs
-        )
-        _check_tokenizer(trainer, _tokenizer(trainer, source, args.reference_model_revision), "reference")
-    elif source is not None:
-        _check_not_the_student(trainer, source, "reference_model")
-        reference = FrozenModel(source, role="reference")
-        check_vocabulary_sizes(trainer.tokenizer, reference.vocab_size, "reference")
-    else:
-        return _initial_student(trainer, initial_student)
-    _prepare(trainer, reference)
-    return reference
-
-
-def default_reference(args: "SGOPDConfig", reference_model: Any) -> bool:
-    """Whether the reference is the initial student and is used at all."""
-    return args.needs_reference and reference_model is None and args.reference_model_name_or_path is None
-
-
-def _initial_student(trainer: Any, initial_student: PreTrainedModel | None) -> Reference | None:
-    adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
-    if trainer.reuses_trl_reference:
-        return None
-    if adapters is not None:
-        name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None
-        size = trainer.model.config.get_text_config().vocab_size
-        return AdapterReference(trainer.student_scoring, trainer.accelerator, name, size)
-    if initial_student is not None:
-        reference = FrozenModel(initial_student, role="reference", name="initial student")
-    else:
-        path = get_config_model_id(trainer.model.config)
-        init_kwargs = dict(trainer.args.model_init_kwargs or {}) | dict(trainer.args.reference_model_init_kwargs or {})
-        reference = _load(FrozenModel, trainer, path, "reference", init_kwargs.pop("revision", None), init_kwargs)
-    _prepare(trainer, reference)
-    return reference
-
-
-def _load(kind: type[FrozenModel], trainer: Any, name: str, role: str, revision: Any, init_kwargs: Any) -> Any:
-    options = {"trust_remote_code": trainer.args.trust_remote_code} | dict(init_kwargs or {})
-    return kind.from_pretrained(name, role=role, like=trainer.model, revision=revision, init_kwargs=options)
-
-
-def _tokenizer_beside(trainer: Any, teacher: AdapterTeacher) -> Any:
-    """The tokenizer in an adapter's folder, or None: on the student's base, the base's own is the student's."""
-    trusted = trainer.args.trust_remote_code
-    try:
-        return AutoTokenizer.from_pretrained(teacher.path, revision=teacher.revision, trust_remote_code=trusted)
-    except (OSError, ValueError):
-        return None
-
-
-def _tokenizer_served(trainer: Any, teacher: ServerTeacher) -> Any:
-    """The tokenizer of the model that a server is said to have, or None: its name there may be any."""
-    name, args = teacher.expected, trainer.args
-    if name is None or not (Path(name).is_dir() or "/" in name):
-        return None
-    revision = args.teacher_model_revision
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
-        return None
-
-
-def _tokenizer(trainer: Any, name: str, revision: str | None) -> Any:
-    """A model's tokenizer; an adapter without one of its own has its base's."""
-    trusted = trainer.args.trust_remote_code
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
-    except (OSError, ValueError):
-        if not is_adapter(name, revision):
-            raise
-    config = adapter_config(name, revision)
-    base = config.base_model_name_or_path
-    return AutoTokenizer.from_pretrained(base, revision=config.revision, trust_remote_code=trusted)
-
-
-def _prepare(trainer: Any, model: FrozenModel) -> None:
-    model.prepare(
-        trainer.accelerator, temperature=trainer.temperature, cast_lm_head_to_fp32=trainer.args.cast_lm_head_to_fp32
-    )
-
-
-def _check_not_the_student(trainer: Any, model: Any, argument: str) -> None:
-    own = set(map(id, trainer.model.parameters()))
+def _check_not_the_student(run: BuildingRun, model: Any, argument: str) -> None:
+    own = set(map(id, run.model.parameters()))
     if any(id(parameter) in own for parameter in model.parameters()):
         raise SGOPDConfigError(
             f"`{argument}` must be another object than `model`, got the student's own weights. They would be frozen, "

@@ -1,34 +1,66 @@
-"""Ids that the tokenizer, the student, the teachers and the reference all have, and what becomes of others.
+"""Does a model fit the student? The same token ids, the same special tokens, chats rendered alike, and what it lacks.
 
-Models of one family pad their embeddings to different sizes. A padded row is a token like any other to the sampler,
-but nothing was ever trained on it and another model may not have it: it is not sampled, and where a sampler cannot be
-told so it is left out of the loss and counted.
+Only token ids are ever exchanged between student, teacher and reference: two models that number their tokens
+differently would be compared without any error, and everything learned from it would be noise.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
+from ..data import TEACHER_PROMPT, first_prompts
 from ..errors import TeacherError
 from ..models.batch import TokenBatch
+from ..run import Run
+from ..trl_seam import is_conversational
 
 logger = logging.getLogger(__name__)
 
-
+# Differences that a message lists, and tokens that it shows around the first one.
 _SHOWN = 5
 _CONTEXT = 4
+
+
+class RenderingRun(Run, Protocol):
+    """A run that tells how it renders chats.
+
+    Attributes:
+        chat_template_kwargs: further arguments of the chat template.
+    """
+
+    chat_template_kwargs: Any
+
+
+def check_fits_student(run: RenderingRun, tokenizer: Any, role: str) -> None:
+    """Refuse a model whose tokenizer is not the student's, or that knows chats in another form.
+
+    Args:
+        run: whose student it is, and whose first prompts are rendered where they are chats.
+        tokenizer: of the teacher or reference.
+        role: what messages call the model: `reference`, `teacher`, or `teacher NAME`.
+
+    Raises:
+        TeacherError: shows the first differences.
+    """
+    check_tokenizers(run.tokenizer, tokenizer, role)
+    # An environment writes its own prompts, which nobody knows yet.
+    if run.environment_factories is not None:
+        return
+    prompts = first_prompts(run.train_dataset, "prompt" if role == "reference" else TEACHER_PROMPT)
+    if is_conversational({"prompt": prompts[0]}):
+        rendered, kwargs = run.tokenize_prompts(prompts), run.chat_template_kwargs
+        check_chat_templates(prompts, rendered, tokenizer, role, tools=run.tools, template_kwargs=kwargs)
 
 
 def check_tokenizers(student: Any, other: Any, role: str) -> None:
     """Refuse a model whose tokenizer maps tokens to other ids than the student's, or begins or ends with others.
 
-    Only token ids are ever exchanged, so that different vocabularies would be compared without any error. Padding is
-    never scored, so that its id may differ.
+    Padding is never scored, so that its id may differ: base and chat models of one family often do.
 
     Raises:
         TeacherError: lists the first differences.
@@ -54,6 +86,12 @@ def check_tokenizers(student: Any, other: Any, role: str) -> None:
             f"{student.bos_token!r} ({student.bos_token_id}). The {role} would read prompts that begin as it never "
             "saw them. Use two models of one kind, or set `bos_token` of the tokenizer you pass."
         )
+
+
+_WAYS_OUT = {
+    "teacher": "pass the student's tokenizer as `teacher_processing_class`",
+    "reference": "pass the reference as a model",
+}
 
 
 def check_chat_templates(
@@ -98,12 +136,6 @@ def check_chat_templates(
             )
 
 
-_WAYS_OUT = {
-    "teacher": "pass the student's tokenizer as `teacher_processing_class`",
-    "reference": "pass the reference as a model",
-}
-
-
 def _render(tokenizer: Any, prompt: Any, tools: Any, template_kwargs: Mapping[str, Any]) -> list[int] | str:
     """Token ids, or what the template says against the prompt."""
     try:
@@ -117,10 +149,15 @@ def _render(tokenizer: Any, prompt: Any, tools: Any, template_kwargs: Mapping[st
 def _first_difference(tokenizer: Any, own: list[int], theirs: list[int] | str) -> str:
     if isinstance(theirs, str):
         return f"{tokenizer.decode(own)!r} and {theirs}"
-    pairs = enumerate(zip(own, theirs, strict=False))
-    at = next((i for i, (left, right) in pairs if left != right), min(len(own), len(theirs)))
+    at = first_difference(own, theirs)
     around = slice(max(0, at - _CONTEXT), at + _CONTEXT)
     return f"{tokenizer.decode(own[around])!r} and {tokenizer.decode(theirs[around])!r} from token {around.start} on"
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+    """Where two sequences that are not equal begin to differ; one may be the beginning of the other."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def check_vocabulary_sizes(tokenizer: Any, vocab_size: int, role: str) -> None:
@@ -143,7 +180,11 @@ def check_vocabulary_sizes(tokenizer: Any, vocab_size: int, role: str) -> None:
 
 
 class SharedVocabulary:
-    """What a run may sample and score.
+    """The ids that the tokenizer, the student, the teachers and the reference all have, and what becomes of others.
+
+    Models of one family pad their embeddings to different sizes. A padded row is a token like any other to the
+    sampler, but nothing was ever trained on it and another model may not have it: it is not sampled, and where a
+    sampler cannot be told so (vLLM) the completion is left out of the loss from there on, and counted.
 
     Args:
         tokenizer: the student's.
@@ -202,10 +243,10 @@ class SharedVocabulary:
     def usable(self, completion_ids: list[int]) -> list[int]:
         """The part of one completion that every model can score."""
         lacking = set(self.unusable)
-        end = next((place for place, token in enumerate(completion_ids) if token in lacking), len(completion_ids))
+        end = next((i for i, token in enumerate(completion_ids) if token in lacking), len(completion_ids))
         return completion_ids[:end]
 
     def _usable_part(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """`(B, T)`, 1 up to a row's first unusable token."""
+        """`(B, T)`, 1 up to a row's first unusable token: what follows it was written after something unreadable."""
         unusable = torch.isin(ids, torch.tensor(self.unusable, dtype=ids.dtype, device=ids.device)) & (mask != 0)
         return (unusable.cumsum(dim=1) == 0).to(mask.dtype)

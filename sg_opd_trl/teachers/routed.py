@@ -1,7 +1,8 @@
-"""What a row of the data set says of its teacher: `teacher_id`, and `teacher_prompt` where the teacher reads another.
+"""Which row has which teacher, and what that teacher reads: the columns `teacher_id` and `teacher_prompt`.
 
-With a `teacher_prompt` the teacher scores the student's completion after a prompt of its own, privileged context for
-instance, and writes its rollouts from it; student and reference keep `prompt`.
+With several teachers every row names its own in `teacher_id` (G-OPD, arXiv:2602.12125: one student, a teacher per
+domain, a shared reference). With a `teacher_prompt` the teacher scores the student's completion after a prompt of its
+own, privileged context for instance, and writes its rollouts from it; student and reference keep `prompt`.
 """
 
 import hashlib
@@ -21,11 +22,19 @@ from ..errors import DataError, SGOPDConfigError
 from ..models.batch import TokenBatch, pad_rows
 from ..models.head import OutputHead
 from ..random_state import mixed_seed
+from ..run import Run
 from .base import HiddenScores, PrefetchingTeacher, Sampling, SupportScores, Teacher
 
 logger = logging.getLogger(__name__)
 
+Tokenize = Callable[[list], list[list[int]]]
+"""Prompts -> their token ids."""
 
+# Unknown names that a message lists.
+_SHOWN = 5
+
+
+# --- several teachers ------------------------------------------------------------------------------------------------
 class RoutedTeacher:
     """Teachers by name; every row of the data set names its own in the column `teacher_id`.
 
@@ -88,8 +97,8 @@ class RoutedTeacher:
                 f"`teacher_id` must name one of the teachers {sorted(self.teachers)}, got {unknown[0]!r}. A row is "
                 "never given to another teacher than its own. Correct the column, or add the teacher."
             )
-        places = {id(teacher): place for place, teacher in enumerate(self.distinct)}
-        return TeachersOfRows(self.distinct, [places[id(self.teachers[str(label)])] for label in teacher_ids])
+        numbers = {id(teacher): number for number, teacher in enumerate(self.distinct)}
+        return TeachersOfRows(self.distinct, [numbers[id(self.teachers[str(label)])] for label in teacher_ids])
 
     def output_heads(self) -> list[OutputHead]:
         """The heads of all teachers, in their order."""
@@ -106,12 +115,12 @@ class TeachersOfRows:
 
     Args:
         teachers: every teacher once.
-        places: of each row, its teacher's place among them.
+        owners: of each row, the number of its teacher among them.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], places: Iterable[int]) -> None:
+    def __init__(self, teachers: Sequence[Teacher], owners: Iterable[int]) -> None:
         self.teachers = teachers
-        self.places = list(places)
+        self.owners = list(owners)
 
     def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
         """Each row's log-probs under its own teacher, see `Teacher.score`."""
@@ -125,6 +134,7 @@ class TeachersOfRows:
 
     def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
         """Each row's scores and hidden states under its own teacher, see `Teacher.score_hidden`."""
+        # `RoutedTeacher.output_heads` lists the heads of all teachers one after the other.
         first_head = 0
 
         def ask(teacher: Teacher, own: Tensor) -> HiddenScores:
@@ -139,20 +149,20 @@ class TeachersOfRows:
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> list[list[int]]:
         """Each prompt's completion by its own teacher, see `Teacher.generate`."""
         completions: list[list[int]] = [[] for _ in prompts]
-        for place, teacher in enumerate(self.teachers):
-            own = self._rows_of(place)
+        for number, teacher in enumerate(self.teachers):
+            own = self._rows_of(number)
             # One seed for all would give teachers the same random numbers.
-            written = teacher.generate([prompts[i] for i in own], sampling, mixed_seed(seed, place), max_tokens)
+            written = teacher.generate([prompts[i] for i in own], sampling, mixed_seed(seed, number), max_tokens)
             for i, ids in zip(own, written, strict=True):
                 completions[i] = ids
         return completions
 
     def prefetch_rollouts(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> None:
         """Have the teachers that can begin their own rollouts, see `PrefetchingTeacher`."""
-        for place, teacher in enumerate(self.teachers):
+        for number, teacher in enumerate(self.teachers):
             if isinstance(teacher, PrefetchingTeacher):
-                own = [prompts[i] for i in self._rows_of(place)]
-                teacher.prefetch_rollouts(own, sampling, mixed_seed(seed, place), max_tokens)
+                own = [prompts[i] for i in self._rows_of(number)]
+                teacher.prefetch_rollouts(own, sampling, mixed_seed(seed, number), max_tokens)
 
     def prefetch_scores(
         self,
@@ -162,22 +172,33 @@ class TeachersOfRows:
         vocab_size: int | None = None,
     ) -> None:
         """Have the teachers that can begin the scores of their own rows, see `PrefetchingTeacher`."""
-        for place, teacher in enumerate(self.teachers):
+        for number, teacher in enumerate(self.teachers):
             if isinstance(teacher, PrefetchingTeacher):
-                own = self._rows_of(place)
+                own = self._rows_of(number)
                 prompts, completions = [prompt_ids[i] for i in own], [completion_ids[i] for i in own]
                 teacher.prefetch_scores(prompts, completions, size, vocab_size)
 
-    def _rows_of(self, place: int) -> list[int]:
-        return [row for row, chosen in enumerate(self.places) if chosen == place]
+    def _rows_of(self, number: int) -> list[int]:
+        return [row for row, owner in enumerate(self.owners) if owner == number]
 
     def _routed(self, rows: Tensor, ask: Callable[[Teacher, Tensor], Any]) -> Any:
         """Ask every teacher for its rows; a tensor or a named tuple of tensors with one entry per row."""
-        places = torch.tensor(self.places, device=rows.device)
-        answers = [ask(teacher, rows & (places == place)) for place, teacher in enumerate(self.teachers)]
+        owners = torch.tensor(self.owners, device=rows.device)
+        # A teacher without a row is asked too: where it is sharded, its forward waits for all ranks.
+        answers = [ask(teacher, rows & (owners == number)) for number, teacher in enumerate(self.teachers)]
         if isinstance(answers[0], Tensor):
-            return _of_own_rows(answers, places)
-        return type(answers[0])(*(_of_own_rows(parts, places) for parts in zip(*answers, strict=True)))
+            return _of_own_rows(answers, owners)
+        return type(answers[0])(*(_of_own_rows(parts, owners) for parts in zip(*answers, strict=True)))
+
+
+def _of_own_rows(answers: Sequence[Tensor], owners: Tensor) -> Tensor:
+    """From each teacher's answer for all rows, `(B, ...)`, the rows that are its own; hidden states to one width."""
+    width = max(answer.size(-1) for answer in answers)
+    result = functional.pad(answers[0], (0, width - answers[0].size(-1)))
+    for number, answer in enumerate(answers[1:], start=1):
+        own = (owners == number).view(-1, *[1] * (answer.dim() - 1))
+        result = torch.where(own, functional.pad(answer, (0, width - answer.size(-1))), result)
+    return result
 
 
 def prefetching_teachers(teacher: Teacher | RoutedTeacher) -> list[PrefetchingTeacher]:
@@ -187,25 +208,12 @@ def prefetching_teachers(teacher: Teacher | RoutedTeacher) -> list[PrefetchingTe
 
 
 def drop_prefetched(teacher: Teacher | RoutedTeacher) -> None:
-    """Stop what any of a run's teachers has begun and was not asked for."""
+    """Stop what any of a run's teachers has begun and nobody asked for."""
     for one in prefetching_teachers(teacher):
         one.drop_prefetched()
 
 
-def _of_own_rows(answers: Sequence[Tensor], places: Tensor) -> Tensor:
-    """From each teacher's answer for all rows, `(B, ...)`, the rows that are its own; hidden states to one width."""
-    width = max(answer.size(-1) for answer in answers)
-    result = functional.pad(answers[0], (0, width - answers[0].size(-1)))
-    for place, answer in enumerate(answers[1:], start=1):
-        own = (places == place).view(-1, *[1] * (answer.dim() - 1))
-        result = torch.where(own, functional.pad(answer, (0, width - answer.size(-1))), result)
-    return result
-
-
-Tokenize = Callable[[list], list[list[int]]]
-_SHOWN = 5
-
-
+# --- what a batch's teacher is, and what it reads --------------------------------------------------------------------
 def teacher_of(teacher: Teacher | RoutedTeacher, examples: Sequence[dict]) -> Teacher | TeachersOfRows:
     """The teacher of a batch made of these rows, in their order.
 
@@ -245,22 +253,23 @@ def teacher_batch(batch: TokenBatch, examples: Sequence[dict], tokenize: Tokeniz
 
 
 # --- before the run --------------------------------------------------------------------------------------------------
-def check_teacher_columns(trainer: Any, teacher_ids: Sequence[str] | None) -> None:
+def check_teacher_columns(run: Run, teacher_ids: Sequence[str] | None) -> None:
     """Refuse data sets whose rows do not say what their teacher needs to know.
 
     Args:
-        trainer: whose data sets are checked, those for evaluation only where the teacher takes part.
+        run: whose data sets are checked, those for evaluation only where the teacher takes part.
         teacher_ids: names of the teachers; None with a single one.
 
     Raises:
         DataError: a missing column, a name that no teacher has, or a prompt of another kind.
         SGOPDConfigError: a setting under which the columns would be ignored.
     """
-    trained_on = [] if trainer.train_dataset is None else column_names(trainer.train_dataset)
-    for column in [TEACHER_ID] * (teacher_ids is not None) + [TEACHER_PROMPT] * (TEACHER_PROMPT in trained_on):
-        _check_setting(trainer, column)
-    for name, dataset in datasets_of(trainer):
-        if name != "train_dataset" and not trainer.args.eval_with_teacher:
+    if teacher_ids is not None:
+        _check_setting(run, TEACHER_ID)
+    if run.train_dataset is not None and TEACHER_PROMPT in column_names(run.train_dataset):
+        _check_setting(run, TEACHER_PROMPT)
+    for name, dataset in datasets_of(run):
+        if name != "train_dataset" and not run.args.eval_with_teacher:
             continue
         columns = column_names(dataset)
         if TEACHER_PROMPT in columns:
@@ -271,11 +280,11 @@ def check_teacher_columns(trainer: Any, teacher_ids: Sequence[str] | None) -> No
             logger.info("`%s` of %s is not used: there is one teacher.", TEACHER_ID, name)
 
 
-def _check_setting(trainer: Any, column: str) -> None:
+def _check_setting(run: Run, column: str) -> None:
     refused = {
-        "remove_unused_columns=True": trainer.args.remove_unused_columns,
-        "environment_factory": trainer.environment_factories is not None,
-        "rollout_func": trainer.rollout_func is not None and column == TEACHER_PROMPT,
+        "remove_unused_columns=True": run.args.remove_unused_columns,
+        "environment_factory": run.environment_factories is not None,
+        "rollout_func": run.rollout_func is not None and column == TEACHER_PROMPT,
     }
     for setting, given in refused.items():
         if given:

@@ -1,4 +1,4 @@
-"""A teacher behind vLLM's OpenAI-compatible HTTP API."""
+"""A teacher behind vLLM's OpenAI-compatible HTTP API, and what is checked when it is bound to a run."""
 
 import logging
 import math
@@ -17,205 +17,21 @@ from ..models.batch import TokenBatch
 from ..models.generate import cut_after_eos
 from ..models.head import OutputHead
 from ..random_state import mixed_seed
+from ..run import Run
 from .answers import SequenceScores
 from .base import HiddenScores, Sampling, SupportScores
 from .client import CompletionsClient
+from .fit import first_difference
 from .http import TOO_MANY_LOGPROBS, RefusedRequest, RequestLimits
 from .local import check_ids
 from .urls import MAX_RETRIES, TIMEOUT, api_key, read_servers, temperature_problem
 
 logger = logging.getLogger(__name__)
 
-
-# Fields of `transformers.GenerationConfig` -> those of a request.
-_REQUEST_FIELDS = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-}
-_SUPPRESSED = "suppress_tokens"
-# A logit this much lower is never drawn; vLLM takes none beyond.
-_NEVER = -100.0
-
-
-def request_settings(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
-    """The sampling settings of a completion request.
-
-    Every one that a server has a default for is there: it may have taken its own from the model's files.
-
-    Args:
-        sampling: of the trainer.
-        vocab_size: ids from here on cannot be named to the server.
-
-    Raises:
-        SGOPDConfigError: a field of `generation_kwargs` that vLLM has nothing for.
-    """
-    given = dict(sampling.generation_kwargs)
-    check_generation_kwargs(given)
-    suppressed = given.pop(_SUPPRESSED, None) or ()
-    settings = {
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "stop_token_ids": list(sampling.eos_token_ids),
-        # The teacher's own end tokens end nothing: the student's do.
-        "ignore_eos": True,
-    }
-    settings |= {_REQUEST_FIELDS[name]: value for name, value in given.items()}
-    settings["min_p"] = settings["min_p"] or 0.0
-    bias = {str(token): _NEVER for token in suppressed if token < vocab_size}
-    return settings | ({"logit_bias": bias} if bias else {})
-
-
-def check_generation_kwargs(given: Mapping[str, Any]) -> None:
-    """Refuse fields that a server would not sample by.
-
-    Raises:
-        SGOPDConfigError: names them.
-    """
-    odd = sorted(given.keys() - _REQUEST_FIELDS.keys() - {_SUPPRESSED})
-    if odd:
-        raise SGOPDConfigError(
-            f"`generation_kwargs` must hold {', '.join([*_REQUEST_FIELDS, _SUPPRESSED])} and nothing else with a "
-            f"teacher server that generates, got {odd}. The teacher samples as the student does, and vLLM has no such "
-            "setting. Leave them out, or set teacher_sampling_enable=False."
-        )
-
-
 ADVISED_DEAD_ZONE = 0.05
 """`gate_dead_zone` that keeps the numerical noise of a bfloat16 server away from the gate's signs (our choice)."""
 
-_PROMPT_TOKENS, _SAMPLED_IDS = 32, 32
-_WITH_SUPPORT = ("topk_logits", "asymmetric")
-# Largest sum of probabilities that rounding explains.
-_WHOLE = 1.001
-# Replicas of one model differ by the noise of its dtype, other models by nats (our choice).
-_SAME_MODEL = 0.2
-
-
-def check_server(teacher: "ServerTeacher", trainer: Any, tokenizer: Any) -> None:
-    """Connect, and compare settings, model, tokenizer and context with what the trainer will ask for.
-
-    Raises:
-        SGOPDConfigError: a setting that a server cannot serve.
-        TeacherError: a server that does not answer, or has another model or tokenizer.
-    """
-    args = trainer.args
-    if trainer.temperature != 1:
-        raise SGOPDConfigError(temperature_problem(trainer.temperature))
-    if args.teacher_sampling_enable:
-        check_generation_kwargs(args.generation_kwargs or {})
-    teacher.client.connect(teacher.expected)
-    prompts = _first_prompts(trainer)
-    _check_context(teacher, trainer, prompts)
-    probe = _probe_ids(trainer.tokenizer, prompts[0])
-    top = args.support_size if args.distillation_mode in _WITH_SUPPORT else 1
-    _check_scores(teacher, _probe(teacher, probe, top))
-    told = _check_tokenizer(teacher, trainer.tokenizer, probe)
-    if not told and tokenizer is None:
-        logger.warning(
-            "That the teacher server %s has the student's tokenizer is taken on trust: it does not tell. Set "
-            "`teacher_model_name_or_path` to the teacher's folder or Hub id, or pass `teacher_processing_class`.",
-            teacher.client.replicas[0].address,
-        )
-    if args.sign_gated_extrapolation and args.gate_dead_zone < ADVISED_DEAD_ZONE:
-        logger.warning(
-            "`gate_dead_zone`=%g is below the numerical noise of a teacher server in bfloat16, where about %g keeps "
-            "signs that are noise out of the gate. Set it so unless the server and the student run in float32.",
-            args.gate_dead_zone,
-            ADVISED_DEAD_ZONE,
-        )
-
-
-def too_long(needed: int, allowed: int) -> SGOPDConfigError:
-    """The message for sequences that the server's context has no room for."""
-    return SGOPDConfigError(
-        f"The teacher server must take {needed} tokens (prompt, completion and the one that scoring adds), got "
-        f"{allowed} as its longest. It would refuse the request. Start it with --max-model-len {needed} or more, or "
-        "lower `max_completion_length` or `max_prompt_tokens`."
-    )
-
-
-def _first_prompts(trainer: Any) -> list[list[int]]:
-    """Token ids of some prompts as the teacher will read them."""
-    if trainer.environment_factories is not None:
-        return [list(trainer.tokenizer.get_vocab().values())[:_PROMPT_TOKENS]]
-    return trainer.tokenize_prompts(first_prompts(trainer.train_dataset, TEACHER_PROMPT))
-
-
-def _check_context(teacher: "ServerTeacher", trainer: Any, prompts: list[list[int]]) -> None:
-    args = trainer.args
-    written = args.teacher_completion_length if args.teacher_sampling_enable else 0
-    needed = max(map(len, prompts)) + max((args.max_completion_length or 0) + 1, written)
-    if teacher.client.max_length is not None and needed > teacher.client.max_length:
-        raise too_long(needed, teacher.client.max_length)
-
-
-def _probe_ids(tokenizer: Any, prompt: list[int]) -> list[int]:
-    """The beginning of a real prompt, then ids from all over the vocabulary, its last one among them."""
-    known = sorted(tokenizer.get_vocab().values())
-    step = max(1, len(known) // _SAMPLED_IDS)
-    return [*prompt[:_PROMPT_TOKENS], *known[::step], known[-1]]
-
-
-def _probe(teacher: "ServerTeacher", ids: list[int], top: int) -> list[SequenceScores]:
-    try:
-        return teacher.client.probe(ids, top)
-    except RefusedRequest as error:
-        if error.kind != TOO_MANY_LOGPROBS:
-            raise
-        raise SGOPDConfigError(
-            f"`distillation_topk` must not exceed the log-probs that the teacher server allows at a position, got "
-            f"{top}. It refused the first request. Start it with --max-logprobs -1, as `sg-opd serve-teacher` does, "
-            "or lower distillation_topk."
-        ) from None
-
-
-def _check_scores(teacher: "ServerTeacher", found: list[SequenceScores]) -> None:
-    """Log-probs that are a distribution's, and replicas that agree."""
-    first, *others = found
-    whole = max((sum(math.exp(logp) for logp, _ in entries) for entries in first.support), default=0.0)
-    if whole > _WHOLE:
-        raise TeacherError(
-            f"The teacher server must send log-probs, got values whose probabilities add up to {whole:.3g}. It seems "
-            "to send logits. Start it with --logprobs-mode processed_logprobs."
-        )
-    for replica, scores in zip(teacher.client.replicas[1:], others, strict=True):
-        apart = [abs(left - right) for left, right in zip(first.logps, scores.logps, strict=True)]
-        if sum(apart) / len(apart) > _SAME_MODEL:
-            raise TeacherError(
-                f"The replicas in `teacher_model_server_url` must serve one model, got log-probs of the same tokens "
-                f"that differ by {sum(apart) / len(apart):.2g} nats on average between "
-                f"{teacher.client.replicas[0].address} and {replica.address}. Rows would be taught by either. Start "
-                "both with the same weights."
-            )
-
-
-def _check_tokenizer(teacher: "ServerTeacher", tokenizer: Any, probe: list[int]) -> bool:
-    """Compare what both make of one text; False where a server does not tell."""
-    text = tokenizer.decode(probe)
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answers = teacher.client.tokenize(text)
-    for replica, theirs in zip(teacher.client.replicas, answers, strict=True):
-        if theirs is None or theirs == own:
-            continue
-        pairs = enumerate(zip(own, theirs, strict=False))
-        at = next((i for i, (left, right) in pairs if left != right), min(len(own), len(theirs)))
-        raise TeacherError(
-            f"The teacher server's tokenizer must be the student's, got other ids for the same text at "
-            f"{replica.address} (student and teacher): {own[at : at + 4]} and {theirs[at : at + 4]} from token {at} "
-            "on. Log-probs of the same id would belong to different tokens. Serve a teacher of the student's family."
-        )
-    return all(answer is not None for answer in answers)
-
-
+# How much more is asked for where some of the likeliest tokens are ids that another model lacks (our choice).
 _WIDER = 4
 
 
@@ -273,24 +89,24 @@ class ServerTeacher:
         self.tokens_scored = 0
         self.tokens_generated = 0
 
-    def bind(self, trainer: Any, tokenizer: Any) -> None:
-        """Connect, and check that the servers can do what the trainer will ask.
+    def bind(self, run: Run, tokenizer: Any) -> None:
+        """Connect, and check that the servers can do what the run will ask.
 
         Args:
-            trainer: whose settings and data they must fit.
+            run: whose settings and data they must fit.
             tokenizer: the teacher's, where it is known.
 
         Raises:
             SGOPDConfigError: a setting that a server cannot serve.
             TeacherError: a server that does not answer, or has another model or tokenizer.
         """
-        self.vocab_size = max(trainer.tokenizer.get_vocab().values()) + 1
-        check_server(self, trainer, tokenizer)
+        self.vocab_size = max(run.tokenizer.get_vocab().values()) + 1
+        check_server(self, run, tokenizer)
         self.identity = {
             "name": self.client.model,
             "root": self.client.root,
-            "revision": trainer.args.teacher_model_revision,
-            "dtype": _served_dtype(trainer),
+            "revision": run.args.teacher_model_revision,
+            "dtype": _served_dtype(run),
             "fingerprint": None,
         }
 
@@ -338,7 +154,7 @@ class ServerTeacher:
         self.client.prefetch_scores([ids for ids, _ in known], [first for _, first in known], size, limit)
 
     def drop_prefetched_scores(self) -> None:
-        """Stop scores that were begun and not asked for."""
+        """Stop scores that were begun and nobody asked for."""
         self.client.drop_scores()
 
     def _score(self, batch: TokenBatch, rows: Tensor, size: int, vocab_size: int) -> SupportScores:
@@ -348,7 +164,7 @@ class ServerTeacher:
         completions = [_tokens(batch.completion_ids, batch.completion_mask, row) for row in chosen]
         sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         self._check_lengths(sequences)
-        found = self._ask(sequences, [len(prompt) for prompt in prompts], size, vocab_size)
+        found = self._found(sequences, [len(prompt) for prompt in prompts], size, vocab_size)
         width = batch.completion_ids.shape
         logps = torch.zeros(width, dtype=torch.float32)
         ids = torch.zeros(*width, size, dtype=torch.long)
@@ -363,8 +179,10 @@ class ServerTeacher:
         device = batch.completion_ids.device
         return SupportScores(logps.to(device), ids.to(device), support.to(device))
 
-    def _ask(self, sequences: list[list[int]], firsts: list[int], size: int, vocab_size: int) -> list[SequenceScores]:
-        """Scores; where ids that another model lacks took places among the likeliest, asked again for more."""
+    def _found(
+        self, sequences: list[list[int]], firsts: list[int], size: int, vocab_size: int
+    ) -> list[SequenceScores]:
+        """The servers' scores; where ids that another model lacks are among the likeliest, more are asked for."""
         found = self.client.score(sequences, firsts, size, vocab_size)
         short = [i for i, scores in enumerate(found) if any(len(ids) < size for ids in scores.support)]
         if short:
@@ -414,7 +232,7 @@ class ServerTeacher:
         self.client.close()
 
     def drop_prefetched(self) -> None:
-        """Stop what was begun and not asked for."""
+        """Stop what was begun and nobody asked for."""
         self.client.drop_completions()
         self.client.drop_scores()
 
@@ -426,7 +244,7 @@ class ServerTeacher:
 
     def _usable(self, ids: list[int]) -> list[int]:
         """The completion up to an id that the student's tokenizer does not have."""
-        end = next((place for place, token in enumerate(ids) if token >= self.vocab_size), len(ids))
+        end = next((i for i, token in enumerate(ids) if token >= self.vocab_size), len(ids))
         if end < len(ids):
             logger.warning(
                 "A rollout of the teacher server is cut after %d of %d tokens: id %d is no token of the student's.",
@@ -437,10 +255,11 @@ class ServerTeacher:
         return ids[:end]
 
 
-def _served_dtype(trainer: Any) -> str:
+def _served_dtype(run: Run) -> str:
     """What `sg-opd serve-teacher` serves in, as a server does not tell: the teacher's own, else the student's."""
-    given = (trainer.args.teacher_model_init_kwargs or {}).get("dtype")
-    return str(given or trainer.model.dtype).removeprefix("torch.")
+    args: Any = run.args  # its JSON strings are dictionaries by now
+    given = (args.teacher_model_init_kwargs or {}).get("dtype")
+    return str(given or run.model.dtype).removeprefix("torch.")
 
 
 def _no_hidden_states() -> SGOPDConfigError:
@@ -460,3 +279,193 @@ def _seeds(prompts: Sequence[list[int]], seed: int) -> Iterator[int]:
         name = repr(prompt)
         yield mixed_seed(seed, zlib.crc32(name.encode()), seen[name])
         seen[name] += 1
+
+
+# --- how a server samples --------------------------------------------------------------------------------------------
+# Fields of `transformers.GenerationConfig` -> those of a request.
+_REQUEST_FIELDS = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+}
+_SUPPRESSED = "suppress_tokens"
+# A logit this much lower is never drawn; vLLM takes none beyond.
+_NEVER = -100.0
+
+
+def request_settings(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
+    """The sampling settings of a completion request.
+
+    Every one that a server has a default for is there: it may have taken its own from the model's files.
+
+    Args:
+        sampling: how the student samples.
+        vocab_size: ids from here on cannot be named to the server.
+
+    Raises:
+        SGOPDConfigError: a field of `generation_kwargs` that vLLM has nothing for.
+    """
+    given = dict(sampling.generation_kwargs)
+    check_generation_kwargs(given)
+    suppressed = given.pop(_SUPPRESSED, None) or ()
+    settings = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "stop_token_ids": list(sampling.eos_token_ids),
+        # The teacher's own end tokens end nothing: the student's do.
+        "ignore_eos": True,
+    }
+    settings |= {_REQUEST_FIELDS[name]: value for name, value in given.items()}
+    settings["min_p"] = settings["min_p"] or 0.0
+    bias = {str(token): _NEVER for token in suppressed if token < vocab_size}
+    return settings | ({"logit_bias": bias} if bias else {})
+
+
+def check_generation_kwargs(given: Mapping[str, Any]) -> None:
+    """Refuse fields that a server would not sample by.
+
+    Raises:
+        SGOPDConfigError: names them.
+    """
+    odd = sorted(given.keys() - _REQUEST_FIELDS.keys() - {_SUPPRESSED})
+    if odd:
+        raise SGOPDConfigError(
+            f"`generation_kwargs` must hold {', '.join([*_REQUEST_FIELDS, _SUPPRESSED])} and nothing else with a "
+            f"teacher server that generates, got {odd}. The teacher samples as the student does, and vLLM has no such "
+            "setting. Leave them out, or set teacher_sampling_enable=False."
+        )
+
+
+# --- checked when it is bound ----------------------------------------------------------------------------------------
+# The first request: so many tokens of a real prompt, and so many ids from all over the vocabulary (our choice).
+_PROMPT_TOKENS, _SAMPLED_IDS = 32, 32
+# The values of `distillation_mode` that ask for the likeliest tokens.
+_WITH_SUPPORT = ("topk_logits", "asymmetric")
+# Largest sum of probabilities that rounding explains.
+_WHOLE = 1.001
+# Replicas of one model differ by the noise of its dtype, other models by nats (our choice).
+_SAME_MODEL = 0.2
+
+
+def check_server(teacher: "ServerTeacher", run: Run, tokenizer: Any) -> None:
+    """Connect, and compare settings, model, tokenizer and context with what the run will ask for.
+
+    Raises:
+        SGOPDConfigError: a setting that a server cannot serve.
+        TeacherError: a server that does not answer, or has another model or tokenizer.
+    """
+    args: Any = run.args  # its JSON strings are dictionaries by now
+    if run.temperature != 1:
+        raise SGOPDConfigError(temperature_problem(run.temperature))
+    if args.teacher_sampling_enable:
+        check_generation_kwargs(args.generation_kwargs or {})
+    teacher.client.connect(teacher.expected)
+    prompts = _first_prompts(run)
+    _check_context(teacher, run, prompts)
+    probe = _probe_ids(run.tokenizer, prompts[0])
+    top = args.support_size if args.distillation_mode in _WITH_SUPPORT else 1
+    _check_scores(teacher, _probe(teacher, probe, top))
+    told = _check_tokenizer(teacher, run.tokenizer, probe)
+    if not told and tokenizer is None:
+        logger.warning(
+            "That the teacher server %s has the student's tokenizer is taken on trust: it does not tell. Set "
+            "`teacher_model_name_or_path` to the teacher's folder or Hub id, or pass `teacher_processing_class`.",
+            teacher.client.replicas[0].address,
+        )
+    if args.sign_gated_extrapolation and args.gate_dead_zone < ADVISED_DEAD_ZONE:
+        logger.warning(
+            "`gate_dead_zone`=%g is below the numerical noise of a teacher server in bfloat16, where about %g keeps "
+            "signs that are noise out of the gate. Set it so unless the server and the student run in float32.",
+            args.gate_dead_zone,
+            ADVISED_DEAD_ZONE,
+        )
+
+
+def too_long(needed: int, allowed: int) -> SGOPDConfigError:
+    """The message for sequences that the server's context has no room for."""
+    return SGOPDConfigError(
+        f"The teacher server must take {needed} tokens (prompt, completion and the one that scoring adds), got "
+        f"{allowed} as its longest. It would refuse the request. Start it with --max-model-len {needed} or more, or "
+        "lower `max_completion_length` or `max_prompt_tokens`."
+    )
+
+
+def _first_prompts(run: Run) -> list[list[int]]:
+    """Token ids of some prompts as the teacher will read them."""
+    # An environment writes its own prompts, which nobody knows yet: any tokens do.
+    if run.environment_factories is not None:
+        return [list(run.tokenizer.get_vocab().values())[:_PROMPT_TOKENS]]
+    return run.tokenize_prompts(first_prompts(run.train_dataset, TEACHER_PROMPT))
+
+
+def _check_context(teacher: "ServerTeacher", run: Run, prompts: list[list[int]]) -> None:
+    args = run.args
+    written = args.teacher_completion_length if args.teacher_sampling_enable else 0
+    needed = max(map(len, prompts)) + max((args.max_completion_length or 0) + 1, written)
+    if teacher.client.max_length is not None and needed > teacher.client.max_length:
+        raise too_long(needed, teacher.client.max_length)
+
+
+def _probe_ids(tokenizer: Any, prompt: list[int]) -> list[int]:
+    """The beginning of a real prompt, then ids from all over the vocabulary, its last one among them."""
+    known = sorted(tokenizer.get_vocab().values())
+    step = max(1, len(known) // _SAMPLED_IDS)
+    return [*prompt[:_PROMPT_TOKENS], *known[::step], known[-1]]
+
+
+def _probe(teacher: "ServerTeacher", ids: list[int], top: int) -> list[SequenceScores]:
+    try:
+        return teacher.client.probe(ids, top)
+    except RefusedRequest as error:
+        if error.kind != TOO_MANY_LOGPROBS:
+            raise
+        raise SGOPDConfigError(
+            f"`distillation_topk` must not exceed the log-probs that the teacher server allows at a position, got "
+            f"{top}. It refused the first request. Start it with --max-logprobs -1, as `sg-opd serve-teacher` does, "
+            "or lower distillation_topk."
+        ) from None
+
+
+def _check_scores(teacher: "ServerTeacher", found: list[SequenceScores]) -> None:
+    """Log-probs that are a distribution's, and replicas that agree."""
+    first, *others = found
+    whole = max((sum(math.exp(logp) for logp, _ in entries) for entries in first.support), default=0.0)
+    if whole > _WHOLE:
+        raise TeacherError(
+            f"The teacher server must send log-probs, got values whose probabilities add up to {whole:.3g}. It seems "
+            "to send logits. Start it with --logprobs-mode processed_logprobs."
+        )
+    for replica, scores in zip(teacher.client.replicas[1:], others, strict=True):
+        apart = [abs(left - right) for left, right in zip(first.logps, scores.logps, strict=True)]
+        if sum(apart) / len(apart) > _SAME_MODEL:
+            raise TeacherError(
+                f"The replicas in `teacher_model_server_url` must serve one model, got log-probs of the same tokens "
+                f"that differ by {sum(apart) / len(apart):.2g} nats on average between "
+                f"{teacher.client.replicas[0].address} and {replica.address}. Rows would be taught by either. Start "
+                "both with the same weights."
+            )
+
+
+def _check_tokenizer(teacher: "ServerTeacher", tokenizer: Any, probe: list[int]) -> bool:
+    """Compare what both make of one text; False where a server does not tell. What it sent is not shown."""
+    text = tokenizer.decode(probe)
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answers = teacher.client.tokenize(text)
+    for replica, theirs in zip(teacher.client.replicas, answers, strict=True):
+        if theirs is None or theirs == own:
+            continue
+        at = first_difference(own, theirs)
+        raise TeacherError(
+            f"The teacher server's tokenizer must be the student's, got other ids for the same text at "
+            f"{replica.address} from token {at} on, where the student has {own[at : at + 4]}. Log-probs of the same "
+            "id would belong to different tokens. Serve a teacher of the student's family."
+        )
+    return all(answer is not None for answer in answers)

@@ -57,7 +57,7 @@ class Scripted:
 
 
 def routed(*teachers: Any) -> RoutedTeacher:
-    return RoutedTeacher({f"t{place}": teacher for place, teacher in enumerate(teachers)})
+    return RoutedTeacher({f"t{number}": teacher for number, teacher in enumerate(teachers)})
 
 
 # --- rows to teachers ------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_a_row_is_never_given_to_another_teacher(label: Any) -> None:
 
 
 def test_numbers_name_teachers_too() -> None:
-    assert RoutedTeacher({"0": Scripted(1), "1": Scripted(2)}).for_rows([1, 0]).places == [1, 0]
+    assert RoutedTeacher({"0": Scripted(1), "1": Scripted(2)}).for_rows([1, 0]).owners == [1, 0]
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_a_teacher_of_ones_own_kind(tmp_path: Path) -> None:
     assert flat.sum() == 4
 
 
-def test_places_of_an_empty_batch() -> None:
+def test_an_empty_batch() -> None:
     teachers = Scripted(1), Scripted(2)
     assert TeachersOfRows(teachers, []).generate([], SAMPLING, 3, 100) == []  # type: ignore[arg-type]
     assert all(len(teacher.prompts) == 1 for teacher in teachers)
