@@ -307,11 +307,12 @@ class MicroBatchLoss:
         matches = trainer.objective.matches
         self.request = HeadRequest(self._mask != 0, self._match) if matches else None
 
-    def merge(self, student_logps: Tensor) -> Tensor:
+    def merge(self, student_logps: Tensor, answer: tuple[Tensor, ...] | None = None) -> Tensor:
         """Write the entries that TRL's loss reads next.
 
         Args:
             student_logps: `(B, T)` from its only forward, with gradient.
+            answer: what the request computed there.
 
         Returns:
             The log-probs that it shall go on with: without gradient where distributions are matched.
@@ -320,8 +321,8 @@ class MicroBatchLoss:
         signals = self._signals_of(student_logps.detach())
         advantages = core.weighted_advantages(signals.advantages, *signals.factors.applied)
         inputs["matching"] = mask.new_zeros(2, dtype=torch.float32)
-        if self.request is not None and self.request.output is not None:
-            losses, weights = scattered(self.request.output[0], signals.matched), signals.targets.scales
+        if answer is not None:
+            losses, weights = scattered(answer[0], signals.matched), signals.targets.scales
             advantages = core.matched_advantages(
                 advantages, losses, signals.matched, weights, *signals.factors.applied
             )
@@ -448,7 +449,7 @@ class JointForward:
     def __init__(
         self,
         anchor: TokenBatch | None,
-        on_student_logps: Callable[[Tensor], Tensor],
+        on_student_logps: Callable[..., Tensor],
         request: HeadRequest | None = None,
     ) -> None:
         self.anchor = anchor
@@ -458,17 +459,18 @@ class JointForward:
 
     def __call__(self, run: Run, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PolicyOutput:
         """Run the policy once; see `GRPOSeam.policy_forward`."""
+        answer: list[Any]
         rows = input_ids.size(0)
         run = run if self.request is None else partial(run, request=self.request)
         if self.anchor is None:
-            logps, entropies, auxiliary_loss = run(input_ids, attention_mask, completion_length)
+            logps, entropies, auxiliary_loss, *answer = run(input_ids, attention_mask, completion_length)
         else:
             joint = _joined(self.anchor, input_ids, attention_mask, completion_length)
-            logps, entropies, auxiliary_loss = run(*joint)
+            logps, entropies, auxiliary_loss, *answer = run(*joint)
             self.anchor_logps = logps[rows:, : self.anchor.completion_ids.size(1)]
             logps = logps[:rows, :completion_length]
             entropies = None if entropies is None else entropies[:rows, :completion_length]
-        return self.on_student_logps(logps), entropies, auxiliary_loss
+        return self.on_student_logps(logps, *answer), entropies, auxiliary_loss
 
 
 def _joined(

@@ -31,7 +31,7 @@ from trl.trainer.utils import (  # noqa: F401
 )
 
 from .bookkeeping import timed
-from .models.forward import HeadRequest, packed_log_probs, pick_padded, should_pack
+from .models.forward import ForwardOutput, HeadRequest, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
 
@@ -75,7 +75,7 @@ def add_head_output(model: nn.Module) -> None:
         # Labels that TRL shifts itself leave the last position without one.
         hidden_states = states[0] if "shift_labels" in kwargs else states[0][:, :-1]
         with head.gathered(head.weight, head.bias):
-            answer = head_output(hidden_states.to(head.weight.device), outputs.log_probs, head)
+            answer = head_output(hidden_states.to(head.weight.device), head, outputs.log_probs)
         return HeadCausalLMOutput(**outputs, head_output=answer)
 
     forward.answers_requests = True  # type: ignore[attr-defined]
@@ -122,26 +122,40 @@ def _last_hidden_state(backbone: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def fused_log_probs(
+def fused_forward(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     completion_length: int,
     request: HeadRequest | None = None,
-) -> Tensor:
-    """Log-probs of the last `completion_length` tokens, `(B, completion_length)` float32; 0 where the mask is 0.
+    *,
+    auxiliary_loss: bool = False,
+) -> ForwardOutput:
+    """One forward of a model with TRL's fused head: what every log-prob of this package comes from.
 
-    A `request` is answered in the same forward; it may ask for no log-probs, which are 0 then.
+    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work. Gradient
+    and autocast are the caller's.
+
+    Args:
+        model: plain or wrapped, prepared by `add_fused_head` or by TRL; with `add_head_output` where it is to answer a
+            request.
+        input_ids: `(B, P + T)` token ids; the tokens of a row have no padding between them.
+        attention_mask: `(B, P + T)`, 1 = token, 0 = padding.
+        completion_length: T, the columns at the end whose tokens are scored.
+        request: what to compute from the hidden states in the same forward.
+        auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
     """
     with compact_head(input_ids.device):
-        if should_pack(model, attention_mask):
-            return packed_log_probs(model, input_ids, attention_mask, completion_length, request)[0]
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :-completion_length] = -100
-        shape = len(input_ids), completion_length
-        asked: Any = request.asked_of(model, shape, pick_padded(completion_length)) if request else model
-        outputs = asked(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-    return outputs.log_probs[:, -completion_length:]
+        if not auxiliary_loss and should_pack(model, attention_mask):
+            return packed_forward(model, input_ids, attention_mask, completion_length, request)
+        return padded_forward(
+            model, input_ids, attention_mask, completion_length, request, auxiliary_loss=auxiliary_loss
+        )
+
+
+def fused_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+    """The log-probs of `fused_forward` alone."""
+    return fused_forward(model, input_ids, attention_mask, completion_length).logps
 
 
 @contextmanager
@@ -350,21 +364,21 @@ class GRPOSeam(GRPOTrainer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         wants_entropy = bool(kwargs.get("compute_entropy"))
-        # Images, the auxiliary loss of experts and batches of TRL's own need its padded rows.
-        plain = not args and all(v is None or v is False for k, v in kwargs.items() if k != "compute_entropy")
+        own = {"compute_entropy", "compute_aux_loss"}
+        # Images and batches of TRL's own need its method.
+        plain = not args and all(v is None or v is False for k, v in kwargs.items() if k not in own)
 
-        def run(
-            ids: Tensor, mask: Tensor, keep: int, request: HeadRequest | None = None
-        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def run(ids: Tensor, mask: Tensor, keep: int, request: HeadRequest | None = None) -> Any:
+            if plain:
+                with self.accelerator.autocast():
+                    output = fused_forward(
+                        model, ids, mask, keep, request, auxiliary_loss=bool(kwargs.get("compute_aux_loss"))
+                    )
+                output = output if wants_entropy else output._replace(entropies=None)
+                return output[:3] if request is None else output
             with compact_head(ids.device):
-                if plain and should_pack(model, mask):
-                    with self.accelerator.autocast():
-                        logps, entropies = packed_log_probs(model, ids, mask, keep, request)
-                    return logps, entropies if wants_entropy else None, None
-                # TRL does nothing with the model but call it.
-                asked: Any = request.asked_of(model, (len(ids), keep), pick_padded(keep)) if request else model
                 return super(GRPOSeam, self)._get_per_token_logps_and_entropies(
-                    asked, ids, mask, keep, *args, **kwargs
+                    model, ids, mask, keep, *args, **kwargs
                 )
 
         forward, self._loss_forward = self._loss_forward, None

@@ -4,7 +4,7 @@ Exact for models whose tokens meet in attention alone. Attention is a variable-l
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,57 +20,104 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .head import OutputHead
 
 Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
-"""`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens."""
-Pick = Callable[[Tensor, Tensor], Tensor]
-"""`(values per position of the model, chosen (rows, T)) -> values of the positions that predict the chosen tokens`."""
+"""`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens in row-major order.
+
+The hidden states are those that predict the tokens. All three have gradients where the model has.
+"""
 
 
-class HeadRequest:
-    """A second output of one forward, computed from the hidden states that predict chosen completion tokens.
+class HeadRequest(NamedTuple):
+    """What to compute from the hidden states inside the model's own forward.
 
-    Args:
-        chosen: `(B, T)` bool, completion tokens of the forward's first rows and columns.
-        compute: gets, for the chosen tokens in row-major order, the hidden states that predict them, the model's head
-            and the tokens' log-probs, with gradient where the model has one.
-        needs_logps: False spares the forward its own log-probs, which are 0 then.
+    It travels as an argument of the model (`head_output`), and what it computes is part of what the model returns:
+    replicas and shards take their gradients from there, so that nothing else may carry tensors out of a forward.
 
     Attributes:
-        output: what `compute` returned; None before the forward.
+        chosen: `(b, t)` bool, completion tokens of the first rows and columns of the forward.
+        compute: called once, for these tokens.
+        needs_logps: False spares the forward its own log-probs; they are 0 then, and `compute` is given zeros.
     """
 
-    def __init__(self, chosen: Tensor, compute: Compute, *, needs_logps: bool = True) -> None:
-        self.chosen = chosen
-        self.compute = compute
-        self.needs_logps = needs_logps
-        self.output: tuple[Tensor, ...] | None = None
-
-    def asked_of(self, model: Any, shape: Sequence[int], pick: Pick) -> Callable[..., Any]:
-        """The model with this request as an argument of its forward; the wrappers around it pass that on.
-
-        Args:
-            model: with `head_output` among the arguments of its forward.
-            shape: rows and completion columns of the forward, not less than those of `chosen`.
-            pick: the layout of the forward's positions.
-        """
-        missing = shape[0] - self.chosen.size(0), shape[1] - self.chosen.size(1)
-        chosen = functional.pad(self.chosen, (0, missing[1], 0, missing[0]))
-
-        def head_output(hidden_states: Tensor, logps: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
-            return self.compute(pick(hidden_states, chosen), head, pick(logps, chosen))
-
-        def forward(**inputs: Any) -> Any:
-            if not self.needs_logps:
-                inputs |= {k: torch.full_like(inputs[k], -100) for k in ("labels", "shift_labels") if k in inputs}
-            outputs = model(**inputs, head_output=head_output)
-            self.output = outputs.head_output
-            return outputs
-
-        return forward
+    chosen: Tensor
+    compute: Compute
+    needs_logps: bool = True
 
 
-def pick_padded(width: int) -> Pick:
-    """The layout of padded rows whose last `width` positions predict the completions."""
-    return lambda values, chosen: values[:, -width:][chosen]
+class ForwardOutput(NamedTuple):
+    """What one forward says of the completions, with gradient where the model has one.
+
+    Attributes:
+        logps: `(B, T)` float32, 0 where the mask is 0.
+        entropies: `(B, T)` float32, 0 likewise; None if the head gives none.
+        auxiliary_loss: 0-dim, how unevenly a mixture of experts is used; None where it was not asked for.
+        answer: what the request computed; None without a request.
+    """
+
+    logps: Tensor
+    entropies: Tensor | None
+    auxiliary_loss: Tensor | None
+    answer: tuple[Tensor, ...] | None
+
+
+def padded_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    request: HeadRequest | None = None,
+    *,
+    auxiliary_loss: bool = False,
+) -> ForwardOutput:
+    """One forward on rows as they are, for arguments as in `pack`, of a model with TRL's fused head."""
+    options = {"output_router_logits": True} if auxiliary_loss else {}
+    output = _forward(model, pad(input_ids, attention_mask, completion_length), request, options)
+    return output if auxiliary_loss else output._replace(auxiliary_loss=None)
+
+
+def packed_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    request: HeadRequest | None = None,
+) -> ForwardOutput:
+    """One forward without padding, for arguments as in `pack`, of a model that `should_pack` allows."""
+    packed = pack(input_ids, attention_mask, completion_length)
+    with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
+        # Experts are balanced over the rows of a batch, which are one row here.
+        return _forward(model, packed, request, {})._replace(auxiliary_loss=None)
+
+
+def _forward(
+    model: nn.Module, rows: "PaddedRows | PackedRows", request: HeadRequest | None, options: dict[str, Any]
+) -> ForwardOutput:
+    inputs = rows.model_inputs | options
+    if request is not None:
+        inputs["head_output"] = _bound(request, rows)
+        if not request.needs_logps:
+            # Positions without a label are not projected to the vocabulary.
+            inputs |= {name: torch.full_like(inputs[name], _IGNORED) for name in _LABELS if name in inputs}
+    outputs = model(**inputs, fused_lm_head=True)
+    return ForwardOutput(
+        logps=rows.unpack(outputs.log_probs),
+        entropies=None if outputs.entropy is None else rows.unpack(outputs.entropy),
+        auxiliary_loss=outputs.aux_loss,
+        answer=None if request is None else outputs.head_output,
+    )
+
+
+def _bound(request: HeadRequest, rows: "PaddedRows | PackedRows") -> Compute:
+    """The request as the model's forward calls it, with the values of all its positions.
+
+    Where a token's position is in this forward is settled here: the model and its wrappers know of no layout.
+    """
+    missing = rows.shape[0] - request.chosen.size(0), rows.shape[1] - request.chosen.size(1)
+    chosen = functional.pad(request.chosen, (0, missing[1], 0, missing[0]))
+
+    def head_output(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
+        return request.compute(rows.pick(hidden_states, chosen), head, rows.pick(logps, chosen))
+
+    return head_output
 
 
 def scattered(values: Tensor, chosen: Tensor) -> Tensor:
@@ -184,12 +231,45 @@ def rows_apart(model: PreTrainedModel, bounds: Tensor) -> Iterator[None]:
 AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
-_IGNORED = -100
+_IGNORED = -100  # the label of a position that predicts nothing, as transformers has it
+_LABELS = ("labels", "shift_labels")
 # Share of padding from which packing on the CPU pays for its bookkeeping.
 _WORTHWHILE = 0.05
 _NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
 _HUB_KERNELS = ("flash-attn", "flash_attn")
 _ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of one width, as TRL keeps them.
+
+    Attributes:
+        model_inputs: arguments of the model: `input_ids`, `attention_mask` and `labels`, `(B, P + T)` each.
+        shape: `(B, T)`.
+    """
+
+    model_inputs: dict[str, Any]
+    shape: tuple[int, int]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """`(B, T)` of one value per position that predicts another, `(B, P + T - 1)`.
+
+        From the right: virtual tokens of an adapter add positions in front.
+        """
+        return values[:, -self.shape[1] :]
+
+    def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """`(N, ...)` values `(B, P + T - 1, ...)` of the positions that predict the chosen tokens, `(B, T)` bool."""
+        return self.unpack(values)[chosen]
+
+
+def pad(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PaddedRows:
+    """Rows as they are, with labels for their completions; arguments as in `pack`."""
+    labels = input_ids.masked_fill(attention_mask == 0, _IGNORED)
+    labels[:, :-completion_length] = _IGNORED
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return PaddedRows(inputs, (input_ids.size(0), completion_length))
 
 
 @dataclass(frozen=True)
@@ -206,6 +286,11 @@ class PackedRows:
     model_inputs: dict[str, Any]
     scored: Tensor
     targets: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, T)`."""
+        return self.targets.shape
 
     def unpack(self, values: Tensor) -> Tensor:
         """Back to `(B, T)` from one value per packed position, `(1, N)`; 0 where nothing was predicted."""
@@ -254,27 +339,6 @@ def _row_bounds(lengths: Tensor) -> dict[str, Any]:
     bounds = functional.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
-def packed_log_probs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    completion_length: int,
-    request: HeadRequest | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """One forward without padding of a model with a fused head, for arguments as in `pack`; answers a request.
-
-    Returns:
-        Log-probs and entropies (None if the head gives none) of the last `completion_length` tokens,
-        `(B, completion_length)` float32; 0 where the mask is 0.
-    """
-    packed = pack(input_ids, attention_mask, completion_length)
-    with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
-        asked: Any = request.asked_of(model, packed.targets.shape, packed.pick) if request else model
-        outputs = asked(**packed.model_inputs, fused_lm_head=True)
-    entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
-    return packed.unpack(outputs.log_probs), entropies
 
 
 def should_pack(model: nn.Module, attention_mask: Tensor) -> bool:

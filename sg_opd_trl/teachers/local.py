@@ -11,13 +11,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import NonFiniteError, TeacherError
 from ..models.batch import PartScore, TokenBatch, plan_batches, score_parts, score_rows
-from ..models.forward import HeadRequest, scattered
+from ..models.forward import ForwardOutput, HeadRequest, scattered
 from ..models.generate import generate_completions
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..trl_seam import (
     add_fused_head,
     create_model_from_path,
-    fused_log_probs,
+    fused_forward,
     get_config_model_id,
     is_sharded,
     model_for_generation,
@@ -65,7 +65,7 @@ class ModelScorer:
         """Log-probs of the completions' own tokens, see `Teacher.score`."""
         check_ids(batch, rows, self.vocab_size, self.role)
         with self.lent():
-            logps = score_rows(self._forward, batch, rows, max_tokens, self._agree_on_calls)
+            logps = score_rows(self._log_probs, batch, rows, max_tokens, self._agree_on_calls)
         return self._checked(batch, rows, logps)
 
     def score_support(
@@ -144,15 +144,14 @@ class ModelScorer:
         with self.lent():
             score_parts(_part_score(self._forward, request), results, batch, rows, max_tokens, self._agree_on_calls)
 
+    def _log_probs(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        return self._forward(input_ids, attention_mask, completion_length).logps
+
     def _forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        completion_length: int,
-        request: HeadRequest | None = None,
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, request: HeadRequest | None = None
+    ) -> ForwardOutput:
         with self.accelerator.autocast():
-            return fused_log_probs(self.model, input_ids, attention_mask, completion_length, request)
+            return fused_forward(self.model, input_ids, attention_mask, completion_length, request)
 
     def _checked(self, batch: TokenBatch, rows: Tensor, logps: Tensor) -> Tensor:
         check_scores(logps, self.role)
@@ -204,11 +203,13 @@ def check_scores(logps: Tensor, role: str) -> None:
         )
 
 
-def _part_score(forward: Callable[..., Tensor], request_for: Callable[[TokenBatch, Tensor], HeadRequest]) -> PartScore:
+def _part_score(
+    forward: Callable[..., ForwardOutput], request_for: Callable[[TokenBatch, Tensor], HeadRequest]
+) -> PartScore:
     def score(part: TokenBatch, chosen: Tensor) -> tuple[Tensor, ...]:
         request = request_for(part, chosen)
-        forward(*part.joined(), part.completion_ids.size(1), request)
-        return tuple(scattered(values, request.chosen) for values in request.output or ())
+        output = forward(*part.joined(), part.completion_ids.size(1), request)
+        return tuple(scattered(values, request.chosen) for values in output.answer or ())
 
     return score
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from sg_opd_trl import LocalTeacher, NonFiniteError, TeacherError
 from sg_opd_trl.models.batch import TokenBatch
-from sg_opd_trl.teachers import Sampling
+from sg_opd_trl.models.forward import ForwardOutput
+from sg_opd_trl.teachers import Sampling, local
 from sg_opd_trl.teachers.local import check_ids, check_scores, fingerprint
+from sg_opd_trl.trl_seam import fused_forward
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 5, 6, 4], [3, 7, 4], [3, 9, 10, 11, 12, 4], [4]]
@@ -52,13 +54,12 @@ def test_scores_equal_a_float64_oracle_in_any_batch_layout(temperature: float, b
 def test_only_chosen_rows_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = prepared()
     shapes: list[tuple[int, ...]] = []
-    forward = teacher._forward
 
-    def recording(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-        shapes.append((*input_ids.shape, completion_length))
-        return forward(input_ids, attention_mask, completion_length)
+    def recording(model: Any, ids: Tensor, mask: Tensor, completion_length: int, *others: Any) -> ForwardOutput:
+        shapes.append((*ids.shape, completion_length))
+        return fused_forward(model, ids, mask, completion_length, *others)
 
-    monkeypatch.setattr(teacher, "_forward", recording)
+    monkeypatch.setattr(local, "fused_forward", recording)
     scores = teacher.score(BATCH, torch.tensor([False, True, False, True]), 100)
     # Rows 1 and 3: prompts of 3 and 1 tokens, completions of 1 and 2.
     assert shapes == [(2, 5, 2)]

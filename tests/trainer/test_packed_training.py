@@ -59,8 +59,7 @@ def build(folder: Path, settings: dict, **arguments: Any) -> tuple[Any, StepReco
 
 def pack_everywhere(monkeypatch: pytest.MonkeyPatch, packed: bool = True) -> None:
     """Whatever padding there is, and under gradient checkpointing; or nowhere."""
-    for module in (trl_seam.trainer, trl_seam.models):
-        monkeypatch.setattr(module, "should_pack", lambda model, mask: packed)
+    monkeypatch.setattr(trl_seam, "should_pack", lambda model, mask: packed)
 
 
 def metrics(trainer: Any) -> list[dict[str, float]]:

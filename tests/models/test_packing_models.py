@@ -31,8 +31,8 @@ from varlen_attention import count_tokens, use_kernel
 
 from sg_opd_trl import trl_seam
 from sg_opd_trl.models.batch import TokenBatch, score_rows
-from sg_opd_trl.models.forward import pack, packed_log_probs, should_pack
-from sg_opd_trl.trl_seam import compact_head, fused_log_probs
+from sg_opd_trl.models.forward import pack, packed_forward, should_pack
+from sg_opd_trl.trl_seam import compact_head, fused_forward
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -131,7 +131,7 @@ def test_packed_is_padded(monkeypatch: pytest.MonkeyPatch, name: str, batch: str
         padded_rows = bool((rows.joined()[1] == 0).any())
         assert should_pack(model, rows.joined()[1]) is (kernel == "sdpa" and padded_rows)
     seen = count_tokens(model)
-    packed = packed_log_probs(model, *rows.joined(), width)
+    packed = packed_forward(model, *rows.joined(), width)[:2]
     for ours, theirs, alone in zip(packed, padded, expected, strict=True):
         assert ours.shape == rows.completion_ids.shape
         assert ours.dtype == torch.float32
@@ -173,12 +173,12 @@ def test_models_with_attention_of_their_own_stay_padded(model: Any) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
 def test_the_sliding_windows_of_these_models_hide_something(name: str) -> None:
     model, rows = build(name), batch_of("one_long_row")
-    narrow = packed_log_probs(model, *rows.joined(), 7)[0]
+    narrow = packed_forward(model, *rows.joined(), 7).logps
     model.config.sliding_window = 64
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "sliding_window") and layer.self_attn.sliding_window is not None:
             layer.self_attn.sliding_window = 64
-    assert (packed_log_probs(model, *rows.joined(), 7)[0] - narrow).abs().max() > 1e-3
+    assert (packed_forward(model, *rows.joined(), 7).logps - narrow).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -189,14 +189,14 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch, reentrant: bool
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    assert relative_difference(gradient(model, *packed_log_probs(model, *rows.joined(), 7)), expected) < 1e-5
+    assert relative_difference(gradient(model, *packed_forward(model, *rows.joined(), 7)[:2]), expected) < 1e-5
 
 
 def test_without_any_counted_token_gradients_are_zero_and_reach_every_weight() -> None:
     """All rows were cut off and masked: data parallel training waits for a gradient of every weight."""
     model, rows = build("qwen3"), TokenBatch.from_lists([[5, 6, 7], [8]], [[], []], 0, CPU)
     with compact_head(CPU):
-        logps, entropies = packed_log_probs(model, *rows.joined(), 1)
+        logps, entropies, *_ = packed_forward(model, *rows.joined(), 1)
     assert logps.tolist() == entropies.tolist() == [[0.0], [0.0]]
     gradients = gradient(model, logps, entropies)
     assert gradients.keys() == dict(model.named_parameters()).keys()
@@ -204,14 +204,14 @@ def test_without_any_counted_token_gradients_are_zero_and_reach_every_weight() -
 
 
 def test_a_bfloat16_model_gives_float32() -> None:
-    logps, entropies = packed_log_probs(build("qwen3").bfloat16(), *batch_of("ragged").joined(), 7)
+    logps, entropies = packed_forward(build("qwen3").bfloat16(), *batch_of("ragged").joined(), 7)[:2]
     assert logps.dtype == entropies.dtype == torch.float32
 
 
 def test_a_head_without_entropies_gives_none() -> None:
     model = tiny_model(0)
     trl_seam.add_fused_head(model, 1.0, False)
-    assert packed_log_probs(model, *batch_of("ragged").joined(), 7)[1] is None
+    assert packed_forward(model, *batch_of("ragged").joined(), 7).entropies is None
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_scoring_runs_on_tokens_only(monkeypatch: pytest.MonkeyPatch, budget: in
 
     @torch.no_grad()
     def score(input_ids: Tensor, attention_mask: Tensor, width: int) -> Tensor:
-        return fused_log_probs(model, input_ids, attention_mask, width)
+        return fused_forward(model, input_ids, attention_mask, width).logps
 
     scores = score_rows(score, batch, rows, budget)
     assert (scores - expected).abs().max() < 1e-5
@@ -239,7 +239,7 @@ def test_without_the_kernel_scoring_is_padded() -> None:
     model, batch = build("qwen3"), batch_of("ragged")
     model.set_attn_implementation("eager")
     seen = count_tokens(model)
-    scores = fused_log_probs(model, *batch.joined(), 7)
+    scores = fused_forward(model, *batch.joined(), 7).logps
     assert (scores - rows_alone(model, batch)[0]).abs().max() < 1e-5
     assert seen.shapes == [(6, 5 + 7)]
     assert seen.packed == []
