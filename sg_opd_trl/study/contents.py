@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..teacher_sampling.stored.identity import digest, folder_digest
+from ..teacher_sampling.stored.keys import digest, folder_digest
 
 _MODELS = ("model_name_or_path", "teacher_model_name_or_path", "reference_model_name_or_path")
 _DATA = ("dataset_name", "chat_template_path", "deepspeed", "fsdp_config", "accelerate_config")

@@ -4,46 +4,63 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ...data import TEACHER_ID
-from ...teachers import RoutedTeacher, Teacher
+from ...run import Run
+from ...teachers import RoutedTeacher, Sampling, Teacher
 from ...teachers.routed import teacher_of
 from ..prompts import occurrences
-from .identity import context_facts, differences, digest, teacher_facts, tokenizer_facts
+from .identity import teacher_facts
+from .keys import context_facts, differences, digest, tokenizer_facts
 from .location import open_store
-from .store import RolloutStore, StoredRollout
-
-if TYPE_CHECKING:
-    from ...trainer import DistillationRuntime
+from .store import Key, RolloutStore, StoredRollout
 
 logger = logging.getLogger(__name__)
 
-
 Judge = Callable[[list[dict], list[list[int]]], list[float | None]]
+"""`(rows of the data set, completion ids) -> verdicts`."""
 _SHOWN = 5
+
+
+class CacheRun(Run, Protocol):
+    """The run as the cache sees it.
+
+    Attributes:
+        teacher: writes what is not stored.
+        teacher_sampling: how it writes.
+    """
+
+    teacher: Teacher | RoutedTeacher
+    teacher_sampling: Sampling
+
+    def generation_budget(self, prompt_ids: list[list[int]]) -> int:
+        """Tokens of one of the teacher's generation batches for these prompts."""
+
+    def agree_on_calls(self, calls: int) -> int:
+        """The largest number of calls over all ranks, where a call is a collective operation."""
 
 
 class RolloutCache:
     """Stands between the anchor and the teacher: what is stored is read, the rest is generated and stored.
 
     Args:
-        trainer: whose teacher writes.
+        run: whose teacher writes.
         store: where rollouts are kept; a data set on the Hub is only read.
 
     Attributes:
         tokens_reused: completion tokens read in place of generated ones, by this process.
     """
 
-    def __init__(self, trainer: "DistillationRuntime", store: RolloutStore) -> None:
-        self.trainer = trainer
+    def __init__(self, run: CacheRun, store: RolloutStore) -> None:
+        self.run = run
         self.store = store
         self.tokens_reused = 0
         self._contexts: dict[int, str] = {}
         self._told_of_misses = False
-        tokenizer, sampling = tokenizer_facts(trainer.tokenizer), asdict(trainer.teacher_sampling)
-        facts, student = {}, trainer.accelerator.unwrap_model(trainer.model)
-        for teacher in getattr(trainer.teacher, "distinct", [trainer.teacher]):
+        tokenizer, sampling = tokenizer_facts(run.tokenizer), asdict(run.teacher_sampling)
+        facts, student = {}, run.accelerator.unwrap_model(run.model)
+        for teacher in run.teacher.distinct if isinstance(run.teacher, RoutedTeacher) else [run.teacher]:
             own = context_facts(teacher_facts(teacher, student), tokenizer, sampling)
             self._contexts[id(teacher)] = digest(own)
             facts[digest(own)] = own
@@ -53,8 +70,7 @@ class RolloutCache:
     @cached_property
     def repeats(self) -> list[int]:
         """Of every row of the training set, how many rows before it have the same prompt."""
-        dataset: Any = self.trainer.train_dataset
-        return occurrences(map(repr, dataset["prompt"]))
+        return occurrences(map(repr, self.run.train_dataset["prompt"]))
 
     def complete(
         self,
@@ -80,7 +96,8 @@ class RolloutCache:
         stored = [self.store.get(*key) is not None for key in keys]
         missing = [row for row, known in enumerate(stored) if not known]
         self._say_what_is_missing(len(missing), len(keys))
-        if self.trainer.agree_on_calls(len(missing)):
+        # A rank that lacks nothing calls all the same where the teacher is sharded: its forwards are collective.
+        if self.run.agree_on_calls(len(missing)):
             self._generate([examples[row] for row in missing], [keys[row] for row in missing], seed, judge)
         completions = [self.store.get(*key) or [] for key in keys]
         self.tokens_reused += sum(len(ids) for ids, known in zip(completions, stored, strict=True) if known)
@@ -93,19 +110,18 @@ class RolloutCache:
         keys = self._keys(examples, prompts, samples)
         missing = [row for row, key in enumerate(keys) if self.store.get(*key) is None]
         own: list[list[int]] = [prompts[row] for row in missing]
-        teacher: Any = teacher_of(self.trainer.teacher, [examples[row] for row in missing])
-        teacher.prefetch_rollouts(own, self.trainer.teacher_sampling, seed, self.trainer.generation_budget(own))
+        teacher: Any = teacher_of(self.run.teacher, [examples[row] for row in missing])
+        teacher.prefetch_rollouts(own, self.run.teacher_sampling, seed, self.run.generation_budget(own))
 
     def holds(self, example: dict, prompt: Sequence[int], sample: int) -> bool:
         """Whether a rollout is stored."""
         return self.store.get(self._context(example), prompt, sample) is not None
 
-    def _generate(self, examples: list[dict], keys: list[tuple], seed: int, judge: Judge | None) -> None:
-        trainer = self.trainer
-        prompts = [list(prompt) for _, prompt, _ in keys]
-        teacher = teacher_of(trainer.teacher, examples)
-        written = teacher.generate(prompts, trainer.teacher_sampling, seed, trainer.generation_budget(prompts))
-        texts = trainer.tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
+    def _generate(self, examples: list[dict], keys: list[Key], seed: int, judge: Judge | None) -> None:
+        run, prompts = self.run, [list(prompt) for _, prompt, _ in keys]
+        teacher = teacher_of(run.teacher, examples)
+        written = teacher.generate(prompts, run.teacher_sampling, seed, run.generation_budget(prompts))
+        texts = run.tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
         verdicts = judge(examples, written) if judge is not None and written else [None] * len(written)
         self.store.add(
             [
@@ -114,14 +130,14 @@ class RolloutCache:
             ]
         )
 
-    def _keys(self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int]) -> list[tuple]:
+    def _keys(self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int]) -> list[Key]:
         return [
             (self._context(example), tuple(prompt), sample)
             for example, prompt, sample in zip(examples, prompts, samples, strict=True)
         ]
 
     def _context(self, example: dict) -> str:
-        teacher: Teacher | RoutedTeacher = self.trainer.teacher
+        teacher = self.run.teacher
         if isinstance(teacher, RoutedTeacher):
             teacher = teacher.teachers[str(example.get(TEACHER_ID))]
         return self._contexts[id(teacher)]
@@ -152,18 +168,18 @@ class RolloutCache:
             )
 
 
-def open_cache(trainer: Any) -> RolloutCache | None:
+def open_cache(run: CacheRun) -> RolloutCache | None:
     """The cache of `teacher_rollouts_path`; None without one.
 
     Raises:
         SGOPDConfigError: a path that is no folder and no data set, or a teacher that cannot be told from others.
     """
-    path = trainer.args.teacher_rollouts_path
+    path = run.args.teacher_rollouts_path
     if path is None:
         return None
-    with trainer.args.main_process_first(desc="teacher rollouts"):
+    with run.args.main_process_first(desc="teacher rollouts"):
         store = open_store(path)
-    cache = RolloutCache(trainer, store)
-    # Nobody writes before everybody has read.
-    trainer.accelerator.wait_for_everyone()
+    cache = RolloutCache(run, store)
+    # Nobody writes before everybody has read: ranks must agree on what is stored.
+    run.accelerator.wait_for_everyone()
     return cache

@@ -16,63 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from .identity import DIGEST_LENGTH
+from .keys import DIGEST_LENGTH
 
 logger = logging.getLogger(__name__)
 
 
 CARD_FILE = "README.md"
-
-_CARD = """\
----
-configs:
-- config_name: default
-  data_files: rollouts-*.jsonl
-dataset_info:
-  features:
-  - name: context
-    dtype: string
-  - name: sample
-    dtype: int64
-  - name: prompt_ids
-    list: int64
-  - name: completion_ids
-    list: int64
-  - name: completion
-    dtype: string
-  - name: verdict
-    dtype: float64
-  - name: checksum
-    dtype: string
-tags:
-- sg-opd
-- teacher-rollouts
----
-
-# Teacher rollouts
-
-Completions that a frozen teacher wrote for the anchor of SG-OPD runs (`sg_opd_trl`). Set `teacher_rollouts_path` to
-this folder or data set, and runs that ask for the same rollouts read them here.
-
-| column | meaning |
-|---|---|
-| `context` | digest of teacher, tokenizer and sampling settings; `contexts/DIGEST.json` lists them |
-| `sample` | tells the rollouts of one prompt apart |
-| `prompt_ids` | token ids that the teacher read |
-| `completion_ids` | token ids that it wrote, the end token included |
-| `completion` | the same as text, special tokens left out |
-| `verdict` | of the verifier when the rollout was written: 1 right, 0 wrong, null not judged then; runs judge anew |
-| `checksum` | of the four columns that matter; a line that does not fit it is passed over |
-"""
-
-
-def store_card() -> str:
-    """Markdown with the columns and their types."""
-    return _CARD
-
-
 ROLLOUT_FILES = "rollouts-*.jsonl"
 CONTEXT_FOLDER = "contexts"
+Key = tuple[str, tuple[int, ...], int]
+"""What a rollout is found by: context, prompt ids, sample index."""
 _START = re.compile(rb'\{"context": "([0-9a-f]{%d})", ' % DIGEST_LENGTH)
 
 
@@ -97,7 +50,7 @@ class StoredRollout:
     verdict: float | None = None
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...], int]:
+    def key(self) -> Key:
         """What a rollout is found by."""
         return self.context, self.prompt_ids, self.sample
 
@@ -143,7 +96,7 @@ class RolloutStore:
         self.folder = folder
         self.writable = writable
         self.name = str(folder) if name is None else name
-        self._rollouts: dict[tuple, list[int]] = {}
+        self._rollouts: dict[Key, list[int]] = {}
         self._facts: dict[str, dict] = {}
         self._own_file = folder / ROLLOUT_FILES.replace("*", uuid.uuid4().hex[:16])
 
@@ -203,7 +156,7 @@ class RolloutStore:
 
     def _describe(self, contexts: Collection[str]) -> None:
         """Write card and facts where they are missing; several processes may do so at once."""
-        texts = {self.folder / CARD_FILE: store_card()}
+        texts = {self.folder / CARD_FILE: _CARD}
         for context in contexts:
             path = self.folder / CONTEXT_FOLDER / f"{context}.json"
             texts[path] = json.dumps(self._facts.get(context, {}), indent=1, sort_keys=True) + "\n"
@@ -242,3 +195,46 @@ def _rollouts_of(path: Path, contexts: Collection[str]) -> Iterator[StoredRollou
 
 def _checksum(context: str, sample: int, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     return f"{zlib.crc32(json.dumps([context, sample, list(prompt_ids), list(completion_ids)]).encode()):08x}"
+
+
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files: rollouts-*.jsonl
+dataset_info:
+  features:
+  - name: context
+    dtype: string
+  - name: sample
+    dtype: int64
+  - name: prompt_ids
+    list: int64
+  - name: completion_ids
+    list: int64
+  - name: completion
+    dtype: string
+  - name: verdict
+    dtype: float64
+  - name: checksum
+    dtype: string
+tags:
+- sg-opd
+- teacher-rollouts
+---
+
+# Teacher rollouts
+
+Completions that a frozen teacher wrote for the anchor of SG-OPD runs (`sg_opd_trl`). Set `teacher_rollouts_path` to
+this folder or data set, and runs that ask for the same rollouts read them here.
+
+| column | meaning |
+|---|---|
+| `context` | digest of teacher, tokenizer and sampling settings; `contexts/DIGEST.json` lists them |
+| `sample` | tells the rollouts of one prompt apart |
+| `prompt_ids` | token ids that the teacher read |
+| `completion_ids` | token ids that it wrote, the end token included |
+| `completion` | the same as text, special tokens left out |
+| `verdict` | of the verifier when the rollout was written: 1 right, 0 wrong, null not judged then; runs judge anew |
+| `checksum` | of the four columns that matter; a line that does not fit it is passed over |
+"""

@@ -14,7 +14,7 @@ from sg_opd_trl.errors import DataError
 from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout
 
 A, B = "a" * 24, "b" * 24
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def rollout(prompt: tuple[int, ...] = (3, 4), sample: int = 0, ids: list[int] | None = None, context: str = A):

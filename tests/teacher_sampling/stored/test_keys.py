@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sg_opd_trl.teacher_sampling.stored import identity as keys
-from sg_opd_trl.teacher_sampling.stored.identity import (
+from sg_opd_trl.teacher_sampling.stored import keys
+from sg_opd_trl.teacher_sampling.stored.keys import (
     context_facts,
     differences,
     digest,
