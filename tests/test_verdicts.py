@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sg_opd_trl import SGOPDConfigError, VerifierError
-from sg_opd_trl.verifiers.verdicts import RunVerifier, as_verdict_tensor
+from sg_opd_trl.verifiers.verdicts import RunVerifier
 
 NAN = math.nan
 
@@ -84,7 +84,20 @@ def test_judging_passes_what_trl_passes() -> None:
     assert asked["trainer_state"] == "state"
     assert "prompt" not in asked
     assert asked["log_extra"]("column", [1]) is None
-    assert asked["log_metric"]("name", 1.0) is None
+
+
+def test_what_is_logged_while_judging_is_kept_until_it_is_taken() -> None:
+    def judge(completion_ids: list, log_metric: Any, **_: Any) -> list[float]:
+        log_metric("length", len(completion_ids[0]))
+        log_metric("length", torch.tensor(5.0))
+        log_metric("other", 0.5)
+        return [1.0]
+
+    chosen = RunVerifier([judge], ["judge"], None, binary=True)
+    for ids in ([7], [7, 8]):
+        chosen.judge([{"prompt": "1"}], ["x"], [ids], None)
+    assert chosen.take_metrics() == {"length": (13.0, 4), "other": (1.0, 2)}
+    assert chosen.take_metrics() == {}
 
 
 @pytest.mark.parametrize("answer", [None, NAN])
@@ -110,11 +123,6 @@ def test_an_asynchronous_verifier() -> None:
 
     chosen = RunVerifier([judge], ["judge"], None, binary=True)
     assert chosen.judge(EXAMPLES, ["2", "5"], [[7], [10]], None) == [1.0, 0.0]
-
-
-def test_verdicts_as_a_tensor() -> None:
-    torch.testing.assert_close(as_verdict_tensor([1.0, None, 0.0]), torch.tensor([1.0, NAN, 0.0]), equal_nan=True)
-    assert as_verdict_tensor([]).shape == (0,)
 
 
 def test_an_asynchronous_verifier_inside_a_running_loop() -> None:

@@ -1,50 +1,286 @@
-"""Phased teacher sampling (arXiv:2606.09304, Eq. 2-3): prompts, the rollouts of one step, and the callback.
+"""Phased teacher sampling (arXiv:2606.09304, Eq. 2-3): when the teacher writes, for which prompts, and what is kept.
 
 Everything that depends on time is a pure function of the 1-based optimizer step, so that a resumed run continues as if
 it had never stopped.
 """
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..core import anchor_denominator, anchor_schedule, separated_prompts, separated_schedule
-from ..models.batch import TokenBatch
+from ..core import anchor_schedule, separated_prompts, separated_schedule
 from ..random_state import forked_random_state, mixed_seed
 from ..run import inherits
-from ..teachers import Sampling
-from ..teachers.routed import prefetching_teachers, teacher_of, teacher_prompt_ids
-from ..verifiers.verdicts import as_verdict_tensor
-from .prompts import PromptStream, deal, step_samples, stream_samples, teacher_prompts_per_step
-from .step import AnchorStep, TeacherRollout
+from ..teachers.routed import prefetching_teachers, teacher_prompt_ids
+from .prompts import (
+    ROLLOUTS_SEED,
+    STUDENT_PROMPTS_SEED,
+    PromptSource,
+    assign_slots,
+    prompt_stream,
+    step_samples,
+    stream_samples,
+    teacher_prompts_per_step,
+)
+from .rollouts import DROP_REASONS, DropReason, DropReporter, TeacherRollout, drop_reason
+from .step import AnchorRun, AnchorStep, StepCounts, StepPlan, begin, count, sampling_of, write
 
-if TYPE_CHECKING:
-    from ..trainer import SGOPDTrainer
+__all__ = ["AnchorBinding", "AnchorStep", "TeacherAnchorCallback", "is_anchor_callback", "sampling_of"]
 
 logger = logging.getLogger(__name__)
 
 
+def _metric_of(reason: DropReason) -> str:
+    return f"dropped_{reason.replace(' ', '_')}"
+
+
+# What a verifier may not call its own metrics.
+_OWN_METRICS = frozenset(
+    {
+        *("alpha", "loss", "verified_share", "rollouts", "kept", "truncated", "tokens", "cache_hits", "cache_misses"),
+        *map(_metric_of, DROP_REASONS),
+    }
+)
+
+
 class TeacherAnchorCallback(TrainerCallback, ExportableState):
-    """Drives the anchor: at each optimizer step the teacher generates, the verifier judges, the step is filled.
+    """Drives the anchor: at each optimizer step the teacher writes, the verifier judges, what is right is learnt.
 
     The trainer adds one when `teacher_sampling_enable` is on. Pass a subclass in `callbacks` to change a decision:
-    `alpha` (the schedule), `student_examples` and `reserved_examples` (the prompts), `keep` (the filter).
+    `alpha` (the schedule), `keep` (the filter), `reserved_examples`, `student_examples` and `prompt_range` (the
+    prompts).
+
+    Attributes:
+        rollouts: teacher rollouts so far, over all ranks and the runs before a resumed one.
+        verified: those judged right.
+        tokens: tokens of those that were kept.
     """
 
     def __init__(self) -> None:
         self.rollouts = 0
         self.verified = 0
         self.tokens = 0
-        self._trainer: SGOPDTrainer | None = None
+        self._run: AnchorRun | None = None
         self._generator_released = False
+        self._drops = DropReporter()
+        self._taken_names: set[str] = set()
 
-    def bind(self, trainer: "SGOPDTrainer") -> None:
+    # --- decisions -----------------------------------------------------------------------------------------------
+    def alpha(self, args: Any, step: int, total_steps: int) -> float:
+        """Weight of the anchor at a 1-based step (Eq. 3; TimeSep: its start until the end of phase 1, then 0).
+
+        A function of its arguments alone: it is also called for steps to come.
+        """
+        if args.teacher_sampling_time_separated:
+            first_end, start = args.teacher_sampling_phase1_end_frac, args.teacher_sft_alpha_start
+            return separated_schedule(step, total_steps, first_end, start)
+        return anchor_schedule(step, total_steps, *_schedule(args))
+
+    def keep(self, args: Any, verdict: float | None) -> bool:
+        """Whether the anchor uses a rollout; one without any token is never used."""
+        return verdict == 1.0 or not args.teacher_sampling_filter_correct
+
+    def prompt_range(self, trainer: PromptSource, step: int) -> tuple[int, int]:
+        """The step's teacher prompts, counted over the run: the first, and the one after the last."""
+        args = trainer.args
+        prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
+        if not args.teacher_sampling_time_separated:
+            return (step - 1) * prompts, step * prompts
+        return separated_prompts(step, trainer.state.max_steps, *_schedule(args), per_step=prompts)
+
+    def reserved_examples(self, trainer: AnchorRun, step: int, prompts: int) -> list[dict]:
+        """The step's teacher prompts from their own permutation of the training set, the same on every rank."""
+        first, _ = self.prompt_range(trainer, step)
+        return [trainer.train_dataset[row] for row in prompt_stream(trainer).between(first, first + prompts)]
+
+    def student_examples(self, trainer: AnchorRun, step: int, prompts: int) -> list[dict]:
+        """The step's teacher prompts among this rank's student prompts, in seeded order, repeated if too few."""
+        examples = trainer.window_examples()
+        seed = mixed_seed(trainer.args.seed, STUDENT_PROMPTS_SEED, step)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [examples[order[i % len(order)]] for i in range(prompts)]
+
+    # --- events --------------------------------------------------------------------------------------------------
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn if no step that is left will use the teacher's rollouts."""
+        self._drops, self._taken_names = DropReporter(), set()
+        done, total = state.global_step, state.max_steps
+        if done >= total or any(self.alpha(args, step, total) > 0 for step in range(done + 1, total + 1)):
+            return
+        # The last step first: a schedule that is over ended not long ago, or at the start.
+        last = next((step for step in range(done, 0, -1) if self.alpha(args, step, total) > 0), None)
+        logger.warning(
+            "`teacher_sampling_enable` is on, but the anchor's weight is 0 %s: no teacher rollout will be drawn. %s",
+            f"in all {total} steps" if done == 0 else f"in the steps {done + 1} to {total} that are left of this run",
+            "Raise `teacher_sft_alpha_start`, `teacher_sampling_phase1_end_frac` and "
+            "`teacher_sampling_phase2_end_frac`, or train longer."
+            if last is None
+            else f"Its schedule ended with step {last}. Raise `teacher_sampling_phase2_end_frac` if it should go on.",
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compute alpha; while it is above 0, have the step's anchor made."""
+        run = self._bound()
+        step = state.global_step + 1
+        alpha = self.alpha(args, step, state.max_steps)
+        run.metrics.add("train", "anchor/alpha", alpha)
+        run.anchor = None
+        if alpha <= 0:
+            self._release_generator(run)
+        elif run.args.teacher_sampling_prompts == "reserve":
+            self.fill(alpha, step)
+        else:
+            # The student's prompts of this step are known once its first micro-batch is.
+            run.run_before_micro_batch(lambda: self.fill(alpha, step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing of the anchor outlives the run."""
+        self._bound().anchor = None
+
+    # --- one step ------------------------------------------------------------------------------------------------
+    def fill(self, alpha: float, step: int) -> None:
+        """Make the anchor of one step: plan, write, judge, keep; then have the next step's rollouts begun."""
+        run = self._bound()
+        with run.timed("anchor"):
+            plan = self.plan_step(run, step)
+            completion_ids, cached = write(run, plan)
+            rollouts = self._judge(run, plan, completion_ids, cached)
+            logged = run.verifier.take_metrics()
+            counts = count(run, rollouts, len(logged))
+        run.anchor = AnchorStep(
+            alpha=alpha,
+            total=counts.denominator,
+            micro_batches=[[rollout for rollout in own if rollout.kept] for own in plan.by_micro_batch(rollouts)],
+            alone=run.args.teacher_sampling_time_separated,
+        )
+        self._report(run, counts)
+        if counts.logged:
+            self._report_verifier(run, logged)
+        self._drops.report(run, step, rollouts, counts.kept, counts.dropped)
+        with run.timed("anchor"):
+            self._prefetch(run, step + 1)
+
+    def plan_step(self, run: AnchorRun, step: int) -> StepPlan:
+        """What this rank's teacher writes in a step: a function of step, seed and sizes.
+
+        With shared prompts it also depends on the rows of the student's current generation batch.
+        """
+        args, accelerator = run.args, run.accelerator
+        first, end = self.prompt_range(run, step)
+        each, share = args.teacher_num_generations, args.teacher_sampling_prompts == "share"
+        slots = assign_slots(
+            (end - first) * each,
+            accelerator.num_processes,
+            run.current_gradient_accumulation_steps,
+            accelerator.process_index,
+            # Ranks know only their own student prompts, so that all rollouts of one of them are made on its rank.
+            together=each if share else 1,
+        )
+        own = [slot for part in slots for slot in part]
+        numbers = sorted({slot // each for slot in own})
+        if share:
+            chosen = dict(zip(numbers, self.student_examples(run, step, len(numbers)), strict=True))
+        else:
+            reserved = self.reserved_examples(run, step, end - first)
+            chosen = {number: reserved[number] for number in numbers}
+        examples = [chosen[slot // each] for slot in own]
+        prompt_ids = run.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
+        return StepPlan(
+            step=step,
+            examples=examples,
+            prompt_ids=prompt_ids,
+            teacher_prompt_ids=teacher_prompt_ids(examples, prompt_ids, run.tokenize_prompts),
+            samples=self._samples(run, step, first, own, examples),
+            seed=mixed_seed(args.seed, ROLLOUTS_SEED, step, accelerator.process_index),
+            slots=slots,
+        )
+
+    def _samples(self, run: AnchorRun, step: int, first: int, slots: list[int], examples: list[dict]) -> list[int]:
+        """Sample index of each rollout of this rank, by which the cache tells rollouts of one prompt apart."""
+        cache = run.rollout_cache
+        from_the_stream = inherits(type(self), TeacherAnchorCallback, "reserved_examples")
+        if cache is not None and run.args.teacher_sampling_prompts == "reserve" and from_the_stream:
+            each = run.args.teacher_num_generations
+            return stream_samples(prompt_stream(run), first, slots, each, cache.repeats)
+        return step_samples([repr(example["prompt"]) for example in examples], step)
+
+    def _judge(
+        self, run: AnchorRun, plan: StepPlan, completion_ids: list[list[int]], cached: list[bool]
+    ) -> list[TeacherRollout]:
+        verdicts = run.judge(plan.examples, completion_ids) if plan.examples else []
+        return [
+            TeacherRollout(prompt, ids, verdict, drop_reason(self.keep(run.args, verdict), verdict, ids), stored)
+            for prompt, ids, verdict, stored in zip(plan.prompt_ids, completion_ids, verdicts, cached, strict=True)
+        ]
+
+    def _prefetch(self, run: AnchorRun, step: int) -> None:
+        """Have the teacher begin the rollouts of a step that has not come yet, if it can and they are known."""
+        args, state = run.args, run.state
+        known = inherits(type(self), TeacherAnchorCallback, "reserved_examples", "prompt_range")
+        if args.teacher_sampling_prompts != "reserve" or not known or not prefetching_teachers(run.teacher):
+            return
+        if step > state.max_steps or self.alpha(args, step, state.max_steps) <= 0:
+            return
+        # A data set may draw random numbers when its rows are read, and this reads them earlier than without.
+        with forked_random_state(run.accelerator.device):
+            plan = self.plan_step(run, step)
+        begin(run, plan)
+
+    def _release_generator(self, run: AnchorRun) -> None:
+        # Once: a server need not hear of it in every step of phase 3.
+        if not self._generator_released:
+            run.teacher.stop_generating()
+            self._generator_released = True
+
+    # --- metrics -------------------------------------------------------------------------------------------------
+    def _report(self, run: AnchorRun, counts: StepCounts) -> None:
+        self.rollouts += counts.rollouts
+        self.verified += counts.verified
+        self.tokens += counts.tokens
+        run.metrics.add("train", "anchor/verified_share", counts.verified, counts.rollouts)
+        numbers = {
+            "rollouts": counts.rollouts,
+            "kept": counts.kept,
+            "truncated": counts.truncated,
+            "tokens": counts.tokens,
+            **{_metric_of(reason): number for reason, number in counts.dropped.items()},
+        }
+        for name, number in numbers.items():
+            run.metrics.add("train", f"anchor/{name}", number)
+        if run.rollout_cache is not None:
+            run.metrics.add("train", "anchor/cache_hits", counts.cached)
+            run.metrics.add("train", "anchor/cache_misses", counts.rollouts - counts.cached)
+
+    def _report_verifier(self, run: AnchorRun, logged: dict[str, tuple[float, int]]) -> None:
+        """Add what the verifier logged on teacher rollouts; called on all ranks if any has something."""
+        # A verifier may log other names on other ranks, and is not called where a rank has no rollout.
+        every = [entry for rank in gather_object([logged]) for entry in rank.items()]
+        for name, (total, times) in every:
+            if name not in _OWN_METRICS:
+                run.metrics.add("train", f"anchor/{name}", total, times)
+        taken = {name for name, _ in every} & _OWN_METRICS - self._taken_names
+        self._taken_names |= taken
+        if taken and run.accelerator.is_main_process:
+            logger.warning(
+                "The verifier logs %s, names that the anchor's own metrics have: on teacher rollouts they are left "
+                "out. Choose other names in `log_metric`.",
+                sorted(taken),
+            )
+
+    # --- the run -------------------------------------------------------------------------------------------------
+    def bind(self, trainer: AnchorRun) -> None:
         """Connect to the trainer; called by it."""
-        self._trainer = trainer
+        self._run = trainer
 
     def state(self) -> dict:
         """What a checkpoint keeps; the schedule itself is a function of the step."""
@@ -53,216 +289,13 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
             "attributes": {"rollouts": self.rollouts, "verified": self.verified, "tokens": self.tokens},
         }
 
-    # --- decisions -----------------------------------------------------------------------------------------------
-    def alpha(self, args: Any, step: int, total_steps: int) -> float:
-        """Weight of the anchor at a 1-based step (Eq. 3; TimeSep: its start until the end of phase 1, then 0).
-
-        A function of its arguments alone: it is also called for the step after the current one.
-        """
-        if args.teacher_sampling_time_separated:
-            first_end, start = args.teacher_sampling_phase1_end_frac, args.teacher_sft_alpha_start
-            return separated_schedule(step, total_steps, first_end, start)
-        return anchor_schedule(step, total_steps, *_schedule(args))
-
-    def keep(self, args: Any, verdict: float | None) -> bool:
-        """Whether the anchor uses a rollout."""
-        return verdict == 1.0 or not args.teacher_sampling_filter_correct
-
-    def prompt_range(self, trainer: "SGOPDTrainer", step: int) -> tuple[int, int]:
-        """The step's teacher prompts, counted over the run: the first, and the one after the last."""
-        args: Any = trainer.args
-        prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
-        if not args.teacher_sampling_time_separated:
-            return (step - 1) * prompts, step * prompts
-        return separated_prompts(step, trainer.state.max_steps, *_schedule(args), per_step=prompts)
-
-    def reserved_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
-        """The step's teacher prompts from their own permutation of the training set, the same on every rank."""
-        dataset: Any = trainer.train_dataset
-        first, _ = self.prompt_range(trainer, step)
-        return [dataset[row] for row in prompt_stream(trainer).between(first, first + prompts)]
-
-    def student_examples(self, trainer: "SGOPDTrainer", step: int, prompts: int) -> list[dict]:
-        """The step's teacher prompts among this rank's student prompts, in seeded order, repeated if too few."""
-        examples = trainer.window_examples()
-        generator = torch.Generator().manual_seed(mixed_seed(trainer.args.seed, 2, step))
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        return [examples[order[i % len(order)]] for i in range(prompts)]
-
-    # --- events --------------------------------------------------------------------------------------------------
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say so if the run is too short for the schedule to ever use the teacher's rollouts."""
-        if self.alpha(args, 1, state.max_steps) <= 0:
-            logger.warning(
-                "`teacher_sampling_enable` is on, but with %d steps the anchor's weight is 0 from the first step: no "
-                "teacher rollout will be drawn. Raise `teacher_sampling_phase1_end_frac` and "
-                "`teacher_sampling_phase2_end_frac`, or train longer.",
-                state.max_steps,
-            )
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Compute alpha; while it is above 0, have the step's anchor made."""
-        trainer = self._bound()
-        step = state.global_step + 1
-        alpha = self.alpha(args, step, state.max_steps)
-        trainer.metrics.add("train", "anchor/alpha", alpha)
-        trainer.anchor = None
-        if alpha <= 0:
-            self._release_generator(trainer)
-        elif trainer.args.teacher_sampling_prompts == "reserve":
-            self.fill(alpha, step)
-        else:
-            # The student's prompts of this step are known once its first micro-batch is.
-            trainer.run_before_micro_batch(lambda: self.fill(alpha, step))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Nothing of the anchor outlives the run."""
-        self._bound().anchor = None
-
-    def fill(self, alpha: float, step: int) -> None:
-        """Generate, judge and deal the teacher rollouts of one step."""
-        trainer = self._bound()
-        with trainer.timed("anchor"):
-            micro_batches = self._rollouts(trainer, step)
-            total, rollouts, verified, tokens, cached = self._counts(trainer, micro_batches)
-        self.rollouts, self.verified, self.tokens = (
-            self.rollouts + rollouts,
-            self.verified + verified,
-            self.tokens + tokens,
-        )
-        trainer.metrics.add("train", "anchor/verified_share", verified, rollouts)
-        trainer.metrics.add("train", "anchor/rollouts", rollouts)
-        trainer.metrics.add("train", "anchor/tokens", tokens)
-        if trainer.rollout_cache is not None:
-            trainer.metrics.add("train", "anchor/cache_hits", cached)
-            trainer.metrics.add("train", "anchor/cache_misses", rollouts - cached)
-        kept = [[row for row in rows if row.kept] for rows in micro_batches]
-        alone = trainer.args.teacher_sampling_time_separated
-        trainer.anchor = AnchorStep(alpha=alpha, total=total, micro_batches=kept, alone=alone)
-        with trainer.timed("anchor"):
-            self._prefetch(trainer, step + 1)
-
-    # --- parts ---------------------------------------------------------------------------------------------------
-    def _rollouts(self, trainer: "SGOPDTrainer", step: int) -> list[list[TeacherRollout]]:
-        dealt, examples, samples = self._deal(trainer, step)
-        rollouts = iter(self._generate(trainer, examples, samples, step))
-        return [[next(rollouts) for _ in rows] for rows in dealt]
-
-    def _prefetch(self, trainer: "SGOPDTrainer", step: int) -> None:
-        """Have the teacher begin the rollouts of a step that has not come yet, if it can and they are known."""
-        args, state = trainer.args, trainer.state
-        known = inherits(type(self), TeacherAnchorCallback, "reserved_examples", "prompt_range")
-        if args.teacher_sampling_prompts != "reserve" or not known or not prefetching_teachers(trainer.teacher):
-            return
-        if step > state.max_steps or self.alpha(args, step, state.max_steps) <= 0:
-            return
-        # A data set may draw random numbers when its rows are read.
-        with forked_random_state(trainer.accelerator.device):
-            _, examples, samples = self._deal(trainer, step)
-            _, read, seed = self._prompts(trainer, examples, step)
-        if trainer.rollout_cache is not None:
-            trainer.rollout_cache.prefetch(examples, read, samples, seed)
-        else:
-            teacher: Any = teacher_of(trainer.teacher, examples)
-            teacher.prefetch_rollouts(read, trainer.teacher_sampling, seed, trainer.generation_budget(read))
-
-    def _deal(self, trainer: "SGOPDTrainer", step: int) -> tuple[list[list[int]], list[dict], list[int]]:
-        """Slots of this rank by micro-batch, and the example and the sample index of each."""
-        args, accelerator = trainer.args, trainer.accelerator
-        first, end = self.prompt_range(trainer, step)
-        prompts = end - first
-        micro_batches = trainer.current_gradient_accumulation_steps
-        slots = prompts * args.teacher_num_generations
-        share = args.teacher_sampling_prompts == "share"
-        # Ranks know only their own student prompts, so that all rollouts of one of them are made on its rank.
-        together = args.teacher_num_generations if share else 1
-        dealt = deal(slots, accelerator.num_processes, micro_batches, accelerator.process_index, together)
-        own_slots = [slot for rows in dealt for slot in rows]
-        own = [slot // args.teacher_num_generations for slot in own_slots]
-        numbers = sorted(set(own))
-        if share:
-            chosen = dict(zip(numbers, self.student_examples(trainer, step, len(numbers)), strict=True))
-        else:
-            reserved = self.reserved_examples(trainer, step, prompts)
-            chosen = {number: reserved[number] for number in numbers}
-        examples = [chosen[number] for number in own]
-        samples = self._samples(trainer, step, own_slots, examples)
-        return dealt, examples, samples
-
-    def _samples(self, trainer: "SGOPDTrainer", step: int, slots: list[int], examples: list[dict]) -> list[int]:
-        """Sample index of each rollout of this rank, by which the cache tells rollouts of one prompt apart."""
-        cache, each = trainer.rollout_cache, trainer.args.teacher_num_generations
-        from_the_stream = inherits(type(self), TeacherAnchorCallback, "reserved_examples")
-        if cache is not None and trainer.args.teacher_sampling_prompts == "reserve" and from_the_stream:
-            first, _ = self.prompt_range(trainer, step)
-            return stream_samples(prompt_stream(trainer), first, slots, each, cache.repeats)
-        return step_samples([repr(example["prompt"]) for example in examples], step)
-
-    def _generate(
-        self, trainer: "SGOPDTrainer", examples: list[dict], samples: list[int], step: int
-    ) -> list[TeacherRollout]:
-        prompt_ids, read, seed = self._prompts(trainer, examples, step)
-        if trainer.rollout_cache is not None:
-            completion_ids, cached = trainer.rollout_cache.complete(examples, read, samples, seed)
-        else:
-            teacher, budget = teacher_of(trainer.teacher, examples), trainer.generation_budget(read)
-            completion_ids = teacher.generate(read, trainer.teacher_sampling, seed, budget)
-            cached = [False] * len(completion_ids)
-        verdicts = trainer.judge(examples, completion_ids) if examples else []
-        return [
-            TeacherRollout(prompt, completion, self.keep(trainer.args, verdict), verdict, known)
-            for prompt, completion, verdict, known in zip(prompt_ids, completion_ids, verdicts, cached, strict=True)
-        ]
-
-    def _prompts(
-        self, trainer: "SGOPDTrainer", examples: list[dict], step: int
-    ) -> tuple[list[list[int]], list[list[int]], int]:
-        """Token ids of the student's and of the teacher's prompts, and the seed of this rank's rollouts."""
-        prompt_ids = trainer.tokenize_prompts([example["prompt"] for example in examples]) if examples else []
-        seed = mixed_seed(trainer.args.seed, 3, step, trainer.accelerator.process_index)
-        return prompt_ids, teacher_prompt_ids(examples, prompt_ids, trainer.tokenize_prompts), seed
-
-    def _counts(self, trainer: "SGOPDTrainer", micro_batches: list[list[TeacherRollout]]) -> list[Any]:
-        """Denominator of the anchor, rollouts, verified rollouts, kept tokens and stored rollouts over all ranks."""
-        rows = [row for rows in micro_batches for row in rows]
-        verdicts = as_verdict_tensor([row.verdict for row in rows])
-        counts = torch.tensor(
-            [
-                float(self._denominator(trainer, rows)),
-                len(rows),
-                int((verdicts == 1).sum()),
-                sum(len(row.completion_ids) for row in rows if row.kept),
-                sum(row.cached for row in rows),
-            ],
-            device=trainer.accelerator.device,
-        )
-        return trainer.accelerator.gather(counts.unsqueeze(0)).sum(dim=0).tolist()
-
-    def _denominator(self, trainer: "SGOPDTrainer", rows: list[TeacherRollout]) -> Tensor | float:
-        if not rows:
-            return 0.0
-        batch = TokenBatch.from_lists([[0]] * len(rows), [row.completion_ids for row in rows], 0, torch.device("cpu"))
-        kept = torch.tensor([row.kept for row in rows])
-        return anchor_denominator(batch.completion_mask, kept, trainer.args.teacher_sft_reduction)
-
-    def _release_generator(self, trainer: "SGOPDTrainer") -> None:
-        if not self._generator_released:
-            trainer.teacher.stop_generating()
-            self._generator_released = True
-
-    def _bound(self) -> "SGOPDTrainer":
-        if self._trainer is None:
+    def _bound(self) -> AnchorRun:
+        if self._run is None:
             raise RuntimeError(
                 "TeacherAnchorCallback must be passed in `callbacks` of an SGOPDTrainer, which binds it; it has no "
                 "trainer. Pass it there instead of calling it yourself."
             )
-        return self._trainer
+        return self._run
 
 
 def _schedule(args: Any) -> tuple[float, float, float, float]:
@@ -272,27 +305,6 @@ def _schedule(args: Any) -> tuple[float, float, float, float]:
         args.teacher_sampling_phase2_end_frac,
         args.teacher_sft_alpha_start,
         args.teacher_sft_alpha_end,
-    )
-
-
-def prompt_stream(trainer: Any) -> PromptStream:
-    """The run's permutations of its training set, from which reserved teacher prompts are drawn."""
-    return PromptStream(len(trainer.train_dataset), mixed_seed(trainer.args.seed, 1))
-
-
-def sampling_of(trainer: "SGOPDTrainer") -> Sampling:
-    """How the teacher writes its rollouts: as the student does, with its own length."""
-    args: Any = trainer.args
-    return Sampling(
-        max_new_tokens=args.teacher_completion_length,
-        eos_token_ids=tuple(trainer.eos_token_ids),
-        pad_token_id=trainer.tokenizer.pad_token_id,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        generation_kwargs=trainer.vocabulary.without_unusable(args.generation_kwargs),
     )
 
 
@@ -315,7 +327,9 @@ class AnchorBinding(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Bind."""
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TeacherAnchorCallback):

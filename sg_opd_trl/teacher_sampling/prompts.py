@@ -1,14 +1,40 @@
 """Which prompts the teacher gets at which step, and which rank and micro-batch takes its rollouts.
 
-Pure functions of seed, step and sizes: nothing has to be remembered to resume.
+Pure functions of seed, step and sizes: nothing has to be remembered to resume, and every rank finds the same answer.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..random_state import mixed_seed
+
+if TYPE_CHECKING:
+    from ..run import SGOPDConfig
+
+# The second part of every seed made from the run's: prompts and rollouts must not share random numbers. Changing one
+# changes what a resumed run draws. 4 is the baselines'.
+STREAM_SEED, STUDENT_PROMPTS_SEED, ROLLOUTS_SEED, PRECOMPUTE_SEED = 1, 2, 3, 5
+
+
+class PromptSource(Protocol):
+    """What decides which teacher prompts a step has; all of it is known before the run.
+
+    Attributes:
+        args: the configuration.
+        state: `max_steps` are the steps of the run.
+        train_dataset: rows with a `prompt`.
+    """
+
+    args: "SGOPDConfig"
+    state: Any
+    train_dataset: Any
+
+    @property
+    def student_prompts_per_step(self) -> float:
+        """Student prompts of one optimizer step over all ranks."""
 
 
 class PromptStream:
@@ -16,7 +42,7 @@ class PromptStream:
 
     Args:
         num_rows: rows of the training set.
-        seed: of the run.
+        seed: of the permutations.
     """
 
     def __init__(self, num_rows: int, seed: int) -> None:
@@ -40,22 +66,40 @@ class PromptStream:
         return chosen
 
 
+def prompt_stream(source: PromptSource) -> PromptStream:
+    """The run's permutations of its training set, from which reserved teacher prompts are drawn."""
+    return PromptStream(len(source.train_dataset), mixed_seed(source.args.seed, STREAM_SEED))
+
+
 def teacher_prompts_per_step(ratio: float, student_prompts: float) -> int:
     """Number of teacher prompts that makes them the fraction `ratio` of all prompts; at least 1."""
     return max(1, round(ratio / (1 - ratio) * student_prompts))
 
 
-def deal(slots: int, world_size: int, micro_batches: int, rank: int, together: int = 1) -> list[list[int]]:
-    """Slots of one rank by micro-batch: dealt round-robin over ranks first, then over micro-batches.
+def assign_slots(slots: int, world_size: int, micro_batches: int, rank: int, together: int = 1) -> list[list[int]]:
+    """One rank's share of a step's rollouts, by micro-batch.
 
-    Runs of `together` slots stay on one rank and in one micro-batch.
+    Slots go round the ranks first and then round the micro-batches, so that neither is longer than another by more
+    than one.
+
+    Args:
+        slots: rollouts of the step over all ranks; a slot is the number of one of them.
+        world_size: number of ranks.
+        micro_batches: of the step on each rank.
+        rank: whose share.
+        together: runs of so many slots stay on one rank and in one micro-batch.
     """
-    dealt: list[list[int]] = [[] for _ in range(micro_batches)]
+    assigned: list[list[int]] = [[] for _ in range(micro_batches)]
     for slot in range(slots):
         turn, owner = divmod(slot // together, world_size)
         if owner == rank:
-            dealt[turn % micro_batches].append(slot)
-    return dealt
+            assigned[turn % micro_batches].append(slot)
+    return assigned
+
+
+# --- sample indices --------------------------------------------------------------------------------------------------
+# A stored rollout is found by its prompt and a sample index: no two rollouts of one prompt in a run may have the same.
+# The upper 32 bits tell equal prompts of one permutation or step apart, the lower ones their visits.
 
 
 def stream_samples(
@@ -63,8 +107,7 @@ def stream_samples(
 ) -> list[int]:
     """Sample index of rollouts of a stream's prompts: a row has `each` of them in every permutation.
 
-    It depends neither on the batch size nor on the number of processes, and no two rollouts of a run that have the
-    same prompt have the same.
+    It depends neither on the batch size nor on the number of processes, so that runs of a sweep share rollouts.
 
     Args:
         stream: of the run.

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import SGOPDConfigError, VerifierError
@@ -47,6 +46,7 @@ class RunVerifier:
         self.binary = binary
         self._event_loop = event_loop
         self._function: Callable[..., Any] = reward_funcs[self.index]
+        self._logged: dict[str, tuple[float, int]] = {}
         if binary and isinstance(self._function, nn.Module):
             raise SGOPDConfigError(
                 "`verifier_reward_func` must be a function that answers 1, 0 or None, got the reward model "
@@ -76,7 +76,16 @@ class RunVerifier:
     def judge(
         self, examples: list[dict], completions: list, completion_ids: list[list[int]], trainer_state: Any
     ) -> list[float | None]:
-        """Verdicts on completions that are no student rollouts; nothing of it enters TRL's logs.
+        """Verdicts on completions that are no student rollouts: 1 right, 0 wrong, None no verdict.
+
+        Nothing of it enters TRL's logs. What the verifier gives to `log_metric` is kept for `take_metrics`; what it
+        gives to `log_extra` is left out, since it belongs to the table of the student's completions.
+
+        Args:
+            examples: rows of the data set, one per completion.
+            completions: as TRL gives them to reward functions: texts, or lists of one message.
+            completion_ids: the same as token ids.
+            trainer_state: of transformers.
 
         Raises:
             VerifierError: the wrong number of verdicts, or a value other than 1, 0 and None.
@@ -87,8 +96,8 @@ class RunVerifier:
             completions=completions,
             completion_ids=completion_ids,
             trainer_state=trainer_state,
-            log_extra=_log_nothing,
-            log_metric=_log_nothing,
+            log_extra=_leave_out,
+            log_metric=self._keep_metric,
             **columns,
         )
         if len(verdicts) != len(examples):
@@ -99,6 +108,16 @@ class RunVerifier:
             if verdict is not None and verdict == verdict and verdict not in (0, 1):
                 self._refuse(float(verdict))
         return [None if verdict is None or verdict != verdict else float(verdict) for verdict in verdicts]
+
+    def take_metrics(self) -> dict[str, tuple[float, int]]:
+        """What the verifier logged in `judge` since this was last called: sum and number of values by name."""
+        logged, self._logged = self._logged, {}
+        return logged
+
+    def _keep_metric(self, name: str, value: float) -> None:
+        # Sums, not values: a command that judges without taking must not grow.
+        total, times = self._logged.get(name, (0.0, 0))
+        self._logged[name] = total + float(value), times + 1
 
     def _call(self, **arguments: Any) -> list:
         if not is_async_callable(self._function):
@@ -116,10 +135,5 @@ class RunVerifier:
         )
 
 
-def _log_nothing(*_: Any) -> None:
-    """Stands in for TRL's logging callbacks: teacher rollouts do not belong in the student's table."""
-
-
-def as_verdict_tensor(verdicts: Sequence[float | None]) -> Tensor:
-    """`(N,)` float32: 1 right, 0 wrong, NaN no verdict."""
-    return torch.tensor([float("nan") if verdict is None else verdict for verdict in verdicts], dtype=torch.float32)
+def _leave_out(column: str, values: list) -> None:
+    """Stands in for TRL's `log_extra`, whose columns make a table of the student's completions."""

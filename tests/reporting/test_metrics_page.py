@@ -16,7 +16,8 @@ RUN_METRICS = [
     "teacher/matching_loss", "teacher/scored_tokens", "teacher/generated_tokens", "teacher/unusable_tokens",
     "weights/special_masked",
     "anchor/alpha", "anchor/loss", "anchor/verified_share", "anchor/rollouts", "anchor/tokens",
-    "anchor/cache_hits", "anchor/cache_misses",
+    "anchor/kept", "anchor/truncated", "anchor/dropped_wrong", "anchor/dropped_no_verdict", "anchor/dropped_empty",
+    "anchor/dropped_filtered", "anchor/cache_hits", "anchor/cache_misses",
     "time/rollout", "time/verify", "time/teacher", "time/reference", "time/loss", "time/anchor",
 ]  # fmt: skip
 
