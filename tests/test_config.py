@@ -1,25 +1,34 @@
-"""`SGOPDConfig`: every refusal with its message, and the defaults."""
+"""`SGOPDConfig`: every refusal with its message, the defaults, and that no field forgets its declaration."""
 
+import inspect
 import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from tiny import tiny_config
 from trl import GRPOConfig
 
-from sg_opd_trl import SGOPDConfig, SGOPDConfigError
+from sg_opd_trl import SGOPDConfig, SGOPDConfigError, core
+from sg_opd_trl.config import DISTILLATION_MODES, settings_of
+from sg_opd_trl.objectives import OBJECTIVES
+from sg_opd_trl.setting import Setting
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sg_opd_trl"
 INHERITED = {field.name for field in fields(GRPOConfig)}
 OWN = [field for field in fields(SGOPDConfig) if field.name not in INHERITED]
+SETTINGS = settings_of(SGOPDConfig)
+HINTS = get_type_hints(SGOPDConfig)
+NUMERIC = [field for field in OWN if HINTS[field.name] in (int, float, int | None, float | None)]
+BOUNDED = [each for each in SETTINGS.values() if each.rule.bounded]
 
 NOT_NUMBERS = [math.nan, True, "1.8"]
 CHOICES = {
     "disagree_mode": "'interp', 'interp_lambda', 'preserve', 'grpo', 'cells'",
     "neutral_mode": "'base', 'conflict'",
+    "distillation_mode": "'sampled_token', 'topk_logits', 'full_logits', 'asymmetric'",
     "stability_norm": "'sequence', 'batch', 'none'",
     "gate_signal": "'verifier', 'random'",
     "drift_gate_mean": "'signed', 'absolute'",
@@ -27,8 +36,9 @@ CHOICES = {
     "teacher_sampling_prompts": "'reserve', 'share'",
     "teacher_sft_phi": "'chord', 'dft', 'none'",
     "teacher_sft_reduction": "'token_mean', 'seq_mean', 'sum'",
+    "vllm_importance_sampling_mode": "'token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'",
 }
-# name -> (values refused beside those that are no numbers, values at the edge that are accepted)
+# name -> (values refused beside those that are no numbers, values at the edge that are accepted), by hand
 NUMBERS: dict[str, tuple[list[Any], list[Any]]] = {
     "lambda_high": ([-0.1, math.inf, None], [0.0, 1]),
     "lambda_base": ([-0.1, math.inf, None], [0.0, 1]),
@@ -45,8 +55,22 @@ NUMBERS: dict[str, tuple[list[Any], list[Any]]] = {
     "teacher_sft_alpha_end": ([-0.1, math.inf, None], [0.0, 1]),
     "beta": ([-0.1, math.inf, None], [0.0, 0.04]),
     "temperature": ([0.0, -1.0, math.inf, None], [0.7]),
+    "top_p": ([0.0, 1.01, math.inf, None], [1e-6, 1]),
+    "epsilon": ([-0.1, math.inf, None], [0.0]),
+    "epsilon_high": ([-0.1, math.inf], [0.0, None]),
+    "delta": ([0.0, -1.0, math.inf], [1e-6, None]),
+    "vllm_importance_sampling_clip_max": ([0.99, math.inf], [1]),
+    "vllm_importance_sampling_clip_min": ([-0.1, 1.01, math.inf], [0.0, 1, None]),
+    "asymmetric_threshold": ([-1.01, 1.01, math.inf, None], [-1, 1]),
+    "asymmetric_forward_kl_scale": ([0.0, -1.0, math.inf], [1e-6, None]),
+    "teacher_request_timeout": ([0.0, -1.0, math.inf, None], [600.0]),
 }
-COUNTS = ["teacher_num_generations", "teacher_max_completion_length", "max_tokens_per_scoring_batch"]
+COUNTS = [
+    "distillation_topk",
+    "teacher_num_generations",
+    "teacher_max_completion_length",
+    "max_tokens_per_scoring_batch",
+]
 # setting, value, a word of the reason, the way out
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"loss_type": "cispo"}, "one advantage per sequence", "Set loss_type to 'grpo', 'bnpo', 'dr_grpo' or 'dapo'"),
@@ -62,6 +86,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         {"gate_signal": "random", "sign_gated_extrapolation": False},
         "no consensus",
         "Set sign_gated_extrapolation=True",
+    ),
+    (
+        {"teacher_rollouts_path": "folder", "teacher_sampling_enable": False},
+        "is not supported with teacher_sampling_enable=False: the teacher writes no rollout",
+        "Leave it out, or set teacher_sampling_enable=True",
     ),
     ({"num_generations": 1}, "group of one has no verifier advantage", "Set num_generations to at least 2"),
     ({"scale_rewards": "groups"}, "verifier's advantage", "Set"),
@@ -141,6 +170,18 @@ def test_drift_block_size(value: Any, size: int | None) -> None:
 @pytest.mark.parametrize("value", [[], "<think>", ["<think>", ""], [3], {"<think>": 1}])
 def test_special_token_mask(value: Any) -> None:
     check_form(refusal(special_token_mask=value), "special_token_mask", value)
+
+
+@pytest.mark.parametrize("value", ["", " ", 3])
+def test_teacher_rollouts_path(value: Any) -> None:
+    message = refusal(teacher_rollouts_path=value)
+    check_form(message, "teacher_rollouts_path", value)
+    assert "must be a folder or a data set on the Hub" in message
+
+
+@pytest.mark.parametrize(("path", "enabled"), [(None, False), (None, True), ("folder", True), ("user/set", True)])
+def test_accepted_teacher_rollouts_path(path: str | None, enabled: bool) -> None:
+    assert make(teacher_rollouts_path=path, teacher_sampling_enable=enabled).teacher_rollouts_path == path
 
 
 @pytest.mark.parametrize(("settings", "reason", "way_out"), REFUSED)
@@ -237,20 +278,56 @@ def test_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in OWN])
 def test_no_own_field_is_accepted_and_ignored(name: str) -> None:
-    files = [path for path in PACKAGE.rglob("*.py") if path.name != "config_checks.py"]
-    text = "".join(re.sub(rf"^    {name}: .*", "", path.read_text(encoding="utf-8"), flags=re.M) for path in files)
+    # Of the configuration itself only its properties count: the checks read every field.
+    files = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "config.py"]
+    text = "".join([*files, inspect.getsource(SGOPDConfig)])
     assert re.search(rf"\.{name}\b", text), f"nothing reads {name}"
 
 
-def test_help_names_its_source() -> None:
-    for field in OWN:
-        assert len(field.metadata["help"]) > 30, field.name
-    unsourced = [
-        field.name
-        for field in OWN
-        if not re.search(r"paper|our choice|arXiv", field.metadata["help"]) and "model" not in field.name
-    ]
-    assert unsourced == []
+@pytest.mark.parametrize("field", OWN, ids=lambda field: field.name)
+def test_every_own_field_is_declared_with_a_help_that_names_its_source(field: Any) -> None:
+    assert field.name in SETTINGS, "it was not made by `setting`"
+    assert len(field.metadata["help"]) > 30
+    assert SETTINGS[field.name].help == field.metadata["help"]
+    assert SETTINGS[field.name].group
+    # How a model is loaded is nobody's method.
+    loading = re.search(r"_model_(revision|init_kwargs)$", field.name)
+    assert loading or re.search(r"paper|our choice|arXiv|Eq\.|AOPD", field.metadata["help"])
+
+
+@pytest.mark.parametrize("name", [field.name for field in NUMERIC])
+def test_every_own_number_has_bounds_and_a_reason(name: str) -> None:
+    assert SETTINGS[name].rule.bounded
+    assert SETTINGS[name].rule.why.endswith(".")
+
+
+def test_the_tables_of_these_tests_hold_all_numbers_and_choices() -> None:
+    assert {each.name for each in BOUNDED} == {*NUMBERS, *COUNTS, "teacher_max_retries"}
+    assert {name for name, each in SETTINGS.items() if each.rule.choices} == set(CHOICES)
+
+
+def just_outside(setting: Setting) -> list[float]:
+    rule, step = setting.rule, 1 if setting.whole else 1e-9
+    low = [] if rule.at_least is None else [rule.at_least - step]
+    high = [] if rule.at_most is None else [rule.at_most + step]
+    return [*low, *high, *(bound for bound in (rule.above, rule.below) if bound is not None)]
+
+
+@pytest.mark.parametrize("setting", BOUNDED, ids=lambda setting: setting.name)
+def test_every_declared_bound_is_enforced(setting: Setting) -> None:
+    values = just_outside(setting)
+    assert values
+    for value in values:
+        # A setting of servers is refused without a server too, in a message of its own that comes after this one.
+        check_form(refusal(**{setting.name: value}).splitlines()[0], setting.name, value)
+
+
+def test_every_choice_is_accepted() -> None:
+    for name, setting in SETTINGS.items():
+        for value in setting.rule.choices:
+            assert getattr(make(**{name: value}), name) == value
+    assert set(OBJECTIVES) == set(DISTILLATION_MODES)
+    assert SETTINGS["disagree_mode"].rule.choices == core.DISAGREE_MODES
 
 
 @pytest.mark.parametrize(

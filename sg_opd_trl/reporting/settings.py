@@ -7,8 +7,8 @@ from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
-from ..config import defaults_of
 from ..evaluation import EvaluationResult
+from ..setting import defaults_of
 
 _SECRET_NAME = re.compile(r"(^|_)(token|auth|authorization|cookie)$|secret|passw|api_?key|credential", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|Bearer )[A-Za-z0-9_-]{12,}")

@@ -1,7 +1,6 @@
 """`teacher_model_server_url` and what goes with it: one form for all of its spellings, and its checks."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +9,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import SGOPDConfigError
+from ..setting import Rule
 
 API_KEY_VARIABLE = "SG_OPD_TEACHER_API_KEY"
 """Environment variable with the key of the teacher servers; settings end up in checkpoints, so it is none of them."""
 
 TIMEOUT, MAX_RETRIES = 600.0, 5
 """Defaults of `teacher_request_timeout` (seconds) and `teacher_max_retries`."""
+
+# Here and not in the configuration, which reads them: a `ServerTeacher` made in Python has the same two limits.
+TIMEOUT_RULE = Rule(
+    above=0,
+    why="It is the time in seconds that a request to a teacher server may take, its retries included.",
+    way_out=f"Set it to {TIMEOUT:g}, the default.",
+)
+RETRIES_RULE = Rule(at_least=0, why="It counts how often a request is sent again.")
 
 _PORTS = {"http": 80, "https": 443}
 _WAY_OUT = "Set for example http://localhost:8000."
@@ -142,10 +150,9 @@ def _replicas(value: Any) -> list[str]:
 
 
 def server_problems(config: Any) -> Iterator[str]:
-    """What is wrong with a configuration's server settings, one message each."""
+    """What is wrong with a configuration's server settings beyond their ranges, one message each."""
     timeout, retries = config.teacher_request_timeout, config.teacher_max_retries
     url = config.teacher_model_server_url
-    yield from limit_problems(timeout, retries)
     if url is None:
         for name, value, usual in (
             ("teacher_request_timeout", timeout, TIMEOUT),
@@ -175,14 +182,9 @@ def temperature_problem(temperature: Any) -> str:
 
 def limit_problems(timeout: Any, retries: Any) -> Iterator[str]:
     """What is wrong with the two limits of a request."""
-    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if not number or not 0 < timeout < math.inf:
-        yield (
-            f"`teacher_request_timeout` must be a number in (0, inf), got {timeout!r}. It is the time in seconds that "
-            f"a request to a teacher server may take, its retries included. Set it to {TIMEOUT:g}, the default."
-        )
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        yield (
-            f"`teacher_max_retries` must be a whole number of at least 0, got {retries!r}. It counts how often a "
-            f"request is sent again. Set it to {MAX_RETRIES}, the default."
-        )
+    for problem in (
+        TIMEOUT_RULE.problem("teacher_request_timeout", timeout, TIMEOUT),
+        RETRIES_RULE.problem("teacher_max_retries", retries, MAX_RETRIES, whole=True),
+    ):
+        if problem is not None:
+            yield problem

@@ -2,13 +2,13 @@
 
 import csv
 import re
-from dataclasses import fields
 from pathlib import Path
 
 from recipe_files import FOLDER, ROOT, header, index_table, load, name, named, of_scale, parse
 from repository import check_none
 
-from sg_opd_trl.config import AnchorFields, GateFields, ObjectiveFields, WeightFields
+from sg_opd_trl import SGOPDConfig
+from sg_opd_trl.config import settings_of
 
 with (Path(__file__).parent / "paper_rows.csv").open(encoding="utf-8", newline="") as file:
     ROWS = list(csv.DictReader(file))
@@ -17,9 +17,8 @@ BOTH = list(zip(ROWS, INDEX, strict=True))
 METHODS = index_table("Baselines, controls and other methods")
 NO_RECIPE = {("T1", "Delta vs OPD"), ("T3a", "ExOPD, alpha=0.2")}
 
-METHOD_FIELDS = {
-    field.name for group in (AnchorFields, GateFields, ObjectiveFields, WeightFields) for field in fields(group)
-}
+GROUPS = ("Gate", "Token weights", "Objective", "Phased teacher sampling")
+METHOD_FIELDS = {name for name, setting in settings_of(SGOPDConfig).items() if setting.group in GROUPS}
 OF_THE_SCALE = {"teacher_max_completion_length", "special_token_mask", "drift_gate_block"}
 
 

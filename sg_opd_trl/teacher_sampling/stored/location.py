@@ -1,33 +1,13 @@
 """`teacher_rollouts_path`: a local folder, which is created and filled, or a data set on the Hub, which is read."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...errors import SGOPDConfigError
 from .store import CONTEXT_FOLDER, ROLLOUT_FILES, RolloutStore
 
-if TYPE_CHECKING:
-    from ...config import SGOPDConfig
-
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _FILES = [ROLLOUT_FILES, f"{CONTEXT_FOLDER}/*.json", "README.md"]
-
-
-def wrong_rollouts_path(config: "SGOPDConfig") -> Iterator[str]:
-    """What is wrong with the settings of the cache, before anything is opened."""
-    path: object = config.teacher_rollouts_path
-    if path is not None and (not isinstance(path, str) or not path.strip()):
-        yield (
-            f"`teacher_rollouts_path` must be a folder or a data set on the Hub, got {path!r}. Teacher rollouts are "
-            "kept there. Set it to None to keep none."
-        )
-    elif path is not None and not config.teacher_sampling_enable:
-        yield (
-            f"`teacher_rollouts_path={path!r}` is not supported with teacher_sampling_enable=False: the teacher "
-            "writes no rollout. Leave it out, or set teacher_sampling_enable=True."
-        )
 
 
 def is_hub_id(path: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teacher_sampling.stored.location import is_hub_id, open_store, push_store, wrong_rollouts_path
+from sg_opd_trl.teacher_sampling.stored.location import is_hub_id, open_store, push_store
 from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout
 
 A = "a" * 24
@@ -125,24 +125,3 @@ def test_a_data_set_without_rollouts_is_refused(hub: Hub) -> None:
     hub.create_repo("user/other")
     with pytest.raises(SGOPDConfigError, match=r"must hold files rollouts-\*\.jsonl, got the data set 'user/other'"):
         open_store("user/other")
-
-
-@pytest.mark.parametrize(
-    ("path", "enabled", "message"),
-    [
-        ("folder", False, "`teacher_rollouts_path='folder'` is not supported with teacher_sampling_enable=False"),
-        ("", True, "`teacher_rollouts_path` must be a folder or a data set on the Hub, got ''"),
-        (" ", True, "got ' '"),
-        (3, True, "got 3"),
-    ],
-)
-def test_refused_settings(path: Any, enabled: bool, message: str) -> None:
-    config: Any = SimpleNamespace(teacher_rollouts_path=path, teacher_sampling_enable=enabled)
-    (problem,) = wrong_rollouts_path(config)
-    assert message in problem
-
-
-@pytest.mark.parametrize(("path", "enabled"), [(None, False), (None, True), ("folder", True), ("user/set", True)])
-def test_accepted_settings(path: Any, enabled: bool) -> None:
-    config: Any = SimpleNamespace(teacher_rollouts_path=path, teacher_sampling_enable=enabled)
-    assert list(wrong_rollouts_path(config)) == []
