@@ -34,7 +34,7 @@ CHOICES = {
     "drift_gate_mean": "'signed', 'absolute'",
     "special_token_mask_scope": "'first', 'all'",
     "teacher_sampling_prompts": "'reserve', 'share'",
-    "teacher_sft_phi": "'chord', 'dft', 'none'",
+    "teacher_sft_phi": "'none', 'chord', 'dft'",
     "teacher_sft_reduction": "'token_mean', 'seq_mean', 'sum'",
     "vllm_importance_sampling_mode": "'token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'",
 }

@@ -13,7 +13,7 @@ from sg_opd_trl.core._checks import (
     detached,
 )
 
-ANCHOR_WEIGHTS = ("chord", "dft", "none")
+ANCHOR_WEIGHTS = ("none", "chord", "dft")
 ANCHOR_REDUCTIONS = ("token_mean", "seq_mean", "sum")
 
 
