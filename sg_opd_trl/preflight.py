@@ -173,7 +173,7 @@ def check_run(run: PreparedRun) -> None:
         )
     check_rollout_engine(run)
     # Not a check, but it has its place here: the reference's adapter exists by now, the teacher's does not yet.
-    if REFERENCE_ADAPTER in (getattr(student, "peft_config", None) or {}):
+    if hasattr(student, "peft_config") and REFERENCE_ADAPTER in student.peft_config:
         save_without_reference(student)
     _warn_of_dropout(args, student)
 

@@ -194,11 +194,12 @@ def default_reference(args: "SGOPDConfig", reference_model: Any) -> bool:
 
 def _initial_student(run: BuildingRun, initial_student: PreTrainedModel | None) -> Reference | None:
     """The cheapest way to the student as it was: TRL's, its adapters switched, the copy, or its path again."""
-    adapters = getattr(_student(run), "peft_config", None)
     if run.reuses_trl_reference:
         return None
-    if adapters is not None:
-        name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None
+    student = _student(run)
+    if hasattr(student, "peft_config"):
+        # Without a copy of its adapter the initial student is the base: a new adapter begins as nothing.
+        name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in student.peft_config else None
         size = run.model.config.get_text_config().vocab_size
         return AdapterReference(run.student_scoring, run.accelerator, name, size)
     if initial_student is not None:

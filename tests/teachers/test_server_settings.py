@@ -1,4 +1,4 @@
-"""`ServerTeacher`: what it refuses before the first step, and which server serves which teacher."""
+"""`ServerTeacher`: what it refuses before the first step."""
 
 import json
 import logging
@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 from tiny import (
-    save_pair,
     tiny_config,
-    tiny_data,
     tiny_model,
     tiny_tokenizer,
     tiny_trainer,
 )
 
-from sg_opd_trl import LocalTeacher, RoutedTeacher, ServerTeacher, SGOPDConfigError, TeacherError
+from sg_opd_trl import ServerTeacher, SGOPDConfigError, TeacherError
 from teachers.fake_server import FakeServer, send
 from teachers.model_server import by_url, model_server, refused
 
@@ -122,62 +119,3 @@ def test_advice_on_the_dead_zone(tmp_path: Path, server: FakeServer, caplog: pyt
         by_url(tmp_path, server.url, settings={"gate_dead_zone": 0.05})
         by_url(tmp_path, server.url, settings={"sign_gated_extrapolation": False})
     assert "`gate_dead_zone`" not in caplog.text
-
-
-# --- which server for which teacher ----------------------------------------------------------------------------------
-def test_given_twice_or_not_to_be_told_apart(tmp_path: Path, server: FakeServer) -> None:
-    said = "must be given once, got `teacher_model` and `teacher_model_server_url`"
-    refused(tmp_path, server.url, SGOPDConfigError, said, teacher_model=tiny_model(1))
-    refused(
-        *(tmp_path, {"a": server.url}, SGOPDConfigError, "must be a mapping with the names"),
-        settings={"teacher_model_name_or_path": "teacher"},
-    )
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"must hold nothing but dtype .* got \['attn_implementation'\]"),
-        settings={"teacher_model_init_kwargs": {"attn_implementation": "eager", "dtype": "float32"}},
-    )
-    refused(
-        *(tmp_path, server.url, SGOPDConfigError, "`teacher_model_revision` must go with"),
-        settings={"teacher_model_revision": "v2"},
-    )
-    with pytest.raises(SGOPDConfigError, match="URLs of one teacher, got a mapping"):
-        ServerTeacher({"a": server.url})
-
-
-def routed_data() -> Dataset:
-    return tiny_data().add_column("teacher_id", ["one", "other"] * 8)
-
-
-def test_servers_by_teacher_id_beside_local_teachers(tmp_path: Path, server: FakeServer) -> None:
-    path = save_pair(tmp_path / "local", 2)
-    trainer = by_url(
-        *(tmp_path, {"one": server.url}),
-        settings={"teacher_model_name_or_path": {"one": "teacher", "other": path}},
-        train_dataset=routed_data(),
-    )
-    kinds = {label: type(teacher) for label, teacher in trainer.teacher.teachers.items()}
-    assert kinds == {"one": ServerTeacher, "other": LocalTeacher}
-    assert trainer.teacher.distillation_modes == {"sampled_token", "topk_logits", "asymmetric"}
-    trainer.train()
-    assert all(teacher.tokens_scored for teacher in trainer.teacher.distinct)
-
-
-def test_one_server_with_several_models(tmp_path: Path, server: FakeServer) -> None:
-    """Adapters that a server has beside their base."""
-    server.models.append({"id": "adapter", "root": "folder/adapter", "parent": "teacher"})
-    names = {"one": "teacher", "other": "adapter", "third": "adapter"}
-    server.change = lambda path, request, answer: answer | {"model": request["model"]} if "model" in answer else None
-    trainer = by_url(
-        *(tmp_path, server.url), settings={"teacher_model_name_or_path": names}, train_dataset=routed_data()
-    )
-    assert isinstance(trainer.teacher, RoutedTeacher)
-    assert [teacher.client.model for teacher in trainer.teacher.distinct] == ["teacher", "adapter"]
-
-
-def test_the_named_folders_tokenizer_is_checked(tmp_path: Path, server: FakeServer) -> None:
-    path = save_pair(tmp_path / "teacher", 1)
-    server.models[0]["root"] = path
-    named = {"teacher_model_name_or_path": path}
-    assert by_url(tmp_path, server.url, settings=named).teacher.client.model == "teacher"
-    tiny_tokenizer("1023456789+=abcdefgh ").save_pretrained(path)
-    refused(tmp_path, server.url, TeacherError, "got 2 differences", settings=named)

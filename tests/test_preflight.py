@@ -1,19 +1,25 @@
-"""Bad input at construction: each a clear error of our own class, before anything is trained."""
+"""What is refused or warned about before the first step: each a clear error of our own class."""
 
 import copy
+import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny import save_pair, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
+from tiny import tiny_config, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForSequenceClassification
 from trl import GRPOConfig
 
 from sg_opd_trl import DataError, SGOPDConfigError, TeacherAnchorCallback, TeacherError
+from sg_opd_trl.cli.parsing import build_settings, read_command_line
+from sg_opd_trl.preflight import check_prompt_room, check_rollout_engine
 
 OFF = {"teacher_sampling_enable": False}
+
+
 PLAIN = OFF | {"sign_gated_extrapolation": False}
 
 
@@ -208,66 +214,12 @@ def test_refused_at_construction(case: str, tmp_path: Path) -> None:
     assert not missing, f"{missing} not in: {caught.value}"
 
 
-def test_teacher_that_is_the_student(tmp_path: Path) -> None:
-    student = tiny_model(0)
-    with pytest.raises(SGOPDConfigError, match=r"`teacher_model` must be another object than `model`.*copy\.deepcopy"):
-        tiny_trainer(tmp_path, model=student, teacher_model=student)
-    assert all(parameter.requires_grad for parameter in student.parameters())
-
-
-def test_teacher_that_shares_the_students_weights(tmp_path: Path) -> None:
-    """LoRA is put into the base model in place: as a teacher it would carry the student's adapter and be frozen."""
-    peft = pytest.importorskip("peft")
-    base = tiny_model(0)
-    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(SGOPDConfigError, match="`teacher_model` must be another object than `model`"):
-        tiny_trainer(tmp_path, model=base, teacher_model=base, peft_config=lora)
-
-
-def test_reference_that_is_the_student(tmp_path: Path) -> None:
-    student = tiny_model(0)
-    with pytest.raises(SGOPDConfigError, match="`reference_model` must be another object than `model`"):
-        tiny_trainer(tmp_path, model=student, reference_model=student)
-
-
-def test_teacher_folder_with_another_tokenizer(tmp_path: Path) -> None:
-    folder = save_pair(tmp_path / "teacher", 1)
-    tiny_tokenizer("1023456789+=abcdefgh ").save_pretrained(folder)
-    with pytest.raises(TeacherError, match=r"got 2 differences.*'0': 5 and 6"):
-        tiny_trainer(tmp_path, teacher_model=folder, teacher_processing_class=None)
-
-
-def test_reference_folder_with_another_tokenizer(tmp_path: Path) -> None:
-    folder = save_pair(tmp_path / "reference", 1)
-    tiny_tokenizer("1023456789+=abcdefgh ").save_pretrained(folder)
-    with pytest.raises(TeacherError, match="The reference's tokenizer"):
-        tiny_trainer(tmp_path, reference_model=folder)
-
-
 def test_arguments_of_another_class(tmp_path: Path) -> None:
     from sg_opd_trl import SGOPDTrainer
 
     plain = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(SGOPDConfigError, match=r"`args` must be an SGOPDConfig, got GRPOConfig\..*Build SGOPDConfig"):
         SGOPDTrainer(tiny_model(0), needs_gold, plain, train_dataset=tiny_data(), teacher_model=tiny_model(1))
-
-
-def test_the_same_teacher_named_twice_is_fine(tmp_path: Path) -> None:
-    folder = save_pair(tmp_path / "teacher", 1)
-    trainer = tiny_trainer(
-        tmp_path,
-        settings={"teacher_model_name_or_path": folder},
-        teacher_model=folder,
-        teacher_processing_class=None,
-    )
-    assert trainer.teacher.identity["name"] == folder
-
-
-def test_a_larger_embedding_is_fine_with_the_same_tokenizer(tmp_path: Path) -> None:
-    """Checkpoints of one family pad their embeddings differently: 26 ids in use, 32 rows."""
-    trainer = tiny_trainer(tmp_path, teacher_model=tiny_model(1, vocab_size=32))
-    trainer.train()
-    assert trainer.state.global_step == 2
 
 
 def test_a_reward_model_may_stand_beside_the_verifier(tmp_path: Path) -> None:
@@ -292,3 +244,104 @@ def test_nothing_needs_a_binary_verifier_without_gate_and_anchor(tmp_path: Path)
     )
     trainer.train()
     assert not any(re.match("gate/", name) for entry in trainer.state.log_history for name in entry)
+
+
+# --- the student, and what a run will do -----------------------------------------------------------------------------
+def test_learned_absolute_positions_are_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=26, n_positions=64, n_embd=32, n_layer=1, n_head=2, pad_token_id=0, eos_token_id=1)
+    with pytest.raises(SGOPDConfigError, match=r"vector per position, got 'transformer\.wpe' in GPT2LMHeadModel"):
+        tiny_trainer(tmp_path, model=GPT2LMHeadModel(config))
+
+
+def test_adapters_loaded_into_a_plain_model_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    student = tiny_model(0)
+    student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(SGOPDConfigError, match=r"must be a PeftModel .*PeftModel\.from_pretrained"):
+        tiny_trainer(tmp_path, model=student, settings={"lambda_high": 1.0} | OFF)
+
+
+@pytest.mark.parametrize(("save_steps", "warned"), [(1, True), (2, False)])
+def test_checkpoints_inside_a_generation_batch_are_warned_about(
+    tmp_path: Path, save_steps: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = OFF | {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": save_steps}
+    with caplog.at_level(logging.WARNING, logger="sg_opd_trl"):
+        tiny_trainer(tmp_path, settings=settings)
+    assert ("inside a generation batch" in caplog.text) is warned
+
+
+# --- the engine that writes the student's rollouts -------------------------------------------------------------------
+COLOCATED = {"use_vllm": True, "vllm_mode": "colocate"}
+
+
+def test_a_context_without_room_for_a_prompt(tmp_path: Path) -> None:
+    with pytest.raises(SGOPDConfigError, match=r"`vllm_max_model_length` must be at least 7, got 6.*Raise it"):
+        tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=6)
+    # Without vLLM nobody reads it.
+    tiny_config(tmp_path, vllm_max_model_length=6)
+
+
+def test_the_context_of_a_server_is_its_own(tmp_path: Path) -> None:
+    tiny_config(tmp_path, use_vllm=True, vllm_mode="server", vllm_max_model_length=6)
+
+
+@pytest.mark.parametrize("engine", [COLOCATED, {}], ids=["vllm", "without"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"vllm_importance_sampling_mode": "token"},
+            r"sampling_mode` must be one of 'token_truncate', .* got 'token'",
+        ),
+        ({"vllm_importance_sampling_clip_max": 0.5}, r"sampling_clip_max` must be a number in \[1, inf\), got 0.5"),
+        ({"vllm_importance_sampling_clip_max": float("nan")}, r"clip_max` must be a number in \[1, inf\), got nan"),
+        ({"vllm_importance_sampling_clip_min": -0.1}, r"sampling_clip_min` must be a number in \[0, 1\], got -0.1"),
+        ({"vllm_importance_sampling_clip_min": 1.5}, r"must be a number in \[0, 1\], got 1.5.*Set it to None"),
+    ],
+)
+def test_importance_settings_out_of_range(
+    tmp_path: Path, engine: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SGOPDConfigError, match=said):
+        tiny_config(tmp_path, **engine, **settings)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_accepted(tmp_path: Path, mode: str) -> None:
+    bounds = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": 1.0}
+    tiny_config(tmp_path, **COLOCATED, **bounds, vllm_importance_sampling_mode=mode, vllm_max_model_length=7)
+
+
+def test_prompts_and_completions_fit_exactly_or_not_at_all(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=16)
+    check_prompt_room(config, 10, "prompts")
+    with pytest.raises(SGOPDConfigError, match=r"at least 17, got 16: prompts and `max_completion_length` take"):
+        check_prompt_room(config, 11, "prompts")
+    check_prompt_room(config, None, "prompts")
+    config.vllm_mode = "server"
+    check_prompt_room(config, 11, "prompts")
+
+
+def test_prompts_of_the_data_set(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+
+    def tokenize(prompts: list) -> list[list[int]]:
+        return [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+
+    data = tiny_data()
+    longest = max(map(len, tokenize(data["prompt"][:8])))
+    trainer = SimpleNamespace(train_dataset=data, tokenize_prompts=tokenize, environment_factories=None)
+    trainer.args = tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=longest + 6)
+    check_rollout_engine(trainer)
+    trainer.args.vllm_max_model_length -= 1
+    with pytest.raises(SGOPDConfigError, match=rf"at least {longest + 6}, got {longest + 5}: the longest of"):
+        check_rollout_engine(trainer)
+
+
+def test_a_recipe_whose_longest_prompts_do_not_fit() -> None:
+    words = ["--config", "recipes/arithmetic/opd.yaml", "--use_vllm", "true", "--vllm_mode", "colocate"]
+    words += ["--max_prompt_tokens", "100", "--vllm_max_model_length"]
+    build_settings(read_command_line([*words, "148"]))
+    with pytest.raises(SGOPDConfigError, match=r"at least 148, got 147: `max_prompt_tokens` and"):
+        build_settings(read_command_line([*words, "147"]))
