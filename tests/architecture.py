@@ -19,13 +19,13 @@ PACKAGE = "sg_opd_trl"
 
 # From the bottom to the top; "" is the package itself. A module may import what is in its own layer or below.
 LAYERS = (
-    ("", "errors", "lazy_imports", "random_state", "run"),
+    ("", "errors", "files", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
     ("models", "data", "tasks"),
     ("trl_seam", "bookkeeping"),
     ("verifiers", "evaluation", "evaluation_sampling"),
     ("teachers",),
-    ("teacher_sampling", "objectives", "config"),
+    ("teacher_sampling", "objectives", "config", "prefetch", "token_weights"),
     ("baselines", "reporting"),
     ("preflight",),
     ("trainer",),

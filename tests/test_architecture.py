@@ -7,12 +7,10 @@ from architecture import Arrow, circles, import_graph, main, modules_of, upward,
 from repository import ROOT, check_none
 
 
-@pytest.mark.xfail(reason="teacher_sampling still names the trainer, and config the folder of the stored rollouts")
 def test_no_circle() -> None:
     check_none([" ".join(circle) for circle in circles(import_graph(ROOT))])
 
 
-@pytest.mark.xfail(reason="teacher_sampling still names the trainer")
 def test_no_arrow_points_up() -> None:
     check_none([str(arrow) for arrow in upward(import_graph(ROOT))])
 
