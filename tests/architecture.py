@@ -91,6 +91,12 @@ def circles(arrows: Iterable[Arrow]) -> list[list[str]]:
     return sorted((sorted(circle) for circle in around if circle), key=lambda circle: (-len(circle), circle))
 
 
+def between_rooms(arrows: Iterable[Arrow]) -> set[Arrow]:
+    """The arrows between modules and folders at the top, whatever is inside of these."""
+    rooms = (Arrow(importer.split(".")[0], imported.split(".")[0]) for importer, imported in arrows)
+    return {arrow for arrow in rooms if arrow.importer != arrow.imported}
+
+
 def layer_of(module: str) -> int | None:
     """Number of a module's layer; None where nobody has given it one."""
     room = module.split(".")[0]
@@ -164,10 +170,10 @@ def main(root: Path) -> None:
     """Print the numbers."""
     modules, arrows = modules_of(root), import_graph(root)
     print(f"{len(modules)} modules, {len(arrows)} imports")
-    found = circles(arrows)
-    print(f"{len(found)} circles{''.join(f', of {len(circle)}' for circle in found)}")
-    for circle in found:
-        print(f"    {' '.join(circle)}")
+    for kind, found in (("modules", circles(arrows)), ("rooms", circles(between_rooms(arrows)))):
+        print(f"{len(found)} circles of {kind}{''.join(f', of {len(circle)}' for circle in found)}")
+        for circle in found:
+            print(f"    {' '.join(circle)}")
     up = upward(arrows)
     print(f"{len(up)} upward imports")
     for arrow in up:

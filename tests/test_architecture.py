@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import pytest
-from architecture import Arrow, circles, import_graph, main, modules_of, upward, without_layer
+from architecture import Arrow, between_rooms, circles, import_graph, main, modules_of, upward, without_layer
 from repository import ROOT, check_none
 
 
 def test_no_circle() -> None:
     check_none([" ".join(circle) for circle in circles(import_graph(ROOT))])
+
+
+def test_no_circle_of_rooms() -> None:
+    """Two folders may not need one another, even where none of their modules does."""
+    check_none([" ".join(circle) for circle in circles(between_rooms(import_graph(ROOT)))])
 
 
 def test_no_arrow_points_up() -> None:
@@ -80,9 +85,18 @@ def test_circles_and_upward_arrows_are_named(tmp_path: Path, capsys: pytest.Capt
     }
     found = graph(tmp_path, **files)
     assert circles(found) == [["preflight", "teachers.build", "trainer"]]
+    assert circles(between_rooms(found)) == [["preflight", "teachers", "trainer"]]
+    assert circles({Arrow("config", "teachers.urls"), Arrow("teachers.build", "config")}) == []
+    assert circles(between_rooms({Arrow("config", "teachers.urls"), Arrow("teachers.build", "config")})) != []
     assert list(map(str, upward(found))) == ["teachers.build -> trainer"]
     assert without_layer(modules_of(tmp_path)) == ["attic"]
     main(tmp_path)
     printed = capsys.readouterr().out
-    for line in ("1 circles, of 3", "1 upward imports", "    teachers.build -> trainer", "layer: attic"):
+    for line in (
+        "1 circles of modules, of 3",
+        "1 circles of rooms, of 3",
+        "1 upward imports",
+        "    teachers.build -> trainer",
+        "layer: attic",
+    ):
         assert line in printed

@@ -1,6 +1,6 @@
 """Teachers: models that score the student's rollouts and write rollouts of their own.
 
-Names are imported on first use, so that the HTTP client in `remote` needs neither torch nor transformers.
+Names are imported on first use, so that the HTTP client in `client` needs neither torch nor transformers.
 """
 
 from typing import TYPE_CHECKING
