@@ -1,0 +1,80 @@
+"""A worker that dies, and a test that never ends, end the run and leave their name.
+
+pytest-timeout ends a test by ending its process. pytest-xdist then starts another worker, which meets the same test,
+four times for each process that was asked for: a run that stands at 99% for hours. So a dead worker is not replaced.
+A test that holds the interpreter's lock keeps even the timer of pytest-timeout from running; for that one, the process
+that hands out the tests has a watchdog.
+"""
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+#: Of pytest-timeout's limit, which is the first to speak.
+TIMES_THE_TIMEOUT = 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist") and config.option.maxworkerrestart is None:
+        config.option.maxworkerrestart = "0"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    # Only where tests are handed out: a person who sits in front of --pdb may take all the time in the world.
+    if config.pluginmanager.hasplugin("dsession"):
+        limit = TIMES_THE_TIMEOUT * float(config.getoption("timeout", None) or config.getini("timeout") or 0)
+        if limit > 0:
+            config.pluginmanager.register(Watchdog(config, limit), "watchdog")
+
+
+class Watchdog:
+    """Ends a run whose oldest test in progress, or whose last report, is too long ago."""
+
+    def __init__(self, config: pytest.Config, limit: float) -> None:
+        self.config, self.limit = config, limit
+        self.running: dict[str, float] = {}
+        self.died: list[str] = []
+        self.heard = time.monotonic()
+        self.done = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.heard = self.running[nodeid] = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.heard = time.monotonic()
+        # What pytest-xdist reports of a dead worker's test has another phase, and no finish follows.
+        if report.when not in ("setup", "call", "teardown"):
+            self.running.pop(report.nodeid, None)
+            self.died.append(report.nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.heard = time.monotonic()
+        self.running.pop(nodeid, None)
+
+    def pytest_sessionfinish(self) -> None:
+        self.done.set()
+
+    def _watch(self) -> None:
+        while not self.done.wait(min(self.limit / 4, 10)):
+            running = dict(self.running)
+            since = min(running.values(), default=self.heard)
+            if time.monotonic() - since > self.limit:
+                self._end(running)
+
+    def _end(self, running: dict[str, float]) -> None:
+        now = time.monotonic()
+        tests = [f"in progress for {now - start:.0f} s: {name}" for name, start in running.items()]
+        tests += [f"its worker died: {name}" for name in self.died]
+        print("\nThe run is ended, it waits for ever.", *tests, sep="\n  ", file=sys.__stderr__)
+        sys.__stderr__.flush()
+        workers: Any = self.config.pluginmanager.getplugin("dsession").nodemanager.group
+        # A worker that holds its lock does not hear that it should end: it is killed after a second.
+        workers.terminate(timeout=1)
+        os._exit(1)
