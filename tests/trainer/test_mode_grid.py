@@ -1,16 +1,21 @@
 """Every mode runs with LoRA, with two updates per rollout, with the anchor, with accumulation and on two ranks.
 
 Or it is refused at construction, and then it is in the table of refused cells: a cell that changes sides fails.
+
+`make test` varies one axis at a time: every mode alone, and every axis for the modes in `ALWAYS`. The other cells are
+marked `full`.
 """
 
 import gc
 import itertools
+import json
 import math
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +28,8 @@ from trainer.distributed_script import check_same_weights
 from trainer.mode_grid import AXES, COMMON, KINDS, MODES, PHASED, Cell, run, run_once
 
 LIMIT = 1e-5
+#: One mode whose loss is over the sampled tokens, and one whose loss is over distributions.
+ALWAYS = ("gate", "topk_logits")
 FULL = [axis for axis in AXES if "lora" not in AXES[axis]]
 MATCHING = ("topk_logits", "full_logits")
 #: (setting, value, reason, way out), in parts of the message.
@@ -49,6 +56,20 @@ for axis in ("LoRA", "together"):
 DEPENDS_ON_SPLIT = {"random gate"}
 #: Cells of `together` in which models are asked for distributions, on two ranks.
 DISTRIBUTED = ("several teachers", "AdapterTeacher", "fixed wrong rollouts", "truncated rollouts masked")
+
+
+def cells(axes: list[str], modes: list[str]) -> list[Any]:
+    """(axis, mode), as parameters; what varies on two axes at a time is marked."""
+    return [
+        pytest.param(axis, mode, marks=() if axis == "alone" or mode in ALWAYS else pytest.mark.full)
+        for axis in axes
+        for mode in modes
+    ]
+
+
+def of_the_grid(modes: list[str]) -> list[Any]:
+    """Modes that are compared on two axes."""
+    return [pytest.param(mode, marks=() if mode in ALWAYS else pytest.mark.full) for mode in modes]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,22 +133,23 @@ def check_apart(cells: dict[str, Cell], same: list[list[str]]) -> None:
 
 
 # --- the grid in one process -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "together"])
+@pytest.mark.parametrize(("axis", "mode"), cells(list(AXES), list(MODES)))
 def test_every_cell(axis: str, mode: str, folder: Path) -> None:
     cell = run_once(folder, axis, mode)
     if not check_refused(cell, REFUSED.get((axis, mode))):
         check_trained(cell, axis, mode)
 
 
-@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "together"])
+@pytest.mark.parametrize(
+    "axis",
+    [pytest.param(axis, marks=() if axis == "alone" else pytest.mark.full) for axis in AXES if axis != "together"],
+)
 def test_every_setting_does_something(axis: str, folder: Path) -> None:
-    cells = {mode: run_once(folder, axis, mode) for mode in MODES if (axis, mode) not in REFUSED}
-    check_apart(cells, SAME[axis])
+    trained = {mode: run_once(folder, axis, mode) for mode in MODES if (axis, mode) not in REFUSED}
+    check_apart(trained, SAME[axis])
 
 
-@pytest.mark.parametrize("mode", TRAINED)
-@pytest.mark.parametrize("axis", ["two updates", "accumulation"])
+@pytest.mark.parametrize(("axis", "mode"), cells(["two updates", "accumulation"], TRAINED))
 def test_the_first_update_is_that_of_one_micro_batch(axis: str, mode: str, folder: Path) -> None:
     first, alone = (run_once(folder, name, mode).gradients[0] for name in (axis, "alone"))
     difference = relative_difference(first, alone)
@@ -135,7 +157,7 @@ def test_the_first_update_is_that_of_one_micro_batch(axis: str, mode: str, folde
     assert difference > 1e-2 if dealt_anew else difference < LIMIT
 
 
-@pytest.mark.parametrize("mode", TRAINED)
+@pytest.mark.parametrize("mode", of_the_grid(TRAINED))
 def test_the_anchor_adds_the_same_to_every_mode(mode: str, folder: Path) -> None:
     def added(mode: str) -> dict[str, torch.Tensor]:
         with_anchor, without = (run_once(folder, axis, mode).gradients[0] for axis in ("anchor", "alone"))
@@ -151,7 +173,7 @@ def test_the_anchor_adds_the_same_to_every_mode(mode: str, folder: Path) -> None
         assert relative_difference(added(mode), added("gate")) < 10 * LIMIT
 
 
-@pytest.mark.parametrize("mode", TRAINED)
+@pytest.mark.parametrize("mode", of_the_grid(TRAINED))
 def test_the_gradient_of_lora_is_that_of_all_weights(mode: str, folder: Path) -> None:
     """dL/dB = scaling * dL/dW A^T, and dL/dA = 0, for a new adapter."""
     low, full = (run_once(folder, axis, mode) for axis in ("LoRA", "alone"))
@@ -214,20 +236,21 @@ def test_every_pair_of_settings(tmp_path: Path) -> None:
 
 
 # --- all axes at once, every distillation_mode with every other mode -------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_of_modes(kind: str, folder: Path) -> None:
-    cells = {}
+    trained = {}
     for mode in MODES:
         cell = run_once(folder, "together", mode, kind)
         if not check_refused(cell, REFUSED.get(("together", mode), REFUSED_KINDS.get((kind, mode)))):
             check_trained(cell, "together", mode)
-            cells[mode] = cell
+            trained[mode] = cell
     # Here these modes are one: the kind is the pair's.
-    check_apart({mode: cell for mode, cell in cells.items() if mode not in KINDS}, SAME["together"])
+    check_apart({mode: cell for mode, cell in trained.items() if mode not in KINDS}, SAME["together"])
 
 
 # --- two ranks -------------------------------------------------------------------------------------------------------
+# Ranks alone, ranks with everything, and pairs in which teachers are asked for distributions.
 CELLS: list[tuple[str, str, str | None]] = [
     *((axis, mode, None) for axis in ("alone", "together") for mode in MODES),
     *(("together", mode, kind) for mode in DISTRIBUTED for kind in KINDS[1:]),
@@ -236,9 +259,12 @@ COMPARED = ("gate/", "teacher/", "weights/", "anchor/")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The cells that this run has selected, in one launch."""
+    asked = [item.callspec.params for item in request.session.items if item.originalname == "test_two_ranks"]
+    words = json.dumps([[cell["axis"], cell["mode"], cell["kind"]] for cell in asked if "kind" in cell])
     output = tmp_path_factory.mktemp("two") / "results.pt"
-    done = launch(__file__, str(output), timeout=500)
+    done = launch(__file__, str(output), words, timeout=1100)
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(output, weights_only=True)
     assert results.pop("ranks") == 2
@@ -246,7 +272,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("axis", "mode", "kind"), CELLS)
+@pytest.mark.parametrize(
+    ("axis", "mode", "kind"),
+    [pytest.param(*cell, marks=() if cell[1] in ALWAYS and cell[2] is None else pytest.mark.full) for cell in CELLS],
+)
 def test_two_ranks(axis: str, mode: str, kind: str | None, two_ranks: dict, folder: Path) -> None:
     two, one = two_ranks[axis, mode, kind], run_once(folder, axis, mode, kind)
     if check_refused(two, REFUSED.get((axis, mode))):
@@ -264,13 +293,13 @@ def test_two_ranks(axis: str, mode: str, kind: str | None, two_ranks: dict, fold
         assert {n: left[n] for n in compared} == {n: pytest.approx(right[n], rel=1e-4, abs=1e-6) for n in compared}
 
 
-def run_on_this_rank(output: str) -> None:
-    """Every cell; ranks with different weights are an error, and the main process saves what came out."""
+def run_on_this_rank(output: str, cells: str) -> None:
+    """The cells; ranks with different weights are an error, and the main process saves what came out."""
     state = PartialState(cpu=True)
     results: dict = {"ranks": state.num_processes}
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
-        for key in CELLS:
+        for key in map(tuple, json.loads(cells)):
             results[key] = run(Path(folder), *key, check=check_same_weights)._asdict()
     if state.is_main_process:
         torch.save(results, output)
@@ -279,4 +308,4 @@ def run_on_this_rank(output: str) -> None:
 
 
 if __name__ == "__main__":
-    run_on_this_rank(sys.argv[1])
+    run_on_this_rank(*sys.argv[1:])
