@@ -271,6 +271,25 @@ def test_checkpoints_inside_a_generation_batch_are_warned_about(
     assert ("inside a generation batch" in caplog.text) is warned
 
 
+@pytest.mark.parametrize(
+    ("settings", "dropout", "warned"),
+    [
+        ({}, 0.25, True),
+        ({}, 0.0, False),
+        ({"disable_dropout": True}, 0.25, False),
+        ({"sign_gated_extrapolation": False}, 0.25, False),
+    ],
+    ids=str,
+)
+def test_dropout_under_the_gate_is_warned_about(
+    tmp_path: Path, settings: dict, dropout: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Attention has no module for it: it is found in the configuration."""
+    with caplog.at_level(logging.WARNING, logger="sg_opd_trl"):
+        tiny_trainer(tmp_path, settings=OFF | settings, model=tiny_model(0, attention_dropout=dropout))
+    assert ("The student has dropout of up to 0.25" in caplog.text) is warned
+
+
 # --- the engine that writes the student's rollouts -------------------------------------------------------------------
 COLOCATED = {"use_vllm": True, "vllm_mode": "colocate"}
 
