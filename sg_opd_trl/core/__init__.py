@@ -1,54 +1,58 @@
 """The equations of sign-gated on-policy distillation, one function each. Imports torch and nothing else."""
 
+from sg_opd_trl.core.advantage import extrapolated_advantage, reverse_kl_advantage, verifier_group_advantages
 from sg_opd_trl.core.anchor import (
     ANCHOR_REDUCTIONS,
     ANCHOR_WEIGHTS,
     anchor_cross_entropy,
     anchor_denominator,
+    anchor_schedule,
     anchor_token_weights,
+    anchored_loss,
+    separated_prompts,
+    separated_schedule,
 )
-from sg_opd_trl.core.controls import fixed_on_rows, random_gate
 from sg_opd_trl.core.diagnostics import (
     MAXIMUM_NAMES,
     METRIC_NAMES,
     TokenStatistics,
     combine,
     finalize,
+    masked_sum_and_count,
+    mean_of,
     token_statistics,
 )
-from sg_opd_trl.core.gate import (
-    DISAGREE_MODES,
-    NEUTRAL_MODES,
-    RouteReferences,
-    route_advantages,
-    route_gated_advantages,
-    routes_need_reference,
-    sign_consistency_gate,
-)
-from sg_opd_trl.core.log_ratio import extrapolated_advantage, reverse_kl_advantage
 from sg_opd_trl.core.matching import (
-    RoutedLambdas,
     asymmetric_tokens,
     extrapolated_log_probs,
     forward_kl_on_support,
+    local_support_matching,
     matched_advantages,
+)
+from sg_opd_trl.core.routing import (
+    DISAGREE_MODES,
+    NEUTRAL_MODES,
+    RoutedLambdas,
+    RouteReferences,
+    disagree_mode_help,
+    modes_without_distribution,
+    modes_without_forward_kl,
+    route_advantages,
+    route_gated_advantages,
     route_lambdas,
-)
-from sg_opd_trl.core.objective import (
-    anchored_loss,
-    masked_sum_and_count,
-    mean_of,
+    route_settings_of,
+    routes_need_reference,
     rows_needing_reference,
-    weighted_advantages,
+    sign_consistency_gate,
 )
-from sg_opd_trl.core.schedule import anchor_schedule, separated_prompts, separated_schedule
-from sg_opd_trl.core.support import local_support_matching
-from sg_opd_trl.core.verifier import verifier_group_advantages
 from sg_opd_trl.core.weights import (
     drift_gate,
+    fixed_on_rows,
     prefix_importance_weight,
+    random_gate,
     span_numbers,
     stability_weight,
+    weighted_advantages,
     without_special_tokens,
 )
 
@@ -69,6 +73,7 @@ __all__ = [
     "anchored_loss",
     "asymmetric_tokens",
     "combine",
+    "disagree_mode_help",
     "drift_gate",
     "extrapolated_advantage",
     "extrapolated_log_probs",
@@ -79,12 +84,15 @@ __all__ = [
     "masked_sum_and_count",
     "matched_advantages",
     "mean_of",
+    "modes_without_distribution",
+    "modes_without_forward_kl",
     "prefix_importance_weight",
     "random_gate",
     "reverse_kl_advantage",
     "route_advantages",
     "route_gated_advantages",
     "route_lambdas",
+    "route_settings_of",
     "routes_need_reference",
     "rows_needing_reference",
     "separated_prompts",

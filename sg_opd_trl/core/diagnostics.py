@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import check_floating, check_mask, check_shape, check_tensor, detached
+from sg_opd_trl.core._checks import checked, detached, require_shape
 
 #: Suffixes of the row groups: all rows, rows judged right, rows judged wrong.
 ROW_GROUPS = ("", "/right", "/wrong")
@@ -52,6 +52,18 @@ class TokenStatistics(NamedTuple):
 
 
 @torch.no_grad()
+@checked(
+    teacher_advantages="float B T",
+    advantages="float B T",
+    stability_weights="float B T",
+    mask="any B T",
+    gate="any B T",
+    right="any B like mask",
+    wrong="any B like mask",
+    taught="any B like mask",
+    prefix_weights="float B T like mask",
+    drift_gates="float B T like mask",
+)
 def token_statistics(
     *,
     gate: Tensor | None,
@@ -92,16 +104,8 @@ def token_statistics(
         TypeError: An argument is not a tensor of the right kind.
         ValueError: The shapes do not fit.
     """
-    check_floating(
-        2, teacher_advantages=teacher_advantages, advantages=advantages, stability_weights=stability_weights
-    )
-    counted = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
-    rows = teacher_advantages.shape[:1]
-    is_right = check_mask("right", right, "the rows of mask", rows)
-    is_wrong = check_mask("wrong", wrong, "the rows of mask", rows)
-    valid = counted
-    if taught is not None:
-        valid = counted & check_mask("taught", taught, "the rows of mask", rows).unsqueeze(1)
+    counted, is_right, is_wrong = mask != 0, right != 0, wrong != 0
+    valid = counted if taught is None else counted & (taught != 0).unsqueeze(1)
     a2 = torch.where(valid, detached(teacher_advantages).float(), 0.0)
     features = _teacher_features(a2, stability_weights, valid) | _gate_features(gate, advantages, a2, valid)
     features |= _weight_features("prefix_weights", "prefix_tokens", prefix_weights, valid)
@@ -149,8 +153,7 @@ def finalize(totals: Tensor, maxima: Tensor | None = None) -> dict[str, Tensor]:
     Raises:
         ValueError: A tensor has the wrong length.
     """
-    check_tensor("totals", totals)
-    check_shape("totals", totals, "(sum, count) pairs of METRIC_NAMES", (2 * len(METRIC_NAMES),))
+    require_shape("totals", totals, "(sum, count) pairs of METRIC_NAMES", (2 * len(METRIC_NAMES),))
     packed = totals if maxima is None else torch.cat([totals, maxima])
     values = packed.detach().float().cpu()
     sums, counts = values[: totals.numel()].view(-1, 2).unbind(dim=1)
@@ -158,11 +161,36 @@ def finalize(totals: Tensor, maxima: Tensor | None = None) -> dict[str, Tensor]:
     present = dict(zip(METRIC_NAMES, (counts > 0).tolist(), strict=True))
     metrics = {name: means[index] for index, name in enumerate(METRIC_NAMES) if present[name]}
     if maxima is not None:
-        check_shape("maxima", maxima, "MAXIMUM_NAMES", (len(MAXIMUM_NAMES),))
+        require_shape("maxima", maxima, "MAXIMUM_NAMES", (len(MAXIMUM_NAMES),))
         shown = [(present[seen + group], sign) for seen, sign in _EXTREMES.values() for group in ROW_GROUPS]
         largest = zip(MAXIMUM_NAMES, shown, values[totals.numel() :], strict=True)
         metrics |= {name: sign * value for name, (there, sign), value in largest if there}
     return metrics
+
+
+@checked(values="float B T", mask="any B T")
+def masked_sum_and_count(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values that count, and how many there are, so that ranks can add both before dividing.
+
+    Args:
+        values: `(B, T)`; any value, NaN too, where the mask is 0.
+        mask: `(B, T)`, 1 = counts.
+
+    Returns:
+        `(2,)` float32.
+
+    Raises:
+        TypeError: `values` is not a floating tensor.
+        ValueError: The shapes differ.
+    """
+    chosen = torch.where(mask != 0, values.detach().float(), 0.0)
+    return torch.stack([chosen.sum(), (mask != 0).sum().float()])
+
+
+def mean_of(sum_and_count: Tensor) -> Tensor:
+    """Mean from a reduced `masked_sum_and_count`; 1 where nothing counts, so that dividing by it changes nothing."""
+    total, count = sum_and_count.unbind()
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
 
 
 def _totals(features: dict[str, Tensor], groups: Tensor) -> Tensor:
@@ -183,8 +211,6 @@ def _weight_features(name: str, count: str, weights: Tensor | None, valid: Tenso
     """`(B, T)` summands of a weight's mean; zero without it, so that every rank sends the same vector."""
     if weights is None:
         return {name: torch.zeros_like(valid, dtype=torch.float32), count: torch.zeros_like(valid)}
-    check_floating(2, **{name: weights})
-    check_shape(name, weights, "mask", valid.shape)
     return {name: torch.where(valid, detached(weights).float(), 0.0), count: valid}
 
 
@@ -204,8 +230,6 @@ def _gate_features(gate: Tensor | None, advantages: Tensor, a2: Tensor, valid: T
     """`(B, T)` summands of the `gate/` metrics; all zero without a gate, so that every rank sends the same vector."""
     gated = valid if gate is not None else torch.zeros_like(valid)
     signs = torch.zeros_like(a2) if gate is None else gate
-    check_tensor("gate", signs)
-    check_shape("gate", signs, "teacher_advantages", a2.shape)
     routed = detached(advantages).float()
     classes = {"consensus": gated & (signs > 0), "conflict": gated & (signs < 0), "neutral": gated & (signs == 0)}
     means = {f"advantage_{name}": torch.where(chosen, routed, 0.0) for name, chosen in classes.items()}

@@ -1,4 +1,4 @@
-"""Non-negative token weights that multiply the advantages, and the masks that go with them; all detached."""
+"""Weights that multiply the advantages, masks that take tokens out, and controls of gate and teacher; all detached."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sg_opd_trl.core._checks import (
-    check_choice,
-    check_floating,
-    check_mask,
-    check_number,
-    check_positive,
-    check_rank,
-    check_tensor,
-    check_whole,
-    detached,
+from sg_opd_trl.core._checks import checked, detached, number, one_of, positive
+
+
+# --- weights, all >= 0 ----------------------------------------------------------------------------------------------
+@checked(
+    teacher_advantages="float B T",
+    mask="any B T",
+    tau=positive(reason="It is a magnitude on |a2|. Set it to None to switch phi off."),
+    norm=one_of("sequence", "batch", "none"),
+    denominator="any ...",
 )
-
-
 def stability_weight(
     teacher_advantages: Tensor,
     mask: Tensor,
@@ -47,20 +45,14 @@ def stability_weight(
         TypeError: `teacher_advantages` is not a floating tensor.
         ValueError: A shape, `tau` or `norm` is out of range, or a `denominator` comes with another `norm`.
     """
-    check_floating(2, teacher_advantages=teacher_advantages)
-    valid = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
-    check_choice("norm", norm, ("sequence", "batch", "none"))
-    if denominator is not None:
-        check_tensor("denominator", denominator)
     if denominator is not None and (norm != "batch" or denominator.dim() != 0):
         raise ValueError(
             f'`denominator` must be a 0-dim tensor with norm="batch", got shape {tuple(denominator.shape)} with '
             f"norm={norm!r}. It is one mean for the whole batch. Set it to None or `norm` to batch."
         )
-    advantages = detached(teacher_advantages)
+    valid, advantages = mask != 0, detached(teacher_advantages)
     if tau is None:
         return torch.ones_like(advantages)
-    check_positive("tau", tau, reason="It is a magnitude on |a2|. Set it to None to switch phi off.")
     phi = torch.where(valid, (tau / advantages.abs()).clamp(max=1.0), 0.0)
     if norm == "none":
         return phi
@@ -69,6 +61,47 @@ def stability_weight(
     return _unit_mean(phi, valid, dims=(0, 1) if norm == "batch" else (1,))
 
 
+@checked(
+    teacher_advantages="float B T",
+    mask="any B T",
+    gamma=number(0.0, reason="It is an extra weight. Set it to 0 for plain distillation."),
+)
+def prefix_importance_weight(teacher_advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Weight that favours tokens whose prefix the teacher still agrees with.
+
+        w_t = 1 + gamma (1 - sum_{k<t} |a2_k| / sum_k |a2_k|)
+
+    sums over valid tokens, the last one included; in [1, 1 + gamma], not of unit mean. IW-OPD (arXiv:2606.22600).
+
+    Args:
+        teacher_advantages: `(B, T)` a2 in nats, before any routing; any value, NaN too, where the mask is 0.
+        mask: `(B, T)`, 1 = counts.
+        gamma: Extra weight of the first token, >= 0; 0 is plain distillation.
+
+    Returns:
+        `(B, T)` weights, detached, float32 or wider, 0 where the mask is 0.
+
+    Raises:
+        TypeError: `teacher_advantages` is not a floating tensor.
+        ValueError: A shape or `gamma` is out of range.
+    """
+    valid = mask != 0
+    magnitudes = torch.where(valid, detached(teacher_advantages).abs(), 0.0)
+    before = magnitudes.cumsum(dim=1) - magnitudes
+    share = before / magnitudes.sum(dim=1, keepdim=True).clamp(min=1e-8)
+    return torch.where(valid, 1 + gamma * (1 - share), 0.0)
+
+
+@checked(
+    behavior_logps="float B T",
+    current_logps="float B T",
+    mask="any B T",
+    tau=number(0.0, reason="It is a decay rate. Set it to 0 for equal weights."),
+    block_size=number(1, reason="It is a number of tokens. Set it to 64."),
+    span_ids="int B T",
+    mean=one_of("signed", "absolute"),
+    norm=one_of("sequence", "none"),
+)
 def drift_gate(
     behavior_logps: Tensor,
     current_logps: Tensor,
@@ -108,14 +141,7 @@ def drift_gate(
         TypeError: A log-prob is not a floating tensor, or `span_ids` does not hold whole numbers.
         ValueError: A shape, a number or a name is out of range.
     """
-    check_floating(2, behavior_logps=behavior_logps, current_logps=current_logps)
-    valid = check_mask("mask", mask, "behavior_logps", behavior_logps.shape)
-    check_number("tau", tau, low=0.0, reason="It is a decay rate. Set it to 0 for equal weights.")
-    check_number("block_size", block_size, low=1, reason="It is a number of tokens. Set it to 64.")
-    check_choice("mean", mean, ("signed", "absolute"))
-    check_choice("norm", norm, ("sequence", "none"))
-    if span_ids is not None:
-        check_whole("span_ids", span_ids, "behavior_logps", behavior_logps.shape)
+    valid = mask != 0
     drift = torch.where(valid, detached(behavior_logps) - detached(current_logps), 0.0)
     drift = drift.abs() if mean == "absolute" else drift
     means = _block_mean(drift, valid, block_size) if span_ids is None else _span_mean(drift, valid, span_ids)
@@ -127,6 +153,10 @@ def drift_gate(
     return _unit_mean(torch.where(valid, (least - decay).exp(), 0.0), valid, dims=(1,))
 
 
+@checked(
+    completion_ids="int B T",
+    ending_ids="int N",
+)
 def span_numbers(completion_ids: Tensor, ending_ids: Tensor) -> Tensor:
     """Number of each token's span, where a span ends with every token out of a set, for instance those with a newline.
 
@@ -143,14 +173,45 @@ def span_numbers(completion_ids: Tensor, ending_ids: Tensor) -> Tensor:
         TypeError: An argument does not hold whole numbers.
         ValueError: An argument has another number of dimensions.
     """
-    check_whole("completion_ids", completion_ids)
-    check_whole("ending_ids", ending_ids)
-    check_rank("completion_ids", completion_ids, 2)
-    check_rank("ending_ids", ending_ids, 1)
     ends = torch.isin(completion_ids, ending_ids).long()
     return ends.cumsum(dim=1) - ends
 
 
+@checked(
+    advantages="float B T",
+    weights="any B T",
+)
+def weighted_advantages(advantages: Tensor, *weights: Tensor) -> Tensor:
+    """Advantages after all token weights.
+
+        A_t <- A_t prod_k w_kt
+
+    Weights are non-negative, so that weighting the advantage or the clipped loss is the same (SG-OPD,
+    arXiv:2606.09304, Eq. 10).
+
+    Args:
+        advantages: `(B, T)` routed advantages.
+        weights: `(B, T)` each.
+
+    Returns:
+        `(B, T)`, detached.
+
+    Raises:
+        TypeError: An argument is not a floating tensor.
+        ValueError: The shapes differ.
+    """
+    product = advantages.detach()
+    for weight in weights:
+        product = product * weight.detach()
+    return product
+
+
+# --- masks and controls ----------------------------------------------------------------------------------------------
+@checked(
+    completion_ids="int B T",
+    mask="any B T",
+    scope=one_of("first", "all"),
+)
 def without_special_tokens(
     completion_ids: Tensor, mask: Tensor, special_ids: Sequence[int], scope: str = "first"
 ) -> Tensor:
@@ -174,10 +235,7 @@ def without_special_tokens(
         TypeError: `completion_ids` does not hold whole numbers, or `mask` is not a tensor.
         ValueError: The shapes differ, or `scope` is unknown.
     """
-    check_whole("completion_ids", completion_ids)
-    check_rank("completion_ids", completion_ids, 2)
-    valid = check_mask("mask", mask, "completion_ids", completion_ids.shape)
-    check_choice("scope", scope, ("first", "all"))
+    valid = mask != 0
     left_out = torch.zeros_like(valid)
     for special in special_ids:
         found = valid & (completion_ids == special)
@@ -185,32 +243,66 @@ def without_special_tokens(
     return mask.masked_fill(left_out, 0)
 
 
-def prefix_importance_weight(teacher_advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Weight that favours tokens whose prefix the teacher still agrees with.
+@checked(
+    numbers="float B T",
+    mask="any B T",
+    gate="any B T",
+)
+def random_gate(gate: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
+    """The gate with its decisions dealt out anew: as many consensus tokens, on other tokens.
 
-        w_t = 1 + gamma (1 - sum_{k<t} |a2_k| / sum_k |a2_k|)
+        g'_t = 0 where g_t = 0;  +1 on the n non-neutral tokens with the smallest numbers;  -1 on the others
 
-    sums over valid tokens, the last one included; in [1, 1 + gamma], not of unit mean. IW-OPD (arXiv:2606.22600).
+    with n the consensus tokens of the gate. Our control of SG-OPD (arXiv:2606.09304) Eq. 4: what is left of its
+    effect without the verifier is that of the mean lambda.
 
     Args:
-        teacher_advantages: `(B, T)` a2 in nats, before any routing; any value, NaN too, where the mask is 0.
-        mask: `(B, T)`, 1 = counts.
-        gamma: Extra weight of the first token, >= 0; 0 is plain distillation.
+        gate: `(B, T)` of the verifier: +1 consensus, -1 conflict, 0 neutral; anything where the mask is 0.
+        mask: `(B, T)`, 1 = counts. Other tokens are neither counted nor chosen.
+        numbers: `(B, T)` random numbers, independent of everything else; ties go to the earlier token.
 
     Returns:
-        `(B, T)` weights, detached, float32 or wider, 0 where the mask is 0.
+        `(B, T)` int8, 0 where the mask is 0.
 
     Raises:
-        TypeError: `teacher_advantages` is not a floating tensor.
-        ValueError: A shape or `gamma` is out of range.
+        TypeError: An argument is not a tensor of the right kind.
+        ValueError: The shapes differ.
     """
-    check_floating(2, teacher_advantages=teacher_advantages)
-    valid = check_mask("mask", mask, "teacher_advantages", teacher_advantages.shape)
-    check_number("gamma", gamma, low=0.0, reason="It is an extra weight. Set it to 0 for plain distillation.")
-    magnitudes = torch.where(valid, detached(teacher_advantages).abs(), 0.0)
-    before = magnitudes.cumsum(dim=1) - magnitudes
-    share = before / magnitudes.sum(dim=1, keepdim=True).clamp(min=1e-8)
-    return torch.where(valid, 1 + gamma * (1 - share), 0.0)
+    valid = mask != 0
+    decided = valid & (gate != 0)
+    share = (valid & (gate > 0)).sum()
+    order = numbers.detach().masked_fill(~decided, torch.inf).flatten().argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    consensus = decided & (place.view_as(decided) < share)
+    return torch.where(decided, 2 * consensus.to(torch.int8) - 1, 0).to(torch.int8)
+
+
+@checked(
+    values="float B T",
+    rows="any B",
+    value=number(reason="It is an advantage or a weight. Set it to -1."),
+)
+def fixed_on_rows(values: Tensor, rows: Tensor, value: float) -> Tensor:
+    """One value for all tokens of some rows.
+
+        x_it <- c where row i is chosen
+
+    With the advantages, the wrong rollouts and c < 0 this is the control of arXiv:2608.31046: is it the teacher who
+    says what is wrong with a wrong rollout, or does saying "wrong" do?
+
+    Args:
+        values: `(B, T)`; anything, NaN too, in the chosen rows.
+        rows: `(B,)`, 1 = chosen.
+        value: c, finite.
+
+    Returns:
+        `(B, T)`, detached.
+
+    Raises:
+        TypeError: `values` is not a floating tensor, or `rows` is not a tensor.
+        ValueError: The shapes do not fit, or `value` is not finite.
+    """
+    return torch.where((rows != 0).unsqueeze(1), value, values.detach())
 
 
 def _block_mean(values: Tensor, valid: Tensor, block_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracle import GROUP, VERDICTS, Row, Step, Weights, oracle
 from tiny import (
     SPECIAL,
     ScriptedVerifier,
@@ -22,8 +23,6 @@ from tiny import (
     tiny_trainer,
 )
 from transformers import Qwen3ForCausalLM
-
-from trainer.oracle import GROUP, VERDICTS, Row, Step, Weights, oracle
 
 LIMIT = 1e-5
 TEACHER, REFERENCE = 1, 2  # seeds of the models

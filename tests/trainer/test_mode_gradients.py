@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Step, Weights, mode_oracle
 from peft import LoraConfig
 from tiny import StepRecorder, logged, relative_difference, script_generation, tiny_model, tiny_trainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from sg_opd_trl.models import head as heads
-from trainer.mode_oracle import mode_oracle
-from trainer.oracle import Step, Weights
 from trainer.test_gradient_oracle import ANCHOR, LIMIT, MODES, TEACHER, train
 
 KINDS = ("topk_logits", "full_logits", "asymmetric")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from datasets import Dataset
+from oracle import GROUP, VERDICTS, Row, advantage, anchor_loss, float64_model, group_advantages, log_probs
+from oracle import token_class as class_of
 from tiny import (
     SPECIAL,
     ScriptedVerifier,
@@ -23,8 +25,6 @@ from tiny import (
 )
 
 from sg_opd_trl.models.batch import pad_rows
-from trainer.oracle import GROUP, VERDICTS, Row, advantage, anchor_loss, float64_model, group_advantages, log_probs
-from trainer.oracle import token_class as class_of
 
 LIMIT = 1e-5
 TEACHERS = {"math": 1, "code": 3}  # seeds

@@ -1,6 +1,6 @@
 """Gradients of whole steps with optional weights, masks and controls, against float64 loops.
 
-`trainer.oracle` gives log-probs, classes, advantages and clipping; the weights are written once more here.
+`oracle` gives log-probs, classes, advantages and clipping; the weights are written once more here.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import VERDICTS, Step, Weights, advantage, clipped, float64_model, group_advantages, log_probs
+from oracle import token_class as class_of
 from tiny import logged, relative_difference, tiny_tokenizer
 
 from sg_opd_trl import SGOPDTrainer
-from trainer.oracle import VERDICTS, Step, Weights, advantage, clipped, float64_model, group_advantages, log_probs
-from trainer.oracle import token_class as class_of
 from trainer.test_gradient_oracle import LIMIT, train
 
 NEWLINE = "0123456789+=abcdefg\n "

@@ -1,22 +1,44 @@
+"""The gate, and the table of routes: every entry against the float64 oracle."""
+
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import oracle
 import pytest
 import torch
 
 from sg_opd_trl.core import (
     DISAGREE_MODES,
     NEUTRAL_MODES,
+    disagree_mode_help,
     extrapolated_advantage,
+    modes_without_distribution,
+    modes_without_forward_kl,
     reverse_kl_advantage,
     route_advantages,
     route_gated_advantages,
+    route_lambdas,
+    route_settings_of,
     routes_need_reference,
+    routing,
     sign_consistency_gate,
 )
 
 CELLS = (1.5, 1.1, 0.9, 1.4)  # ++, +-, -+, --, all different
+ZERO = torch.zeros(1, 1)
+CLASSES = {1: "consensus", -1: "conflict", 0: "neutral"}
+
+NEEDS_DEFAULTS: dict[str, Any] = {
+    "sign_gated": True,
+    "lambda_high": 1.8,
+    "lambda_base": 1.0,
+    "disagree_mode": "interp",
+    "disagree_interp_beta": 1.0,
+    "neutral_mode": "base",
+    "cell_lambdas": (1.5, 1.0, 1.0, 1.5),
+}
 
 
 def random_inputs(
@@ -34,28 +56,12 @@ def random_inputs(
     return student, teacher, reference, verifier
 
 
-def slow_gate(a1: float, a2: float, dead_zone: float) -> int:
-    if math.isnan(a1) or abs(a1) <= 1e-6 or a2 == 0 or abs(a2) <= dead_zone:
-        return 0
-    return 1 if a1 * a2 > 0 else -1
-
-
-def slow_route(a1: float, s: float, t: float, r: float, *, high: float, base: float, mode: str, beta: float,
-               neutral: str, dead_zone: float) -> float:  # fmt: skip
-    a2, gate = t - s, slow_gate(a1, t - s, dead_zone)
-
-    def a(lam: float) -> float:
-        return lam * t + (1 - lam) * r - s
-
-    if gate == 0 and neutral == "base":
-        return a(base)
-    if mode == "cells":
-        up = a2 > 0 or (a2 == 0 and a1 < 0)
-        cell = (0 if up else 3) if gate == 1 else (2 if up else 1)
-        return a(CELLS[cell])
-    if gate == 1:
-        return a(high)
-    return {"interp": beta * a2, "interp_lambda": a(beta), "preserve": a(base), "grpo": a1}[mode]
+def oracle_args(**settings: Any) -> SimpleNamespace:
+    """The routing functions' settings under the names that the trainer's configuration gives them."""
+    given = {"lambda_base": 1.0, "disagree_mode": "interp", "disagree_interp_beta": 1.0, "neutral_mode": "base",
+             "cell_lambdas": CELLS, "dead_zone": 0.0} | settings  # fmt: skip
+    given["disagree_cell_lambdas"], given["gate_dead_zone"] = given["cell_lambdas"], given["dead_zone"]
+    return SimpleNamespace(sign_gated_extrapolation=True, **given)
 
 
 @pytest.mark.parametrize("a1", [-1.0, 0.0, 1.0])
@@ -79,7 +85,8 @@ def test_gate_against_loop(dead_zone: float) -> None:
     a2 = reverse_kl_advantage(student, teacher)
     gate = sign_consistency_gate(verifier, a2, dead_zone)
     for row, column in itertools.product(*map(range, a2.shape)):
-        assert gate[row, column].item() == slow_gate(verifier[row].item(), a2[row, column].item(), dead_zone)
+        expected = oracle.gate(verifier[row].item(), a2[row, column].item(), dead_zone)
+        assert CLASSES[gate[row, column].item()] == expected
     assert set(gate.unique().tolist()) == {-1, 0, 1}
 
 
@@ -93,24 +100,79 @@ def test_gate_takes_one_verdict_per_token() -> None:
     assert sign_consistency_gate(a1, torch.full((1, 3), 0.5)).tolist() == [[1, -1, 0]]
 
 
+# --- the table, entry by entry ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", DISAGREE_MODES)
 @pytest.mark.parametrize("neutral", NEUTRAL_MODES)
 @pytest.mark.parametrize("dead_zone", [0.0, 0.02])
-def test_route_against_loop(mode: str, neutral: str, dead_zone: float) -> None:
+def test_every_mode_against_the_oracle(mode: str, neutral: str, dead_zone: float) -> None:
+    """A mode of the table whose equation the oracle does not have is a KeyError with its name."""
     student, teacher, reference, verifier = random_inputs()
-    routed = route_advantages(
-        student, teacher, reference, verifier, lambda_high=1.8, lambda_base=1.25, disagree_mode=mode,
-        disagree_interp_beta=0.7, neutral_mode=neutral, dead_zone=dead_zone, cell_lambdas=CELLS,
-    )  # fmt: skip
+    verifier[1] = math.nan
+    settings: dict[str, Any] = {
+        "lambda_high": 1.8, "lambda_base": 1.25, "disagree_mode": mode, "disagree_interp_beta": 0.7,
+        "neutral_mode": neutral, "cell_lambdas": CELLS,
+    }  # fmt: skip
+    args, a2 = oracle_args(**settings), reverse_kl_advantage(student, teacher)
+    routed = route_advantages(student, teacher, reference, verifier, dead_zone=dead_zone, **settings)
+    targets = None
+    if mode not in modes_without_distribution():
+        targets = route_lambdas(sign_consistency_gate(verifier, a2, dead_zone), a2, verifier, **settings)
     for row, column in itertools.product(*map(range, student.shape)):
-        s, t, r = (x[row, column].item() for x in (student, teacher, reference))
-        expected = slow_route(
-            verifier[row].item(), s, t, r, high=1.8, base=1.25, mode=mode, beta=0.7, neutral=neutral,
-            dead_zone=dead_zone,
-        )  # fmt: skip
-        assert routed[row, column].item() == pytest.approx(expected, abs=1e-12)
+        a1, (s, t, r) = verifier[row].item(), (x[row, column].item() for x in (student, teacher, reference))
+        kind = oracle.gate(a1, t - s, dead_zone)
+        assert routed[row, column].item() == pytest.approx(oracle.advantage(args, kind, a1, s, t, r), abs=1e-12)
+        if targets is not None:
+            found = (targets.lambdas[row, column].item(), targets.scales[row, column].item())
+            assert found == pytest.approx(oracle.target(args, kind, a1, t - s))
 
 
+@pytest.mark.parametrize("mode", DISAGREE_MODES)
+def test_every_mode_names_the_settings_that_it_reads(mode: str) -> None:
+    """A number that changes some consensus or conflict token is named, any other is not."""
+    student, teacher, reference, verifier = random_inputs()
+    start: dict[str, Any] = {"lambda_high": 1.8, "lambda_base": 1.25, "disagree_interp_beta": 0.7}
+    other = {"lambda_high": 2.0, "lambda_base": 1.5, "disagree_interp_beta": 0.5, "cell_lambdas": (2.0, 2.1, 2.2, 2.3)}
+    start["cell_lambdas"] = CELLS
+    gate = sign_consistency_gate(verifier, reverse_kl_advantage(student, teacher))
+
+    def decided(settings: dict[str, Any]) -> torch.Tensor:
+        routed = route_gated_advantages(gate, student, teacher, reference, verifier, disagree_mode=mode, **settings)
+        return routed[gate != 0]
+
+    read = {name for name in start if not torch.equal(decided(start), decided(start | {name: other[name]}))}
+    assert route_settings_of(mode) == read
+
+
+def test_what_the_table_says_of_whole_distributions() -> None:
+    assert modes_without_distribution() == ("grpo",)
+    assert modes_without_forward_kl() == ()
+    assert disagree_mode_help().startswith("'interp' beta*a2 (paper, Eq. 7), 'interp_lambda' A(beta)")
+
+
+def test_an_entry_that_forgets_something_fails_where_it_is_written() -> None:
+    route = routing.towards("lambda_high")
+    with pytest.raises(TypeError, match="forward_kl"):
+        routing.DisagreeMode(consensus=route, conflict=route, help="x")
+    with pytest.raises(ValueError, match="'lambda_hihg', which is no setting of the routes"):
+        routing.towards("lambda_hihg")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        route_settings_of,
+        lambda mode: routes_need_reference(**NEEDS_DEFAULTS | {"disagree_mode": mode}),
+        lambda mode: route_advantages(*[ZERO] * 3, torch.zeros(1), lambda_high=1.0, disagree_mode=mode),
+        lambda mode: route_gated_advantages(*[ZERO] * 4, torch.zeros(1), lambda_high=1.0, disagree_mode=mode),
+        lambda mode: route_lambdas(ZERO, ZERO, torch.zeros(1), lambda_high=1.0, disagree_mode=mode),
+    ],
+)
+def test_an_unknown_mode_is_refused_by_every_reading(read: Any) -> None:
+    with pytest.raises(ValueError, match=r"`disagree_mode` must be one of interp, .*, got 'mute'"):
+        read("mute")
+
+
+# --- signs and classes -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("a1", "a2", "cell"), [(1, 1, 0), (1, -1, 1), (-1, 1, 2), (-1, -1, 3)])
 def test_cells_in_order(a1: int, a2: int, cell: int) -> None:
     # e = 2 everywhere: A = a2 + (lam - 1) 2
@@ -192,17 +254,6 @@ def test_detached_row_permutation_padding_and_half_precision() -> None:
     from_half = route_advantages(*halves, **settings)
     assert from_half.dtype == torch.float32
     assert torch.equal(from_half, route_advantages(*(x.float() for x in halves), **settings))
-
-
-NEEDS_DEFAULTS: dict[str, Any] = {
-    "sign_gated": True,
-    "lambda_high": 1.8,
-    "lambda_base": 1.0,
-    "disagree_mode": "interp",
-    "disagree_interp_beta": 1.0,
-    "neutral_mode": "base",
-    "cell_lambdas": (1.5, 1.0, 1.0, 1.5),
-}
 
 
 @pytest.mark.parametrize(
