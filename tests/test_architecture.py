@@ -1,10 +1,11 @@
 """The arrows between the modules of the package go one way: no circle, and none that points up."""
 
+import re
 from pathlib import Path
 
 import pytest
-from architecture import Arrow, between_rooms, circles, import_graph, main, modules_of, upward, without_layer
-from repository import ROOT, check_none
+from architecture import LAYERS, Arrow, between_rooms, circles, import_graph, main, modules_of, upward, without_layer
+from repository import ROOT, check_none, code_blocks, read
 
 
 def test_no_circle() -> None:
@@ -22,6 +23,12 @@ def test_no_arrow_points_up() -> None:
 
 def test_every_module_has_a_layer() -> None:
     check_none([f"{module}: add it to LAYERS in tests/architecture.py" for module in without_layer(modules_of(ROOT))])
+
+
+def test_the_map_for_developers_has_the_same_layers() -> None:
+    block = next(block for block in code_blocks(read("CONTRIBUTING.md"), "") if "trainer.py" in block)
+    layers = [set(re.findall(r"^(\w+)(?:/|\.py) ", layer, flags=re.MULTILINE)) for layer in block.split("  v\n")]
+    assert layers[::-1] == [set(layer) - {""} for layer in LAYERS]
 
 
 # --- what counts as an arrow -----------------------------------------------------------------------------------------
