@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 DISTILLATION_MODES = ("sampled_token", "topk_logits", "full_logits", "asymmetric")
 """What is distilled at each token; `objectives` has a class for each."""
 
-# What several settings are part of: `used_if`.
+# The parts that several settings belong to, for their `used_if`. A part that hangs on another names its own switch
+# alone: `unused_settings` follows the chain up to what was turned off.
 _GATE = {"sign_gated_extrapolation": ON}
 _ANCHOR = {"teacher_sampling_enable": ON}
 _DRIFT_GATE = {"drift_gate_tau": ON}
@@ -474,6 +475,7 @@ class SGOPDConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # Before TRL's own checks, whose messages do not say what its numbers are to this method.
         self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
         check_config(self)
         super().__post_init__()
@@ -576,6 +578,7 @@ def _wrong_cells(config: SGOPDConfig) -> Iterator[str]:
 
 
 def _wrong_blocks(config: SGOPDConfig) -> Iterator[str]:
+    # YAML and Python give 64, a command line "64": both are meant. `isdigit` alone takes digits of other scripts too.
     block: object = config.drift_gate_block
     size = int(block) if isinstance(block, str) and block.isascii() and block.isdigit() else block
     if block != "newline" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -599,6 +602,7 @@ def _wrong_special_tokens(config: SGOPDConfig) -> Iterator[str]:
 
 # --- Settings that must fit together ---------------------------------------------------------------------------------
 def _wrong_phases(config: SGOPDConfig) -> Iterator[str]:
+    # What is no number is a problem of its own by now, and cannot be compared.
     first, second = config.teacher_sampling_phase1_end_frac, config.teacher_sampling_phase2_end_frac
     if _is_number(first) and _is_number(second) and first > second:
         yield (
@@ -610,6 +614,7 @@ def _wrong_phases(config: SGOPDConfig) -> Iterator[str]:
 def _wrong_separation(config: SGOPDConfig) -> Iterator[str]:
     if not config.teacher_sampling_time_separated:
         return
+    # Stage 1 has the anchor and nothing else, so that whatever leaves it without an anchor leaves it without a loss.
     start = "`teacher_sampling_time_separated=True` is not supported with"
     if not config.teacher_sampling_enable:
         yield f"{start} teacher_sampling_enable=False: there is no anchor. Set teacher_sampling_enable=True."
@@ -646,8 +651,8 @@ def engine_problems(config: Any, longest_prompt: int = 1, source: str = "a promp
         longest_prompt: in tokens.
         source: where that length comes from, for the message.
     """
-    # Other methods have no rollouts; in server mode the context is the server's own.
-    if not getattr(config, "use_vllm", False) or config.vllm_mode != "colocate":
+    # The configurations of other methods have no rollouts; in server mode the context is the server's own.
+    if not isinstance(config, GRPOConfig) or not config.use_vllm or config.vllm_mode != "colocate":
         return
     room, needed = config.vllm_max_model_length, longest_prompt + (config.max_completion_length or 0)
     if room is not None and needed > room:
@@ -665,6 +670,7 @@ def _wrong_groups(config: SGOPDConfig) -> Iterator[str]:
             f"`num_generations={size!r}` is not supported: a group of one has no verifier advantage, and TRL takes "
             "none. Set num_generations to at least 2."
         )
+    # TRL still takes the two booleans that it had before there were names, and turns them into these.
     if config.scale_rewards not in ("group", "batch", "none", True, False):
         yield (
             f"`scale_rewards` must be one of 'group', 'batch', 'none', got {config.scale_rewards!r}. It scales the "
@@ -674,6 +680,7 @@ def _wrong_groups(config: SGOPDConfig) -> Iterator[str]:
 
 # --- What is not supported -------------------------------------------------------------------------------------------
 def _refused_of_trl(config: SGOPDConfig) -> Iterator[str]:
+    # TRL accepts each of these and goes on to train something: it would be neither its method nor ours.
     if config.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo"):
         yield (
             f"`loss_type={config.loss_type!r}` is not supported: its weights were derived for one advantage per "
