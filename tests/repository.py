@@ -1,4 +1,4 @@
-"""What the tests of the repository itself share: its files, and reading its pages."""
+"""What tests share that look at the repository or start processes in it: its files and pages, and how long to wait."""
 
 import os
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sg_opd_trl"
+#: Seconds after which another process hangs, however busy the machine is: half of pytest-timeout's limit.
+PATIENCE = 600
 SKIPPED_FOLDERS = {"build", "dist", "outputs", "__pycache__", "wandb", "trackio"}
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".cfg", ".toml", ".txt", ".cff", ".ipynb", ".html", ".jinja", ""}
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from datasets import Dataset, DatasetDict
+from repository import PATIENCE
 
 from sg_opd_trl.errors import DataError, SGOPDConfigError
 from sg_opd_trl.evaluation import EvaluationResult, bootstrap_interval, evaluate_model, pass_at_k
@@ -131,7 +132,7 @@ def test_other_files_are_refused():
 
 def test_import_is_light():
     code = "import sys, sg_opd_trl.evaluation as evaluation; evaluation.pass_at_k(4, 1, 2); print(*sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert {"torch", "transformers", "trl", "datasets"}.isdisjoint(shown.stdout.split())
 
 

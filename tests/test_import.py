@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import PATIENCE
 
 import sg_opd_trl
 
@@ -25,7 +26,7 @@ def loaded_after(statement: str) -> set[str]:
     """Top-level modules after a statement in a fresh process."""
     script = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{n.partition('.')[0] for n in sys.modules}})))"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     return set(json.loads(done.stdout.splitlines()[-1]))
 

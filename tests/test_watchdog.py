@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import PATIENCE
 
 TESTS = Path(__file__).parent
 GOOD = "def test_good():\n    pass\n\n\n"
@@ -27,7 +28,13 @@ def run_pytest(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *words]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        stdin=subprocess.DEVNULL,
     )
 
 

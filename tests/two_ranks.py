@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from repository import PATIENCE, ROOT
+
 # On a machine without a GPU this gives two ranks over gloo; `--cpu` would silently start one process.
 FLAGS = [
     *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
@@ -13,7 +13,7 @@ FLAGS = [
 ]
 
 
-def run_module(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_module(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """`python -m WORDS` with the package and the tests' helpers at hand."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -25,6 +25,6 @@ def run_module(*words: str, timeout: float = 300) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def launch(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def launch(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run a script on both ranks."""
     return run_module("accelerate.commands.launch", *FLAGS, *words, timeout=timeout)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import ROOT, read
+from repository import PATIENCE, ROOT, read
 from teachers.model_server import model_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,7 +71,13 @@ def run(name: str, flags: list[str], folder: Path) -> str:
     }
     command = [sys.executable, str(FOLDER / f"{name}.py"), *flags]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import PATIENCE
 
 from sg_opd_trl.cli import launching, main
 from sg_opd_trl.cli.launching import check_world_size, find_accelerate_config, launch, launch_words, wants_launch
@@ -114,7 +115,13 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch):
 def run(words, **environment):
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
 
 

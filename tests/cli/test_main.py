@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from repository import PATIENCE
 
 from sg_opd_trl.cli import COMMANDS, main
 from sg_opd_trl.errors import SGOPDConfigError
@@ -14,7 +15,9 @@ def test_help_imports_none_of_the_heavy_libraries():
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert outcome.returncode == 0, outcome.stderr
     for name in COMMANDS:
         assert name in outcome.stdout
@@ -22,7 +25,7 @@ def test_help_imports_none_of_the_heavy_libraries():
 
 def test_the_package_is_a_program():
     outcome = subprocess.run(
-        [sys.executable, "-m", "sg_opd_trl.cli"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "sg_opd_trl.cli"], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert outcome.returncode == 0
     assert "COMMAND" in outcome.stdout

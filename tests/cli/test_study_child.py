@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import PATIENCE
 
 from sg_opd_trl.cli import study_child
 
@@ -81,7 +82,7 @@ def test_a_killed_study_leaves_nothing_running_and_goes_on_where_it_was(tiny, tm
     assert not (second / "result.json").exists()
     stamp = first.stat().st_mtime_ns
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "3 jobs to do" in again.stdout
     assert first.stat().st_mtime_ns == stamp

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from repository import PATIENCE
 
 from sg_opd_trl import core
 
@@ -18,7 +19,7 @@ def test_core_imports_torch_and_none_of_the_stack() -> None:
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     loaded = set(json.loads(done.stdout))
     assert {"torch", "sg_opd_trl"} <= loaded

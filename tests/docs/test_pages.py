@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import PAGES, ROOT, check_none, code_blocks, name_of, read, tables
+from repository import PAGES, PATIENCE, ROOT, check_none, code_blocks, name_of, read, tables
 
 import sg_opd_trl
 from sg_opd_trl import core
@@ -156,5 +156,7 @@ def test_table_of_overridable_methods_is_true() -> None:
 def test_python_example_of_the_readme_trains(tmp_path: Path) -> None:
     example = code_blocks(read("README.md"), "python")[0]
     assert len(example.splitlines()) <= 10
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=500, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+    )
     assert (tmp_path / "outputs" / "first-run" / "model.safetensors").is_file()

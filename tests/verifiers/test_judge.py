@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from repository import PATIENCE
 
 from sg_opd_trl.errors import VerifierError
 from sg_opd_trl.verifiers import Judge
@@ -215,7 +216,7 @@ def test_child_ends_with_its_parent(ending: str) -> None:
         r"judge.verdicts([('$1$', '\\boxed{1}')])" + "\n"
         f"print(judge.worker_pid, flush=True)\n{ending}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
     pid = int(done.stdout)
     deadline = time.monotonic() + 10
     while is_running(pid) and time.monotonic() < deadline:

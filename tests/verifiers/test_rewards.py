@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+from repository import PATIENCE
 
 from sg_opd_trl.errors import VerifierError
 from sg_opd_trl.verifiers import Judge, math_reward, rewards
@@ -106,6 +107,6 @@ def test_works_in_a_script_without_main_guard(tmp_path) -> None:  # type: ignore
     )
     # The package need not be installed: the script gets the import path of this process.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True, timeout=PATIENCE)
     assert (tmp_path / "runs.txt").read_text() == "run;"
     assert (tmp_path / "verdicts.txt").read_text() == "[1.0]"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from repository import PATIENCE
 
 from sg_opd_trl.errors import DataError
 from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout
@@ -169,7 +170,7 @@ def test_two_processes_write_at_the_same_time(tmp_path: Path) -> None:
         "for n in range(50):\n    store.add([StoredRollout('a' * 24, (rank,), n, [rank, n] * 50)])\n"
     )
     writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(rank)], cwd=ROOT) for rank in (1, 2)]
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=PATIENCE) for writer in writers] == [0, 0]
     store = reading(tmp_path)
     assert len(files(tmp_path)) == 2
     assert all(store.get(A, (rank,), n) == [rank, n] * 50 for rank in (1, 2) for n in range(50))
@@ -205,7 +206,7 @@ def test_a_write_that_takes_only_a_part_is_an_error(tmp_path: Path) -> None:
         "sys.exit('a part was written, and nothing said')\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -228,4 +229,4 @@ def test_the_store_needs_no_torch() -> None:
         "import sys\nfrom sg_opd_trl.teacher_sampling.stored import keys, location, store\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets', 'huggingface_hub'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENCE)
