@@ -1,52 +1,68 @@
 """What the method and the trainer add to the bare work.
 
     python benchmarks/overhead.py [--hidden 512] [--layers 8] [--vocab 32000] [--tokens 4096] [--repeats 2]
-        [--steps 12]
+        [--steps 12] [--against OTHER_CHECKOUT]
 
-1. Gate, routing, weights and metrics as a share of a micro-batch: the trainer's own calls, each timed on the inputs of
-   a real step (median of many), against the whole step of one micro-batch (median of a few): once with all it does,
-   and once against the student's forward and backward pass alone, which no setting can leave out.
+1. Gate, routing, weights and metrics as a share of a micro-batch: every call of the trainer's public hooks and of the
+   equations in `sg_opd_trl.core`, timed where it happens, against the step of one micro-batch (medians of a few): once
+   with all it does, and once against the student's forward and backward pass alone, which no setting can leave out.
 2. A whole trainer step of the recipe `gate_only` on the built-in task, everything between two steps included, against
    the same work in `bare_loop.py`. They take turns: one step of the one, one of the other.
+
+With `--against`, both checkouts measure in turns, see `against.py`; the bare loop is then the control: its ratio should
+be 1.
 """
 
+import functools
+import inspect
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+from against import compare_checkouts
 from bare_loop import BareLoop
 from builtin_task import prepare_run, train_silently
-from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, make_rollouts, progress, show, timed
+from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, make_rollouts, progress, show, synchronise
 from trainers import Setup, Stepper, ours
 from transformers import TrainerCallback
 
-from sg_opd_trl import trainer as trainer_module
-from sg_opd_trl.trainer import MicroBatchLoss
-
 PHASES = ("rollout", "verify", "teacher", "reference", "loss")
-MERGE, REPORT, VERDICTS, DRAIN = "gate, routing, weights", "metrics", "verdicts and a1", "metrics of a log"
-DIRECT_CALLS = 50
+VERDICTS, GATE, METRICS, LOG = "verdicts and a1", "gate, routing, weights", "metrics", "metrics of a log"
+HOOKS = {
+    VERDICTS: ("on_rewards", "compute_verifier_signal"),
+    GATE: ("compute_gate", "route_advantages", "route_lambdas", "compute_token_weights", "reference_rows"),
+}
+"""Methods of `SGOPDTrainer` by part."""
+STATISTICS = ("token_statistics", "masked_sum_and_count", "mean_of")
+"""Functions of `core` that only metrics need."""
 
 
 def share_of_the_gate(args: Any) -> tuple[list[Ratio], dict]:
     """Part 1: one micro-batch of `tokens` completion tokens in 8 rows."""
-    setup = gate_setup(Shape(args.hidden, args.layers, args.vocab), args.tokens)
-    stepper = ours(setup)
-    calls = recorded_calls(stepper)
-    parts: dict[str, list[float]] = {"step": [], "loss": []}
+    stepper = ours(gate_setup(Shape(args.hidden, args.layers, args.vocab), args.tokens))
+    metrics, watch = stepper.trainer.metrics, Stopwatch()
+    watch_the_method(stepper, watch)
+    times: dict[str, list[float]] = {}
     for turn in progress(range(args.repeats + 1), "micro-batch"):
-        seconds = stepper()
-        if turn > 0:
-            parts["step"].append(seconds)
-            parts["loss"].append(stepper.trainer.metrics.drain("train")["time/loss"])
-    own = direct_medians(stepper, calls)
-    step, loss = (statistics.median(parts[name]) for name in ("step", "loss"))
-    total = sum(own.values())
+        watch.seconds = dict.fromkeys((VERDICTS, GATE, METRICS), 0.0)
+        parts = {"step": stepper()} | watch.seconds
+        # A log after every step is the worst case.
+        start = time.perf_counter()
+        logged = metrics.drain("train")
+        parts |= {LOG: time.perf_counter() - start, "loss": logged["time/loss"]}
+        if turn > 0:  # the first turn warms up
+            for name, seconds in parts.items():
+                times.setdefault(name, []).append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    step, loss = medians.pop("step"), medians.pop("loss")
+    total = sum(medians.values())
     ratios = [
         Ratio("gate, routing, weights, metrics / step", total / step, "<= 0.01", detail(total, step)),
         Ratio("gate, routing, weights, metrics / forward and backward", total / loss, "", detail(total, loss)),
     ]
-    return ratios, {"gate_seconds": own, "step_seconds": step, "forward_backward_seconds": loss}
+    return ratios, {"gate_seconds": medians, "step_seconds": step, "forward_backward_seconds": loss}
 
 
 def gate_setup(shape: Shape, tokens: int) -> Setup:
@@ -55,48 +71,47 @@ def gate_setup(shape: Shape, tokens: int) -> Setup:
     return Setup(shape, make_rollouts([tokens // rows] * rows, shape.vocab_size), micro_batch=rows)
 
 
-def recorded_calls(stepper: Stepper) -> dict[str, tuple]:
-    """Have the trainer keep the arguments of its own calls, so that they can be repeated."""
-    trainer, calls = stepper.trainer, {}
+class Stopwatch:
+    """Seconds spent in the functions that it wraps, by part; a call inside another one counts for the outer alone."""
 
-    def record(name: str, original: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            calls[name] = arguments
-            return original(*arguments)
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside = False
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time added to a part."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside = True
+            synchronise()
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronise()
+                self.seconds[part] += time.perf_counter() - start
+                self._inside = False
 
         return call
 
-    class Recorded(MicroBatchLoss):
-        def __init__(self, trainer: Any, inputs: dict) -> None:
-            super().__init__(trainer, inputs)
-            self.given = dict(inputs)
 
-        def merge(self, student_logps: Any) -> Any:
-            calls[MERGE] = self.given, student_logps.detach()
-            return super().merge(student_logps)
-
-    trainer_module.MicroBatchLoss = Recorded
-    trainer._report = record(REPORT, trainer._report)
-    trainer.on_rewards = record(VERDICTS, trainer.on_rewards)
-    return calls
-
-
-def direct_medians(stepper: Stepper, calls: dict[str, tuple]) -> dict[str, float]:
-    """Median seconds of each part, called on its own; a log after every step is the worst case."""
+def watch_the_method(stepper: Stepper, watch: Stopwatch) -> None:
+    """Time the method inside of real steps: the hooks that subclasses override, and every equation of `core`."""
     trainer = stepper.trainer
-    kind = type(trainer)
-    inputs, student_logps = calls[MERGE]
-    functions = {
-        VERDICTS: lambda: kind.on_rewards(trainer, *calls[VERDICTS]),
-        MERGE: lambda: MicroBatchLoss(trainer, dict(inputs)).merge(student_logps),
-        REPORT: lambda: kind._report(trainer, *calls[REPORT]),
-        DRAIN: lambda: trainer.metrics.drain("train"),
-    }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(DIRECT_CALLS):
-        for name, function in functions.items():
-            times[name].append(timed(function))
-    return {name: statistics.median(values) for name, values in times.items()}
+    for part, names in HOOKS.items():
+        for name in names:
+            setattr(trainer, name, watch.wrap(part, getattr(trainer, name)))
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "sg_opd_trl"]
+    for module in modules:
+        # Inside of `core` one equation calls another: the outer call is enough.
+        if module.__name__.startswith("sg_opd_trl.core."):
+            continue
+        for name, function in vars(module).copy().items():
+            if inspect.isfunction(function) and function.__module__.startswith("sg_opd_trl.core"):
+                setattr(module, name, watch.wrap(METRICS if name in STATISTICS else GATE, function))
 
 
 class TakeTurns(TrainerCallback):
@@ -165,6 +180,18 @@ def detail(above: float, below: float) -> str:
     return f"{above * 1000:.3g} ms / {below * 1000:.3g} ms"
 
 
+def seconds_of_steps(result: dict) -> dict[str, float]:
+    """The whole steps and their phases in a JSON line of this benchmark; shares of one step are no times of two."""
+    task = result["built_in_task_seconds"]
+    return {
+        "micro-batch: step": result["step_seconds"],
+        "micro-batch: forward and backward": result["forward_backward_seconds"],
+        "built-in task: trainer step": task["trainer_step"],
+        "built-in task: bare loop": task["bare_step"],
+        **{f"built-in task, {phase}: trainer": seconds for phase, seconds in task["phases"]["trainer"].items()},
+    }
+
+
 def main() -> None:
     args = arguments(
         __doc__ or "",
@@ -178,7 +205,11 @@ def main() -> None:
         teacher="",
         dataset="",
         problems=8,
+        against="",
     )
+    if args.against:
+        compare_checkouts("overhead", args, seconds_of_steps)
+        return
     gate, gate_data = share_of_the_gate(args)
     task, task_data = against_a_bare_loop(args)
     show("overhead", [*gate, *task], {**gate_data, **task_data, "settings": vars(args)})

@@ -1,7 +1,7 @@
 """Time of one optimizer step on the same rows: ours against TRL's trainers.
 
     python benchmarks/step_time.py [--case all|long-tailed|fixed|large-vocabulary] [--repeats 3] [--longest 384]
-        [--hidden 256] [--layers 4] [--vocab 8192]
+        [--hidden 256] [--layers 4] [--vocab 8192] [--against OTHER_CHECKOUT]
 
 Cases, in micro-batches of 4 rows:
 
@@ -13,9 +13,11 @@ Cases, in micro-batches of 4 rows:
 A ratio above 1 means that the one named last is faster. Generation is not part of any time. Every trainer takes the
 same rows through its own code, see `trainers.py`. GKD's collator needs chats and is left out; its step takes the
 tensors that it would make. IW-OPD and GKD have no verifier and no reference model, and pad each micro-batch to its own
-longest row. `padded_tokens` says how many tokens, padding included, one pass over the rows costs in our order.
+longest row. With `--against`, both checkouts measure in turns, see `against.py`; TRL's own trainers are then the control:
+their ratio should be 1. `padded_tokens` says how many tokens, padding included, one pass over the rows costs in our order.
 """
 
+from against import compare_checkouts
 from harness import Ratio, Shape, arguments, completion_lengths, interleaved_medians, make_rollouts, show, versus
 from harness import without_padding as fixed_layout
 from trainers import Setup, bare_scoring, distillation, gkd, grpo, iw_opd, opd, ours
@@ -87,6 +89,11 @@ def setups(args: object) -> dict[str, Setup]:
     }
 
 
+def seconds_by_trainer(result: dict) -> dict[str, float]:
+    """The medians in a JSON line of this benchmark."""
+    return {f"{case}: {name}": time for case, times in result["seconds"].items() for name, time in times.items()}
+
+
 def main() -> None:
     args = arguments(
         __doc__ or "",
@@ -99,7 +106,11 @@ def main() -> None:
         large_vocab=151_936,
         large_hidden=128,
         large_longest=96,
+        against="",
     )
+    if args.against:
+        compare_checkouts("step_time", args, seconds_by_trainer)
+        return
     lines: list[Ratio] = []
     data: dict = {"seconds": {}, "rows": {}}
     for case, setup in setups(args).items():

@@ -5,11 +5,11 @@ Names are imported on first use, so that `import sg_opd_trl` costs nothing and `
 
 from typing import TYPE_CHECKING
 
-from .lazy_imports import imported_on_first_use
+from .lazy_imports import lazy_names
 
 __version__ = "0.1.0"
 
-_SOURCES = {
+_DEFINED_IN = {
     "SGOPDConfig": "config",
     "SGOPDTrainer": "trainer",
     "TeacherAnchorCallback": "teacher_sampling.callback",
@@ -62,4 +62,4 @@ if TYPE_CHECKING:
     from .trainer import SGOPDTrainer
     from .verifiers import exact_match_reward, math_reward
 
-__getattr__, __dir__ = imported_on_first_use(__name__, _SOURCES, _MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _DEFINED_IN, _MODULES)

@@ -3,6 +3,9 @@
 Every class also inherits the matching built-in error, so that `except ValueError` keeps working in user code.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class SGOPDError(Exception):
     """Base class of all errors raised by this package."""
@@ -26,3 +29,12 @@ class VerifierError(SGOPDError, ValueError):
 
 class NonFiniteError(SGOPDError, ArithmeticError):
     """A NaN or an infinity that would have reached the optimizer or a checkpoint."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean `...`?` with the nearest known name, to be put into a message; empty where none is near."""
+    # A flag may be written with hyphens and a field has underscores: they are one name.
+    spelt = {word.replace("-", "_"): word for word in known}
+    # Lower than difflib's own 0.6, with which `epochs` does not find `num_train_epochs`.
+    near = difflib.get_close_matches(name.replace("-", "_"), list(spelt), n=1, cutoff=0.5)
+    return f" Did you mean `{spelt[near[0]]}`?" if near else ""

@@ -14,11 +14,12 @@ import numpy as np
 
 from .data import is_empty_prompt
 from .errors import DataError, SGOPDConfigError
+from .files import write_atomically
 
 if TYPE_CHECKING:
     from .evaluation_sampling import Sample, Sampler
 
-_RESAMPLED_AT_ONCE = 4_000_000  # values in memory
+_RESAMPLED_AT_ONCE = 4_000_000  # values: 32 MB of float64, and as much of indices
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -140,12 +141,7 @@ class EvaluationResult:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_dict` as JSON, whole or not at all, and return the path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
-        return target
+        return write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def evaluate_model(
@@ -197,7 +193,8 @@ def evaluate_model(
         VerifierError: if the verifier answers with something else.
     """
     k = num_samples if k is None else k
-    pass_at_k(num_samples, 0, k)
+    pass_at_k(num_samples, 0, k)  # for its checks, before a model is loaded
+    # Here and not above: results can be read without torch and transformers.
     from .evaluation_sampling import Decoding, Sampler, draw_samples
 
     decoding = Decoding(temperature, top_p, max_new_tokens, batch_size, seed)
@@ -219,10 +216,12 @@ def _math_reward() -> Callable[..., Any]:
 def _collect(drawn: "Generator[Sample, None, None]", path: str | os.PathLike[str] | None) -> "list[Sample]":
     """All samples, each written as soon as it is there."""
     samples = []
+    # Closed by hand: after an error or Ctrl-C the model is as before at once, not when the generator is collected.
     with _open_samples(path) as file, closing(drawn):
         for sample in drawn:
             samples.append(sample)
             if file is not None:
+                # A solution of any type must not end an evaluation: what JSON does not know is written as text.
                 file.write(json.dumps(sample.to_dict(), ensure_ascii=False, default=str) + "\n")
     return samples
 
@@ -252,7 +251,7 @@ def _result(
         top_p=decoding.top_p,
         max_new_tokens=decoding.max_new_tokens,
         seed=decoding.seed,
-        seconds=0.0,
+        seconds=0.0,  # filled in by the caller, whose clock runs until here
     )
 
 
@@ -289,4 +288,6 @@ def _open_samples(path: str | os.PathLike[str] | None) -> Any:
         return nullcontext()
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.open("w", encoding="utf-8", buffering=1)
+    return target.open(
+        "w", encoding="utf-8", buffering=1
+    )  # line by line, so that a killed evaluation leaves its samples

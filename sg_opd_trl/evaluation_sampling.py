@@ -1,4 +1,7 @@
-"""Sampling and judging for `evaluation`: prompts to token ids, batches of completions, verdicts."""
+"""Sampling and judging for `evaluation`: prompts to token ids, batches of completions, verdicts.
+
+Apart from `evaluation`, because this needs torch and transformers: a report reads results without them.
+"""
 
 import inspect
 import math
@@ -83,11 +86,9 @@ class Sampler:
 
             name = os.fspath(model)
             path = resolve(name)
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(path)
-            loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-            model = loaded.to(accelerator or "cpu")
+            model = to_accelerator(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
         elif processing_class is None:
             raise SGOPDConfigError(
                 "`processing_class` must be the model's tokenizer, got None. A model object does not bring one. Set "
@@ -103,10 +104,8 @@ class Sampler:
 
     @property
     def eos_ids(self) -> list[int]:
-        """Ids that end a completion: the generation config's and the tokenizer's."""
-        configured = _generation_owner(self.model).generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        return sorted({*ids, self.processing_class.eos_token_id} - {None})
+        """Ids that end a completion."""
+        return end_token_ids(self.model, self.processing_class)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -116,6 +115,7 @@ class Sampler:
         eos_ids = self.eos_ids
         return GenerationConfig(
             do_sample=sampled,
+            # transformers warns about a temperature beside greedy decoding.
             **(settings if sampled else {}),
             max_new_tokens=self.decoding.max_new_tokens,
             eos_token_id=eos_ids or None,
@@ -131,6 +131,23 @@ class Sampler:
         """Any id will do: padding is masked on the left and cut off on the right."""
         pad_id = self.processing_class.pad_token_id
         return pad_id if pad_id is not None else next(iter(eos_ids), 0)
+
+
+def to_accelerator(model: Any) -> Any:
+    """The model on the accelerator, where there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return model if accelerator is None else model.to(accelerator)
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a completion: the generation config's and the tokenizer's.
+
+    Both, because they often differ: a chat model's generation config names the end of a turn, while the tokenizer's
+    end token is that of a text, or the other way round.
+    """
+    configured = _generation_owner(model).generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 def encode_prompt(processing_class: Any, prompt: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
@@ -155,8 +172,9 @@ def encode_prompt(processing_class: Any, prompt: Any, chat_template_kwargs: Mapp
 def draw_samples(
     sampler: Sampler, rows: list[dict[str, Any]], num_samples: int, reward_func: Callable[..., Any], progress: bool
 ) -> Generator[Sample, None, None]:
-    """Samples of all problems, longest prompts first: little padding, and a lack of memory shows at once."""
+    """Samples of all problems, batch by batch, in the order of `order`."""
     prompt_ids = [sampler.encode(row["prompt"]) for row in rows]
+    # Longest prompts first: prompts of a batch are of like length, and a lack of memory shows at once.
     order = sorted(range(len(rows)), key=lambda problem: -len(prompt_ids[problem]))
     jobs = [(problem, sample) for problem in order for sample in range(num_samples)]
     size = sampler.decoding.batch_size

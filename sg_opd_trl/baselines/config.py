@@ -30,7 +30,27 @@ _FIXED_SFT = {"completion_only_loss": "The loss is on the completion, the prompt
 
 
 @dataclass
-class _TeacherSFTFields(SFTConfig):
+class PairedFields:
+    """Fields of every baseline; a base to stand before TRL's configuration, whose defaults these replace.
+
+    Students are compared pair by pair: rows keep the order and the length that SG-OPD's have.
+    """
+
+    max_length: int | None = field(default=None, metadata={"help": "Not used: rows are never cut."})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": f"'sequential'. {ORDER}"})
+    shuffle_dataset: bool = field(
+        default=True, metadata={"help": "Whether prompts are permuted, as `SGOPDTrainer` permutes them."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `teacher_model_name_or_path`."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Passed on to the chat template when prompts are rendered."}
+    )
+
+
+@dataclass
+class _TeacherSFTFields(PairedFields, SFTConfig):
     """What SFT on sampled and on greedy teacher outputs share."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # TRL's is not a ClassVar
@@ -39,16 +59,8 @@ class _TeacherSFTFields(SFTConfig):
         "chat_template_kwargs",
     ]
 
-    max_length: int | None = field(default=None, metadata={"help": "Not used: rows are never cut."})
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": f"'sequential'. {ORDER}"})
-    shuffle_dataset: bool = field(
-        default=True, metadata={"help": "Whether prompts are permuted, as `SGOPDTrainer` permutes them."}
-    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher model, a local folder or a Hub id."}
-    )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `teacher_model_name_or_path`."}
     )
     teacher_model_init_kwargs: dict | str | None = field(
         default=None,
@@ -56,9 +68,6 @@ class _TeacherSFTFields(SFTConfig):
             "help": "Keyword arguments for `from_pretrained` of the teacher. The student's dtype and attention "
             "implementation are used unless given here."
         },
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Passed on to the chat template when prompts are rendered."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Longest teacher rollout in tokens."})
     teacher_sampling_filter_correct: bool = field(

@@ -1,19 +1,69 @@
-"""GKD on the student's own rollouts: `trl.experimental.gkd.GKDTrainer` with the prompts of SG-OPD's steps."""
+"""GKD on the student's own rollouts: `trl.experimental.gkd.GKDTrainer` with the prompts of SG-OPD's steps.
+
+Imported for `method: gkd` alone, its configuration included: TRL warns where its experimental trainers are imported.
+"""
 
 import copy
-from typing import Any
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl.experimental.gkd import GKDTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from ..errors import TeacherError
-from ..evaluation_sampling import encode_prompt
+from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..models.batch import pad_rows
-from .gkd_config import OnPolicyGKDConfig
+from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
 from .order import plan_steps
-from .teacher import RENDERED, TeacherUse, end_token_ids, load_teacher, load_tokenizer, padding_ids
+from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer, padding_ids
+
+_FIXED_GKD = {
+    "completion_only_loss": "The loss is on the student's own rollout.",
+    "lmbda": "All rows are the student's own rollouts; there are no other completions.",
+    "seq_kd": "All rows are the student's own rollouts.",
+    "loss_type": "The loss is the generalized Jensen-Shannon divergence.",
+    "label_smoothing_factor": "The loss has no labels to smooth.",
+    "padding_free": "Prompts are padded for generation.",
+}
+
+
+@dataclass
+class OnPolicyGKDConfig(PairedFields, GKDConfig):
+    """Configuration of `method: gkd`: `trl.experimental.gkd.GKDConfig`, all rows the student's own rollouts.
+
+    Raises:
+        SGOPDConfigError: no teacher, a value out of range, or a setting of TRL that would break the pairing.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # TRL's is not a ClassVar
+        *GKDConfig._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
+    ]
+
+    lmbda: float = field(default=1.0, metadata={"help": "1: all rows are the student's own rollouts."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the student's rollouts."})
+    num_generations: int = field(
+        default=8, metadata={"help": "Rollouts per prompt, so that a step has as many prompts as SG-OPD's."}
+    )
+
+    def __post_init__(self) -> None:
+        raise_problems(
+            [
+                *moved(self, FIXED | _FIXED_GKD),
+                *no_teacher(self),
+                *not_positive(self, "max_new_tokens", "num_generations"),
+                *outside(self, "temperature", math.inf, "It divides the logits that rollouts are drawn from."),
+            ]
+        )
+        super().__post_init__()
+
+    @property
+    def max_completion_length(self) -> int:
+        """Longest rollout, under the name that the other methods have for it."""
+        return self.max_new_tokens
 
 
 class OnPolicyGKDTrainer(GKDTrainer):

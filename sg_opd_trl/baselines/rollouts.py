@@ -14,10 +14,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..evaluation_sampling import end_token_ids
+from ..files import write_atomically
 from ..models.generate import generate_completions
 from ..random_state import mixed_seed
 from ..teachers.local import fingerprint
-from .teacher import TeacherUse, end_token_ids, padding_ids
+from .teacher import TeacherUse, padding_ids
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +94,7 @@ class RolloutFile:
 
     def replace(self, rollouts: list[Rollout]) -> None:
         """Leave the file with exactly these, whole or as it was."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps({"key": self.key}) + "\n" + _lines(rollouts), encoding="utf-8")
-        partial.replace(self.path)
+        write_atomically(self.path, json.dumps({"key": self.key}) + "\n" + _lines(rollouts))
 
     def append(self, rollouts: list[Rollout]) -> None:
         """Add batches."""

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from ..errors import SGOPDConfigError, TeacherError
 from ..evaluation_sampling import encode_prompt
@@ -74,13 +74,6 @@ def load_teacher(args: Any, tokenizer: Any, prompts: list) -> Any:
             f"{model.config.get_text_config().vocab_size}. Choose a teacher of the student's family."
         )
     return model.requires_grad_(False).eval().to(args.device)
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: the model's and the tokenizer's."""
-    config: GenerationConfig = model.generation_config
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 def padding_ids(model: Any, tokenizer: Any) -> list[int] | None:

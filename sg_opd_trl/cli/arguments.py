@@ -1,10 +1,14 @@
-"""Script arguments of `sg-opd train`: what the trainer's configuration does not say."""
+"""Script arguments of `sg-opd train`: what the trainer's configuration does not say.
+
+Apart from `parsing`, because these classes need TRL, which takes seconds to import.
+"""
 
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from trl import ScriptArguments, TrlParser
 
+from sg_opd_trl.cli.methods import METHODS
 from sg_opd_trl.errors import SGOPDConfigError
 
 
@@ -22,7 +26,7 @@ class SGOPDScriptArguments(ScriptArguments):
             "help": "'sg_opd' trains with `SGOPDTrainer`; the others with TRL's own trainers: 'grpo' without a "
             "teacher, 'sft' on its verified samples, 'seqkd' on its greedy outputs, 'gkd' on the student's rollouts "
             "with the generalized Jensen-Shannon divergence. Settings that a method lacks are unknown keys.",
-            "choices": ["sg_opd", "grpo", "sft", "seqkd", "gkd"],
+            "choices": list(METHODS),
         },
     )
     reward_funcs: list[str] = field(

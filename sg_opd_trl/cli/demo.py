@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.cli.evaluate import CommandParser
+from sg_opd_trl.cli.command import CommandParser, say
+from sg_opd_trl.cli.evaluate import cached_evaluation, results_table
 from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
 from sg_opd_trl.cli.recipes import find_recipe
 from sg_opd_trl.errors import SGOPDConfigError
@@ -35,7 +36,6 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     settings = _settings(argv)
     from rich.console import Console
 
-    from sg_opd_trl.cli.measuring import results_table
     from sg_opd_trl.cli.train import resolve_names, train
 
     console = Console()
@@ -56,11 +56,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     student = train(settings, measure)
     console.print(results_table(results, f"{before.num_problems} held-out problems, percent right"))
     elapsed = time.perf_counter() - started
-    console.print(
-        f"Student: {student}\nReport:  {student / 'report.html'}\nElapsed: {elapsed:.0f} s",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"Student: {student}\nReport:  {student / 'report.html'}\nElapsed: {elapsed:.0f} s")
     return 0
 
 
@@ -103,7 +99,6 @@ def _teacher(settings: TrainSettings) -> str:
 
 def _measure(settings: TrainSettings, model: str) -> "EvaluationResult":
     from sg_opd_trl.cli.loading import first_rows, load_splits, pick_split
-    from sg_opd_trl.cli.measuring import cached_evaluation
 
     script = settings.script
     splits = load_splits(script.dataset_name or "builtin/arithmetic")

@@ -1,50 +1,23 @@
-"""`sg-opd evaluate`: avg@k and pass@k of one model on one data set."""
+"""`sg-opd evaluate`: avg@k and pass@k of one model on one data set; and what `demo` and `study` use of it."""
 
 import argparse
+import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.cli.suggest import did_you_mean
-from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl import __version__
+from sg_opd_trl.cli.command import CommandParser, say
+from sg_opd_trl.errors import DataError, SGOPDConfigError
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-class CommandParser(argparse.ArgumentParser):
-    """Parser whose errors are the package's, and which names the nearest flag."""
+    from sg_opd_trl.evaluation import EvaluationResult
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        self.names: list[str] = []
-
-    def flag(self, name: str, **settings: Any) -> None:
-        """Add `--name`, also under its hyphenated spelling."""
-        self.names.append(name)
-        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **settings)
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all of `argv`.
-
-        Raises:
-            SGOPDConfigError: an unknown flag, or a value of the wrong type.
-        """
-        namespace, unknown = self.parse_known_args(list(argv))
-        if unknown:
-            name = unknown[0].lstrip("-").partition("=")[0]
-            raise SGOPDConfigError(
-                f"Unknown key `{name}` in the command line.{did_you_mean(name, self.names)} `{self.prog} --help` "
-                "lists all."
-            )
-        return namespace
-
-    def error(self, message: str) -> NoReturn:
-        """Raises `SGOPDConfigError` instead of leaving the process."""
-        raise SGOPDConfigError(f"The command line is not valid: {message}. `{self.prog} --help` lists all flags.")
+logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str], *, debug: bool = False) -> int:
@@ -58,19 +31,20 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         0.
     """
     options = _parser().parse(argv)
+    # Not before the flags are read: `--help` and a misspelt flag are answered at once.
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sg_opd_trl.cli.measuring import results_table
     from sg_opd_trl.cli.rewards import load_reward_funcs
     from sg_opd_trl.evaluation import evaluate_model
+    from sg_opd_trl.evaluation_sampling import to_accelerator
     from sg_opd_trl.tasks import resolve
 
     rows = _rows(options)
     folder = resolve(options.model)
     loading = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     result = evaluate_model(
-        _to_accelerator(AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, **loading)),
+        to_accelerator(AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, **loading)),
         AutoTokenizer.from_pretrained(folder, **loading),
         rows,
         num_samples=options.num_samples,
@@ -85,11 +59,87 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         chat_template_kwargs=options.chat_template_kwargs,
         dataset_name=options.dataset_name,
     )
-    console = Console()
-    console.print(results_table({options.model: result}, f"{options.dataset_name}, {result.num_problems} problems"))
+    title = f"{options.dataset_name}, {result.num_problems} problems"
+    Console().print(results_table({options.model: result}, title))
     if options.output is not None:
-        console.print(f"Result written to {result.save(Path(options.output))}", markup=False, soft_wrap=True)
+        say(f"Result written to {result.save(Path(options.output))}")
     return 0
+
+
+def check(argv: Sequence[str]) -> None:
+    """Do all of an evaluation that needs no model: flags and their bounds, verifier, data set, split, columns.
+
+    Args:
+        argv: as for `run`.
+
+    Raises:
+        SGOPDError, ValueError: what `run` would raise; a `ValueError` is what `datasets` says to an unknown
+            configuration.
+    """
+    from sg_opd_trl.cli.rewards import load_reward_funcs
+    from sg_opd_trl.evaluation import pass_at_k
+    from sg_opd_trl.evaluation_sampling import Decoding
+
+    options = _parser().parse(argv)
+    pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
+    Decoding(options.temperature, options.top_p, options.max_new_tokens, options.batch_size, options.seed)
+    load_reward_funcs([options.reward_func])
+    _rows(options)
+
+
+def cached_evaluation(model: str, rows: Any, cache: Path, dataset_name: str, **settings: Any) -> "EvaluationResult":
+    """Evaluate a local model folder, or read the result that an earlier run left.
+
+    The name of the stored file hashes everything the result depends on: the bytes of the model's folder, the rows, the
+    decoding settings and the version of this package.
+
+    Args:
+        model: local folder.
+        rows: data set with `prompt` and `solution`.
+        cache: folder of stored results.
+        dataset_name: what reports call the rows.
+        settings: keyword arguments of `evaluate_model`, JSON values only.
+
+    Returns:
+        The evaluation.
+    """
+    from sg_opd_trl.evaluation import EvaluationResult, evaluate_model
+
+    # The bytes, not their dates: a student that was trained again in its folder is another model, a copied folder not.
+    key = hashlib.sha256()
+    for path in sorted(Path(model).iterdir()):
+        if path.is_file():
+            key.update(path.name.encode() + path.read_bytes())
+    key.update(json.dumps([list(rows), settings, __version__], sort_keys=True).encode())
+    stored = cache / f"{key.hexdigest()[:24]}.json"
+    if stored.is_file():
+        try:
+            return EvaluationResult.from_dict(json.loads(stored.read_text(encoding="utf-8")))
+        except (DataError, ValueError, TypeError) as error:
+            logger.warning("stored evaluation %s is not readable and is made again: %s", stored, error)
+    result = evaluate_model(model, None, rows, dataset_name=dataset_name, **settings)
+    result.save(stored)
+    return result
+
+
+def results_table(results: Mapping[str, "EvaluationResult"], title: str) -> "Table":
+    """Accuracies in percent with 95% intervals, one row per model."""
+    from rich.table import Table
+
+    first = next(iter(results.values()))
+    table = Table(title=title, caption="95% intervals: bootstrap over problems")
+    table.add_column("")
+    for heading in (f"avg@{first.num_samples}", "95% interval", f"pass@{first.k}", "95% interval"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            _percent(result.avg_at_k),
+            " to ".join(map(_percent, result.avg_interval)),
+            _percent(result.pass_at_k),
+            " to ".join(map(_percent, result.pass_interval)),
+        )
+    return table
 
 
 def _parser() -> CommandParser:
@@ -149,9 +199,5 @@ def _rows(options: argparse.Namespace) -> Any:
     )
 
 
-def _to_accelerator(model: Any) -> Any:
-    """The model on the GPU where there is one."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return model if accelerator is None else model.to(accelerator)
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -12,8 +12,7 @@ import yaml
 
 from sg_opd_trl.cli.parsing import ACCELERATE_CONFIG, CommandLine, accelerate_defaults, pop_option
 from sg_opd_trl.cli.recipes import recipes_folder
-from sg_opd_trl.cli.suggest import did_you_mean
-from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.errors import SGOPDConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

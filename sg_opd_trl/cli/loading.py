@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.cli.suggest import did_you_mean
 from sg_opd_trl.data import filter_long_prompts, is_stream, prepare_dataset, required_columns
-from sg_opd_trl.errors import DataError
+from sg_opd_trl.errors import DataError, did_you_mean
 from sg_opd_trl.tasks import resolve
 
 if TYPE_CHECKING:

@@ -1,22 +1,20 @@
 """Recipe and flags -> typed settings. Every key is known to the run, or to accelerate, or an error."""
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from sg_opd_trl.cli.methods import METHODS
 from sg_opd_trl.cli.recipes import apply_env, load_recipe
-from sg_opd_trl.cli.suggest import did_you_mean
-from sg_opd_trl.cli.values import check_values
-from sg_opd_trl.errors import SGOPDConfigError, SGOPDError
+from sg_opd_trl.errors import SGOPDConfigError, SGOPDError, did_you_mean
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
 
     from sg_opd_trl.cli.arguments import RunParser, SGOPDScriptArguments
 
-METHODS = ("sg_opd", "grpo", "sft", "seqkd", "gkd")
 ACCELERATE_CONFIG = "accelerate_config"
 
 
@@ -93,7 +91,8 @@ def read_command_line(argv: Iterable[str]) -> CommandLine:
     unknown = [key for key in recipe if key not in own and key not in accelerate]
     if unknown:
         raise SGOPDConfigError(_unknown(unknown[0], f"recipe {config}", method, own | accelerate.keys()))
-    check_values(recipe, run_dataclasses(method), parser, f"recipe {config}")
+    _check_values(recipe, run_dataclasses(method), parser, f"recipe {config}")
+    # What the run's parser does not know must be accelerate's: no word is passed on unseen.
     _, left_over = parser.parse_known_args(words)
     launch_flags = _launch_flags(left_over, method, own | accelerate.keys())
     launch = {key: value for key, value in recipe.items() if key not in own}
@@ -117,6 +116,7 @@ def build_settings(command: CommandLine) -> TrainSettings:
 
     parser = make_parser(command.method)
     values = dict(command.fields)
+    # A recipe may name a single function without a list, as a flag may.
     if isinstance(values.get("reward_funcs"), str):
         values["reward_funcs"] = [values["reward_funcs"]]
     parser.set_defaults_with_config(**values)
@@ -145,19 +145,7 @@ def run_dataclasses(method: str) -> tuple[Any, ...]:
 
     from sg_opd_trl.cli.arguments import SGOPDScriptArguments
 
-    return (SGOPDScriptArguments, training_class(method), ModelConfig, DatasetMixtureConfig)
-
-
-def training_class(method: str) -> Any:
-    """The configuration class of one method's trainer; only that one is imported."""
-    module, name = {
-        "sg_opd": ("sg_opd_trl.config", "SGOPDConfig"),
-        "grpo": ("trl", "GRPOConfig"),
-        "sft": ("sg_opd_trl.baselines.config", "TeacherSFTConfig"),
-        "seqkd": ("sg_opd_trl.baselines.config", "SeqKDConfig"),
-        "gkd": ("sg_opd_trl.baselines.gkd_config", "OnPolicyGKDConfig"),
-    }[method]
-    return getattr(importlib.import_module(module), name)
+    return (SGOPDScriptArguments, METHODS[method].config_class, ModelConfig, DatasetMixtureConfig)
 
 
 def own_names(method: str) -> set[str]:
@@ -182,6 +170,7 @@ def pop_option(words: list[str], name: str) -> tuple[list[str], str | None]:
     """
     rest: list[str] = []
     values: list[str] = []
+    # By hand: this runs before the method is known, and only with it the fields that argparse needs.
     words = list(words)
     while words:
         word = words.pop(0)
@@ -201,7 +190,7 @@ def pop_option(words: list[str], name: str) -> tuple[list[str], str | None]:
 
 def _method(words: list[str], recipe: Mapping[str, Any]) -> str:
     flag = pop_option(words, "method")[1]
-    method = flag if flag is not None else recipe.get("method", METHODS[0])
+    method = flag if flag is not None else recipe.get("method", next(iter(METHODS)))
     if method not in METHODS:
         raise SGOPDConfigError(
             f"`method` must be one of {list(METHODS)}, got {method!r}.{did_you_mean(str(method), METHODS)}"
@@ -219,7 +208,11 @@ def _unknown(name: str, where: str, method: str, known: Iterable[str]) -> str:
 
 
 def _launch_flags(left_over: list[str], method: str, known: Iterable[str]) -> list[str]:
-    """The words the run's parser left over, if accelerate's launcher takes them all."""
+    """The words the run's parser left over, if accelerate's launcher takes them all.
+
+    Raises:
+        SGOPDConfigError: a word that neither of them knows.
+    """
     from accelerate.commands.launch import launch_command_parser
 
     rest, _ = pop_option(left_over, ACCELERATE_CONFIG)
@@ -241,3 +234,76 @@ def _without(words: list[str], taken: list[str]) -> list[str]:
         else:
             kept.append(word)
     return kept
+
+
+def _check_values(recipe: Mapping[str, Any], kinds: Iterable[type], parser: "RunParser", where: str) -> None:
+    """Refuse values that the flag of the same name would refuse; keys that no dataclass has are passed over.
+
+    TRL's parser converts strings and takes everything else as it comes: `max_steps: "ten"` would fail, but
+    `max_steps: [10]` only somewhere in the trainer.
+
+    Args:
+        recipe: settings as the YAML file has them.
+        kinds: dataclasses of the run.
+        parser: of the same dataclasses.
+        where: the recipe, for messages.
+
+    Raises:
+        SGOPDConfigError: a value of another type, or outside the choices of a field, or an unknown key of `datasets`.
+    """
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    for key, value in recipe.items():
+        if key not in hints:
+            continue
+        if isinstance(value, str):
+            _check_word(parser, key, value, where)
+        elif not _accepts(hints[key], value):
+            raise SGOPDConfigError(
+                f"`{key}` in {where} must be {_describe(hints[key])}, got {value!r} ({type(value).__name__}). It is "
+                "the type of the field. Change the value."
+            )
+    _check_mixture(recipe.get("datasets"), where)
+
+
+def _check_word(parser: "RunParser", key: str, value: str, where: str) -> None:
+    """Strings are what flags are made of: the parser's own conversion and choices decide."""
+    try:
+        parser.parse_known_args([f"--{key}={value}"])
+    except SGOPDConfigError as error:
+        raise SGOPDConfigError(f"`{key}` in {where} must be a valid value, got {value!r}. {error}") from error
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        parts = get_args(hint)
+        if any((get_origin(part) or part) in (dict, list) for part in parts):
+            # Here a string is JSON, another spelling of the container, which the parser has looked at already.
+            parts = tuple(part for part in parts if part is not str)
+        return any(_accepts(part, value) for part in parts)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, (str, int, float))  # a run may be called 2026
+    kind = origin or hint
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _describe(hint: Any) -> str:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = ["null" if part is type(None) else str(getattr(part, "__name__", part)) for part in parts]
+    return " or ".join(names)
+
+
+def _check_mixture(mixture: Any, where: str) -> None:
+    from trl.scripts.utils import DatasetConfig
+
+    known = [field.name for field in fields(DatasetConfig)]
+    for entry in mixture or []:
+        for key in entry if isinstance(entry, dict) else []:
+            if key not in known:
+                raise SGOPDConfigError(f"Unknown key `{key}` of `datasets` in {where}.{did_you_mean(key, known)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sg_opd_trl.cli.evaluate import CommandParser
+from sg_opd_trl.cli.command import CommandParser, say
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.teachers.urls import API_KEY_VARIABLE, Address, api_key, read_address, read_servers
 
@@ -70,7 +70,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     commands = [server_words(server, settings, options, on_cpu=on_cpu) + words[end + 1 :] for server in servers]
     variables = _variables(on_cpu)
     if options.print_only:
-        _say("\n".join(shown_command(command, variables) for command in commands))
+        say("\n".join(shown_command(command, variables) for command in commands))
         return 0
     if len(servers) > 1:
         raise SGOPDConfigError(
@@ -259,13 +259,7 @@ def _start(words: list[str], variables: Mapping[str, str]) -> None:
             "vLLM must be installed in this environment to be started here, got none. The server is vLLM's own. "
             f"Install it (`pip install 'trl[vllm]'`), or run this where it is:\n{shown}"
         )
-    _say(shown)
+    say(shown)
     beside = str(Path(sys.executable).parent)
     program = shutil.which(words[0], path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
     os.execve(program or words[0], words, os.environ | dict(variables))
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)

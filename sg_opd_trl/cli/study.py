@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.cli.evaluate import CommandParser
+from sg_opd_trl.cli.command import CommandParser
 from sg_opd_trl.cli.recipes import load_recipe
-from sg_opd_trl.cli.suggest import did_you_mean
-from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.errors import SGOPDConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -47,19 +47,11 @@ def _check(words: Sequence[str]) -> int:
 
 
 def _check_evaluation(words: Sequence[str]) -> int:
-    """Flags and their bounds, verifier, data set, split and columns."""
-    from sg_opd_trl.cli.evaluate import _parser, _rows
-    from sg_opd_trl.cli.rewards import load_reward_funcs
-    from sg_opd_trl.evaluation import pass_at_k
-    from sg_opd_trl.evaluation_sampling import Decoding
+    from sg_opd_trl.cli import evaluate
 
     try:
-        options = _parser().parse(words)
-        pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
-        Decoding(options.temperature, options.top_p, options.max_new_tokens, options.batch_size, options.seed)
-        load_reward_funcs([options.reward_func])
-        _rows(options)
-    except (SGOPDError, ValueError) as error:  # a ValueError is what `datasets` says to an unknown configuration
+        evaluate.check(words)
+    except (SGOPDError, ValueError) as error:
         return _refuse(f"Its `evaluate` or the split of `tune` cannot be used: {error}")
     return 0
 

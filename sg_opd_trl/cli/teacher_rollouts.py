@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sg_opd_trl.cli.evaluate import CommandParser
+from sg_opd_trl.cli.command import CommandParser, say
 from sg_opd_trl.cli.launching import check_world_size, launch, wants_launch
 from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
 from sg_opd_trl.errors import SGOPDConfigError
@@ -65,13 +65,13 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
     counts = precompute(trainer, wanted, options.batch_size)
     if trainer.accelerator.is_main_process:
         share = f", {100 * counts.right / counts.written:.1f}% right" if counts.written else ""
-        _say(
+        say(
             f"{len(wanted)} teacher rollouts in {folder}: {counts.stored} were there, {counts.written} written "
             f"({counts.tokens} tokens{share}) in {counts.seconds:.1f} s"
         )
         if options.push_to_hub is not None:
             private, token = settings.training.hub_private_repo, settings.training.hub_token
-            _say(f"Pushed: {push_store(folder, options.push_to_hub, private=private, token=token)}")
+            say(f"Pushed: {push_store(folder, options.push_to_hub, private=private, token=token)}")
     trainer.end()
 
 
@@ -129,7 +129,7 @@ def _check(training: Any, options: argparse.Namespace) -> None:
 
 def _trainer(settings: TrainSettings, folder: Path) -> Any:
     """The trainer that would train, with nothing in it that reaches outside or is not needed."""
-    from sg_opd_trl.cli.building import build_trainer
+    from sg_opd_trl.cli.methods import build_trainer
     from sg_opd_trl.cli.rewards import load_reward_funcs
     from sg_opd_trl.cli.train import load_data, resolve_names
 
@@ -142,9 +142,3 @@ def _trainer(settings: TrainSettings, folder: Path) -> Any:
     with training.main_process_first(desc="data set"):
         train_dataset, eval_dataset = load_data(settings, reward_funcs)
     return build_trainer(settings, reward_funcs, train_dataset, eval_dataset)
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sg_opd_trl.cli.building import build_trainer
+from sg_opd_trl.cli.command import say
 from sg_opd_trl.cli.launching import check_world_size, launch, wants_launch
+from sg_opd_trl.cli.methods import build_trainer
 from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
 from sg_opd_trl.cli.rewards import load_reward_funcs
 
@@ -48,7 +49,7 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     Returns:
         Folder of the student.
     """
-    from sg_opd_trl.cli.accounting import RunAccount, shown_cost
+    from sg_opd_trl.cli.cost import RunCost, describe_cost
 
     dataset_name = settings.script.dataset_name
     resolve_names(settings)
@@ -57,14 +58,14 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
         train_dataset, eval_dataset = load_data(settings, reward_funcs)
     trainer = build_trainer(settings, reward_funcs, train_dataset, eval_dataset)
     checkpoint = _checkpoint(settings.training.resume_from_checkpoint)
-    account = RunAccount(settings.script.method, trainer, checkpoint)
-    trainer.add_callback(account)
+    run_cost = RunCost(settings.script.method, trainer, checkpoint)
+    trainer.add_callback(run_cost)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     trainer.save_model(str(settings.output_dir))
-    cost = account.write(settings.output_dir)
+    cost = run_cost.write(settings.output_dir)
     if trainer.accelerator.is_main_process:
-        _say(f"Student saved to {settings.output_dir}\n{shown_cost(cost)}")
+        say(f"Student saved to {settings.output_dir}\n{describe_cost(cost)}")
         evaluations = measure(settings.output_dir) if measure is not None else {}
         _write_card(trainer, evaluations, dataset_name)
         _write_logs(settings, trainer.state.log_history, evaluations)
@@ -166,7 +167,7 @@ def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], ev
     path = settings.output_dir / "log_history.json"
     path.write_text(json.dumps(log_history, indent=1) + "\n", encoding="utf-8")
     if settings.script.report:
-        _say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
+        say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
 
 
 def _push(trainer: Any, settings: TrainSettings, dataset_name: str | None) -> None:
@@ -178,10 +179,4 @@ def _push(trainer: Any, settings: TrainSettings, dataset_name: str | None) -> No
         trainer.commit_scheduler.stop()
     commit = trainer.push_to_hub(dataset_name=None if _is_local(dataset_name) else dataset_name)
     if trainer.accelerator.is_main_process:
-        _say(f"Student pushed: {commit.commit_url}")
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+        say(f"Student pushed: {commit.commit_url}")

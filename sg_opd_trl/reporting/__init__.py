@@ -5,9 +5,9 @@ Names are imported on first use: the report needs neither torch nor transformers
 
 from typing import TYPE_CHECKING
 
-from ..lazy_imports import imported_on_first_use
+from ..lazy_imports import lazy_names
 
-_SOURCES = {
+_DEFINED_IN = {
     "CompactProgressCallback": "progress",
     "build_model_card": "model_card",
     "write_report": "report",
@@ -20,4 +20,4 @@ if TYPE_CHECKING:
     from .progress import CompactProgressCallback
     from .report import write_report
 
-__getattr__, __dir__ = imported_on_first_use(__name__, _SOURCES)
+__getattr__, __dir__ = lazy_names(__name__, _DEFINED_IN)

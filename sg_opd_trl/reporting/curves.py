@@ -4,7 +4,7 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 COLOURS = {"blue": "#010203", "orange": "#010204", "grey": "#010205", "sky": "#010206", "sand": "#010207",
             "slate": "#010208", "ink": "#010209", "rule": "#01020a", "card": "#01020b"}  # fmt: skip
 _SIZE = (4.4, 2.35)  # inches; one SVG unit is about one pixel at phone width, so 9 points stay readable
-_FONT = 9
+FONT = 9  # points
 _SMOOTHED_FROM = 20  # logged steps
 
 
@@ -154,13 +154,10 @@ def _summary(panel: Panel, curves: dict[Series, dict[int, float]]) -> str:
 
 
 def _draw(panel: Panel, curves: dict[Series, dict[int, float]], last_step: int) -> str:
-    """One figure as SVG text. No pyplot: neither its backend nor its list of figures is touched."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Canvas
+    """One figure as SVG text."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    with rc_context({"svg.fonttype": "none", "font.size": _FONT, "svg.hashsalt": panel.title}):
-        canvas = Canvas(figsize=_SIZE, layout="constrained")
+    def draw(canvas: Any) -> None:
         axes = canvas.add_subplot()
         (_stack if panel.stacked else _lines)(axes, curves)
         axes.set_xlabel("optimizer step", color=COLOURS["ink"])
@@ -171,9 +168,8 @@ def _draw(panel: Panel, curves: dict[Series, dict[int, float]], last_step: int) 
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
         axes.set_xlim(min(1, *map(min, curves.values())), max(last_step, 2))
         style_axes(axes, bounded=panel.share and panel.stacked)
-        text = io.StringIO()
-        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()
+
+    return render_figure(draw, _SIZE, salt=panel.title).decode()
 
 
 def _lines(axes: Any, curves: dict[Series, dict[int, float]]) -> None:
@@ -201,6 +197,35 @@ def _stack(axes: Any, curves: dict[Series, dict[int, float]]) -> None:
         steps, layers = [steps[0], steps[0] + 1], [layer * 2 for layer in layers]
     colours = [COLOURS[series.colour] for series in curves]
     axes.stackplot(steps, layers, colors=colours, linewidth=0.5, edgecolor=COLOURS["card"])
+
+
+def render_figure(
+    draw: Callable[[Any], None], size: tuple[float, float], *, salt: str, png_background: str | None = None
+) -> bytes:
+    """Draw a figure and return the file: SVG on nothing, or PNG where a background is given.
+
+    The same data give the same bytes: dates and versions are left out, and the ids in an SVG come from `salt`.
+
+    Args:
+        draw: draws on the `matplotlib.figure.Figure` that it is given.
+        size: width and height in inches.
+        salt: of the ids in an SVG, which matplotlib would else draw at random.
+        png_background: colour; None makes an SVG.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    data = io.BytesIO()
+    # "none" keeps text as text: it takes the page's font and can be searched, and the file stays small.
+    with rc_context({"svg.fonttype": "none", "font.size": FONT, "svg.hashsalt": salt}):
+        # No pyplot: a notebook's backend and its list of open figures are not ours to touch.
+        canvas = Canvas(figsize=size, layout="constrained")
+        draw(canvas)
+        if png_background is None:
+            canvas.savefig(data, format="svg", transparent=True, metadata={"Date": None})
+        else:
+            canvas.savefig(data, format="png", dpi=150, facecolor=png_background, metadata={"Software": None})
+    return data.getvalue()
 
 
 def style_axes(axes: Any, bounded: bool, colours: Mapping[str, str] = COLOURS) -> None:

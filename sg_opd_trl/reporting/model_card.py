@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 
 from ..evaluation import EvaluationResult
 from .settings import display_name, is_local, show_value, shown_results
+from .templates import render
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Only these settings show, in this order; those that a config does not have are passed over.
@@ -76,8 +75,8 @@ def build_model_card(
         tags=list(dict.fromkeys(tags)),
         teacher_model=show_value(teacher_model) if teacher_model else None,
     )
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    body = environment.from_string(_template()).render(
+    body = render(
+        "model_card.md.jinja",
         **_method_of(config),
         model_name=name,
         base_model=_shown(base_model),
@@ -153,7 +152,3 @@ def _model_index(results: Mapping[str, EvaluationResult]) -> list[EvalResult]:
         )
         for metric, value, interval in metrics
     ]
-
-
-def _template() -> str:
-    return resources.files(__package__).joinpath("templates", "model_card.md.jinja").read_text(encoding="utf-8")

@@ -4,16 +4,16 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..evaluation import EvaluationResult
+from ..files import write_atomically
 from .curves import can_draw, draw_panels, read_curve
 from .settings import shown_results, shown_settings
+from .templates import render
 
 _PACKAGES = ("sg-opd-trl", "torch", "trl", "transformers", "accelerate", "peft", "datasets", "math-verify", "vllm")
 
@@ -47,10 +47,9 @@ def write_report(
     log = list(log_history)
     results = shown_results(evaluations)
     figures = draw_panels(log) if can_draw() else []
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(_template("report.html.jinja")).render(
+    page = render(
+        "report.html.jinja",
         title=title,
-        style=Markup(_template("report.css")),
         facts=_facts(log),
         finding=compare(results),
         results=results,
@@ -62,12 +61,7 @@ def write_report(
         settings=shown_settings(config),
         versions=installed_versions(),
     )
-    target = Path(path) if path is not None else Path(output_dir) / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    return write_atomically(path if path is not None else Path(output_dir) / "report.html", page)
 
 
 def compare(results: Mapping[str, EvaluationResult]) -> str | None:
@@ -112,7 +106,3 @@ def _facts(log: list[Mapping[str, Any]]) -> list[str]:
         minutes, seconds = divmod(round(list(runtime.values())[-1]), 60)
         facts.append(f"{minutes} min {seconds:02d} s of training")
     return facts
-
-
-def _template(name: str) -> str:
-    return resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")

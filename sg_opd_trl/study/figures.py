@@ -1,13 +1,12 @@
 """The study's plots: accuracies, paired differences, reward curves and sweeps, each as SVG for the page and as PNG."""
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..reporting.curves import COLOURS, inline_svg, style_axes
+from ..reporting.curves import COLOURS, FONT, inline_svg, render_figure, style_axes
 from .spec import Study
 from .statistics import Estimate
 from .summary import Group, Row
@@ -16,7 +15,6 @@ _PNG_COLOURS = {
     **{"blue": "#0b62ab", "orange": "#d1600a", "grey": "#a4abb5", "sky": "#6cb8ea", "sand": "#f3bd78"},
     **{"slate": "#4d5a6b", "ink": "#1d2127", "rule": "#d9dde3", "card": "#ffffff"},
 }
-_FONT = 9
 _WIDTH = 6.0  # inches
 _ROW_HEIGHT = 0.27
 _SEED_OFFSET = 0.28  # rows
@@ -136,13 +134,13 @@ def _curves(study: Study, rows: Sequence[Row], prefix: str, suffix: str) -> Plot
         for axes, row in zip(panels.flat, drawn, strict=False):
             axes.plot(list(baseline), [fmean(values) for values in baseline.values()], color=colours["grey"], lw=1.2)
             _band(axes, row.curve, colours["blue"])
-            axes.set_title(row.name, fontsize=_FONT, color=colours["ink"], loc="left")
+            axes.set_title(row.name, fontsize=FONT, color=colours["ink"], loc="left")
             style_axes(axes, bounded=False, colours=colours)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for axes in panels.flat[len(drawn) :]:
             axes.set_visible(False)
-        canvas.supxlabel("optimizer step", fontsize=_FONT, color=colours["ink"])
-        canvas.supylabel("mean reward", fontsize=_FONT, color=colours["ink"])
+        canvas.supxlabel("optimizer step", fontsize=FONT, color=colours["ink"])
+        canvas.supylabel("mean reward", fontsize=FONT, color=colours["ink"])
 
     return _plot(
         f"curves{suffix}", "Reward of the student's rollouts",
@@ -190,7 +188,7 @@ def _sweeps(study: Study, lines: Mapping[str, list[tuple[float, Estimate]]], pre
         style_axes(axes, bounded=False, colours=colours)
         axes.set_xlabel("value of the field", color=colours["ink"])
         axes.set_ylabel(f"avg@{study.evaluate['num_samples']}, percent", color=colours["ink"])
-        axes.legend(frameon=False, fontsize=_FONT, labelcolor=colours["ink"])
+        axes.legend(frameon=False, fontsize=FONT, labelcolor=colours["ink"])
 
     ends = [(f"{name} at {value:g}", score) for name, points in lines.items() for value, score in points]
     return _plot(
@@ -211,24 +209,12 @@ def _plot(
 ) -> Plot:
     """Draw twice: with the page's variables as SVG, with fixed colours as PNG."""
     summary = "; ".join(f"{label} {100 * estimate.mean:.1f}" for label, estimate in said)
-    svg = inline_svg(_render(draw, size, COLOURS, "svg").decode(), prefix=f"{prefix}{name}-")
-    return Plot(name, title, caption, f"{title}: {summary}", svg, _render(draw, size, _PNG_COLOURS, "png"), wide)
-
-
-def _render(draw: Draw, size: tuple[float, float], colours: Palette, kind: str) -> bytes:
-    """No pyplot: neither its backend nor its list of figures is touched."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    data = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "font.size": _FONT, "svg.hashsalt": "study"}):
-        canvas = Figure(figsize=size, layout="constrained")
-        draw(canvas, colours)
-        if kind == "svg":
-            canvas.savefig(data, format="svg", transparent=True, metadata={"Date": None})
-        else:
-            canvas.savefig(data, format="png", dpi=150, facecolor=colours["card"], metadata={"Software": None})
-    return data.getvalue()
+    drawing = render_figure(lambda canvas: draw(canvas, COLOURS), size, salt="study").decode()
+    svg = inline_svg(drawing, prefix=f"{prefix}{name}-")
+    png = render_figure(
+        lambda canvas: draw(canvas, _PNG_COLOURS), size, salt="study", png_background=_PNG_COLOURS["card"]
+    )
+    return Plot(name, title, caption, f"{title}: {summary}", svg, png, wide)
 
 
 def _baseline_score(study: Study, rows: Sequence[Row]) -> float:

@@ -1,16 +1,15 @@
 """Writing what a study has found: Markdown, JSON, one HTML page that loads nothing, and PNG plots."""
 
-import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..files import write_atomically
 from ..reporting.curves import can_draw
 from ..reporting.report import installed_versions
+from ..reporting.templates import render
 from . import tables
 from .figures import Plot, draw_group
 from .results import write_json
@@ -35,12 +34,12 @@ def write_study(
     plots = [draw_group(study, group, f"g{index}-") if can_draw() else [] for index, group in enumerate(groups)]
     stem = study.output_dir / study.name
     written = [Path(f"{stem}.md"), Path(f"{stem}.json"), Path(f"{stem}.html")]
-    _write(written[0], tables.to_markdown(study, groups, choices, failures).encode())
+    write_atomically(written[0], tables.to_markdown(study, groups, choices, failures))
     write_json(written[1], tables.to_json(study, groups, choices, failures))
-    _write(written[2], _page(study, groups, plots, choices, failures).encode())
+    write_atomically(written[2], _page(study, groups, plots, choices, failures))
     for plot in (plot for found in plots for plot in found):
         path = study.output_dir / "plots" / f"{study.name}-{plot.name}.png"
-        _write(path, plot.png)
+        write_atomically(path, plot.png)
         written.append(path)
     return written
 
@@ -52,9 +51,6 @@ def _page(
     choices: Mapping[str, Any] | None,
     failures: Sequence[str],
 ) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files(__package__).joinpath("templates", "study.html.jinja").read_text(encoding="utf-8")
-    style = resources.files("sg_opd_trl.reporting").joinpath("templates", "report.css").read_text(encoding="utf-8")
     sections = [
         {
             "title": group.pair or "Results",
@@ -64,9 +60,9 @@ def _page(
         }
         for group, found in zip(groups, plots, strict=True)
     ]
-    return environment.from_string(template).render(
+    return render(
+        "study.html.jinja",
         title=study.name,
-        style=Markup(style),
         description=tables.describe(study),
         baseline=study.baseline,
         headings=tables.columns(study),
@@ -80,11 +76,3 @@ def _page(
         intervals=tables.INTERVALS,
         versions=installed_versions(),
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

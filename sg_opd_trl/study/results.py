@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ..files import write_atomically
 from .plan import Job
 
 logger = logging.getLogger(__name__)
@@ -102,10 +102,7 @@ def last_line(job: Job) -> str:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def _cost(run: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any]:

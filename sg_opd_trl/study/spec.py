@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import SGOPDConfigError
-from .reading import Block, check_name, did_you_mean
+from ..errors import SGOPDConfigError, did_you_mean
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SET_BY_STUDY = ("seed", "output_dir", "push_to_hub")
 STUDY_KEYS = (
     *(
@@ -128,7 +128,7 @@ def read_study(values: Any, path: Path, output_dir: Path | None = None) -> Study
     return study
 
 
-def _all_runs(top: Block, folder: Path) -> dict[str, RunSpec]:
+def _all_runs(top: "Block", folder: Path) -> dict[str, RunSpec]:
     listed = [*_runs(top, folder), *_sweeps(top, folder)]
     runs = {run.name: run for run in listed}
     if not runs:
@@ -138,14 +138,14 @@ def _all_runs(top: Block, folder: Path) -> dict[str, RunSpec]:
     return runs
 
 
-def _runs(top: Block, folder: Path) -> Iterable[RunSpec]:
+def _runs(top: "Block", folder: Path) -> Iterable[RunSpec]:
     for name, values in top.settings("runs").items():
         check_name(name, f"a run's name in the {top.where}")
         block = Block(values, f"run `{name}` of the {top.where}", ("recipe", "settings", "tune"))
         yield RunSpec(name, folder / block.text("recipe"), block.settings("settings", SET_BY_STUDY), _tune(block))
 
 
-def _sweeps(top: Block, folder: Path) -> Iterable[RunSpec]:
+def _sweeps(top: "Block", folder: Path) -> Iterable[RunSpec]:
     for name, values in top.settings("sweep").items():
         check_name(name, f"a sweep's name in the {top.where}")
         block = Block(values, f"sweep `{name}` of the {top.where}", ("recipe", "settings", "tune", "grid"))
@@ -170,14 +170,14 @@ def slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_")
 
 
-def _tune(block: Block) -> bool | str:
+def _tune(block: "Block") -> bool | str:
     value = block.values.get("tune", True)
     if not isinstance(value, (bool, str)):
         raise block.refuse("tune", "be true, false or a run's name", "It says whose choice is used. Change the value.")
     return value
 
 
-def _pairs(top: Block) -> tuple[Pair | None, ...]:
+def _pairs(top: "Block") -> tuple[Pair | None, ...]:
     if "pairs" not in top.values:
         return (None,)
     pairs = []
@@ -190,7 +190,7 @@ def _pairs(top: Block) -> tuple[Pair | None, ...]:
     return tuple(pairs)
 
 
-def _contrasts(top: Block, runs: Mapping[str, RunSpec]) -> dict[str, dict[str, float]]:
+def _contrasts(top: "Block", runs: Mapping[str, RunSpec]) -> dict[str, dict[str, float]]:
     contrasts = top.settings("contrasts")
     for name, weights in contrasts.items():
         block = Block(weights, f"contrast `{name}` of the {top.where}", runs)
@@ -203,7 +203,7 @@ def _contrasts(top: Block, runs: Mapping[str, RunSpec]) -> dict[str, dict[str, f
     return contrasts
 
 
-def _evaluate(top: Block) -> dict[str, Any]:
+def _evaluate(top: "Block") -> dict[str, Any]:
     block = Block(top.required("evaluate"), f"block `evaluate` of the {top.where}", EVALUATE_KEYS)
     block.text("dataset_name")
     block.required("max_new_tokens")
@@ -212,7 +212,7 @@ def _evaluate(top: Block) -> dict[str, Any]:
     return {"dataset_split": "test", "num_samples": 8, "seed": 0, **given}
 
 
-def _tuning(top: Block) -> Tuning | None:
+def _tuning(top: "Block") -> Tuning | None:
     if top.values.get("tune") is None:
         return None
     if top.values.get("choices") is not None:
@@ -227,7 +227,7 @@ def _tuning(top: Block) -> Tuning | None:
     return Tuning(name, values, block.seeds("seeds"), block.text("split"))
 
 
-def _check_names(study: Study, top: Block) -> None:
+def _check_names(study: Study, top: "Block") -> None:
     """Names that refer to runs, and settings that would be set twice."""
     if study.baseline not in study.runs:
         near = did_you_mean(study.baseline, study.runs)
@@ -258,3 +258,94 @@ def _check_choice(study: Study, run: RunSpec) -> None:
             f"`{chosen}` must not be set in run `{run.name}`, got {run.settings[chosen]!r}. It is tuned. Remove it, "
             "or set `tune: false` for the run."
         )
+
+
+class Block:
+    """One mapping of a study file, with the place it is at for messages.
+
+    Args:
+        values: as the file has them.
+        where: such as "study my.yaml" or "run `opd` of study my.yaml".
+        known: all keys the block may have.
+
+    Raises:
+        SGOPDConfigError: not a mapping, or an unknown key, with the nearest known one.
+    """
+
+    def __init__(self, values: Any, where: str, known: Iterable[str]) -> None:
+        if not isinstance(values, Mapping):
+            raise SGOPDConfigError(f"The {where} must be a mapping, got {values!r}. Its keys are {sorted(known)}.")
+        self.values, self.where, self.known = values, where, list(known)
+        for key in values:
+            if key not in self.known:
+                raise SGOPDConfigError(
+                    f"Unknown key `{key}` in the {where}.{did_you_mean(str(key), self.known)} Known keys: "
+                    f"{', '.join(self.known)}."
+                )
+
+    def refuse(self, key: str, rule: str, reason: str) -> SGOPDConfigError:
+        """The error for a value that breaks a rule: setting, value, reason, way out."""
+        return SGOPDConfigError(f"`{key}` in the {self.where} must {rule}, got {self.values.get(key)!r}. {reason}")
+
+    def required(self, key: str) -> Any:
+        """A value that has no default."""
+        if self.values.get(key) is None:
+            raise SGOPDConfigError(f"`{key}` must be set in the {self.where}, got nothing. It has no default. Set it.")
+        return self.values[key]
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string; required where there is no default."""
+        value = self.required(key) if default is None else self.values.get(key, default)
+        if not isinstance(value, str) or not value:
+            raise self.refuse(key, "be a text", "Anything else names nothing. Put it in quotes.")
+        return value
+
+    def name(self, key: str) -> str:
+        """A string that can be part of a folder's name."""
+        return check_name(self.text(key), f"`{key}` in the {self.where}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(key, "be true or false", "It is a switch. Change the value.")
+        return value
+
+    def seeds(self, key: str) -> tuple[int, ...]:
+        """A list of different whole numbers >= 0."""
+        value = self.required(key)
+        whole = isinstance(value, list) and value and all(type(seed) is int and seed >= 0 for seed in value)
+        if not whole or len(set(value)) < len(value):
+            raise self.refuse(key, "be a list of different whole numbers", "Each is one run. Set it to e.g. [0, 1].")
+        return tuple(value)
+
+    def values_of(self, key: str) -> list[Any]:
+        """A list with something in it."""
+        value = self.required(key)
+        if not isinstance(value, list) or not value:
+            raise self.refuse(key, "be a list of values", "Each is tried. Set it to e.g. [1.0, 1.8].")
+        return value
+
+    def settings(self, key: str, refused: Iterable[str] = ()) -> dict[str, Any]:
+        """A mapping of fields of a run; those that the study sets itself are refused."""
+        value = self.values.get(key)
+        value = {} if value is None else value
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise self.refuse(key, "be a mapping of fields to values", "It overrides the recipe. Change the value.")
+        taken = sorted(set(refused) & set(value))
+        if taken:
+            raise self.refuse(key, f"not hold {taken}", "The study sets these for every run. Remove them.")
+        return dict(value)
+
+
+def check_name(name: Any, what: str) -> str:
+    """A name that can be part of a folder's name.
+
+    Raises:
+        SGOPDConfigError: another type, or other characters.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SGOPDConfigError(
+            f"{what} must be letters, digits, `_`, `-` and `.`, got {name!r}. It names a folder. Rename it."
+        )
+    return name

@@ -6,10 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..errors import SGOPDConfigError
+from ..errors import SGOPDConfigError, did_you_mean
 from ..reporting.settings import show_value
 from .plan import Job
-from .reading import did_you_mean
 from .results import read_result, write_json
 from .spec import Study
 

@@ -5,9 +5,9 @@ Names are imported on first use, so that the HTTP client in `client` needs neith
 
 from typing import TYPE_CHECKING
 
-from ..lazy_imports import imported_on_first_use
+from ..lazy_imports import lazy_names
 
-_SOURCES = {
+_DEFINED_IN = {
     "AdapterTeacher": "adapter",
     "LocalTeacher": "local",
     "RoutedTeacher": "routed",
@@ -25,4 +25,4 @@ if TYPE_CHECKING:
     from .routed import RoutedTeacher
     from .server import ServerTeacher
 
-__getattr__, __dir__ = imported_on_first_use(__name__, _SOURCES)
+__getattr__, __dir__ = lazy_names(__name__, _DEFINED_IN)

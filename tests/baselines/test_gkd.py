@@ -18,8 +18,7 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM
 
-from sg_opd_trl.baselines.gkd import OnPolicyGKDTrainer, PromptCollator, build_gkd_trainer
-from sg_opd_trl.baselines.gkd_config import OnPolicyGKDConfig
+from sg_opd_trl.baselines.gkd import OnPolicyGKDConfig, OnPolicyGKDTrainer, PromptCollator, build_gkd_trainer
 from sg_opd_trl.errors import SGOPDConfigError, TeacherError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trl.experimental.*")

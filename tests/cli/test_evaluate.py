@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sg_opd_trl.cli import main
-from sg_opd_trl.cli.measuring import cached_evaluation, results_table
+from sg_opd_trl.cli.evaluate import cached_evaluation, results_table
 from sg_opd_trl.evaluation import EvaluationResult
 
 

@@ -9,18 +9,20 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from sg_opd_trl.cli.methods import METHODS
+
 RUN_FILE = "run.json"
 _TOKENS = ("teacher_tokens_scored", "teacher_tokens_generated", "teacher_tokens_reused")
 
 
-class RunAccount(TrainerCallback):
+class RunCost(TrainerCallback):
     """Seconds and teacher tokens of a run; each checkpoint keeps them, and a resumed run goes on counting.
 
     Seconds are the wall time of training and of writing teacher rollouts before it, without loading models and data.
 
     Args:
         method: of the recipe.
-        trainer: any of the methods' trainers.
+        trainer: that of the method.
         checkpoint: that the run resumes from; True is the newest of the output folder.
     """
 
@@ -37,9 +39,11 @@ class RunAccount(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock. What a resumed trainer's teacher has counted by now comes from the checkpoint."""
+        """Start the clock."""
         self._started = time.perf_counter()
-        self._at_start = _counts(self.trainer) if self._before else {}
+        # What a resumed run's teacher has counted by now (rollouts that SFT reads or writes again before the first
+        # step) is in the checkpoint's numbers already, and must not be counted twice.
+        self._at_start = self._counts() if self._before else {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the costs into the checkpoint."""
@@ -47,7 +51,7 @@ class RunAccount(TrainerCallback):
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write `run.json` into a folder; all processes must call it. The one that writes returns its contents."""
-        own = _counts(self.trainer)
+        own = self._counts()
         for name, count in self._at_start.items():
             own[name] -= count
         own["seconds"] += time.perf_counter() - self._started
@@ -58,6 +62,7 @@ class RunAccount(TrainerCallback):
             "method": self.method,
             "seed": self.trainer.args.seed,
             "steps": self.trainer.state.global_step,
+            # Processes run side by side: seconds are one's, tokens the sum over all.
             "seconds": round(own["seconds"] + self._before.get("seconds", 0.0), 3),
         }
         for name in _TOKENS:
@@ -66,8 +71,17 @@ class RunAccount(TrainerCallback):
         (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return facts
 
+    def _counts(self) -> dict[str, float]:
+        use = METHODS[self.method].teacher_use(self.trainer)
+        return {
+            "teacher_tokens_scored": use.tokens_scored,
+            "teacher_tokens_generated": use.tokens_generated,
+            "teacher_tokens_reused": use.tokens_reused,
+            "seconds": use.seconds,
+        }
 
-def shown_cost(facts: dict[str, Any]) -> str:
+
+def describe_cost(facts: dict[str, Any]) -> str:
     """`run.json` in one line."""
     parts = [f"{facts['steps']} steps in {facts['seconds']:.1f} s"]
     if any(facts[name] for name in _TOKENS):
@@ -76,15 +90,3 @@ def shown_cost(facts: dict[str, Any]) -> str:
             f"tokens of the teacher: {scored} scored, {generated} generated, {reused} read from stored rollouts"
         )
     return "; ".join(parts)
-
-
-def _counts(trainer: Any) -> dict[str, float]:
-    """This process's use of the teacher so far, and the seconds that it took before training."""
-    use = getattr(trainer, "teacher_use", None)
-    if use is not None:
-        tokens = (use.tokens_scored, use.tokens_generated, use.tokens_reused)
-        return {"seconds": use.seconds} | dict(zip(_TOKENS, tokens, strict=True))
-    teacher = getattr(trainer, "teacher", None)
-    reused = getattr(getattr(trainer, "rollout_cache", None), "tokens_reused", 0)
-    tokens = (getattr(teacher, "tokens_scored", 0), getattr(teacher, "tokens_generated", 0), reused)
-    return {"seconds": 0.0} | dict(zip(_TOKENS, tokens, strict=True))

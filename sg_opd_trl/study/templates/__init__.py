@@ -1,1 +1,0 @@
-"""Template of the study page."""
