@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sg_opd_trl.cli.loading import first_rows, load_splits, load_training_data
-from sg_opd_trl.cli.methods import build_trainer
 from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
 from sg_opd_trl.cli.recipes import find_recipe
 from sg_opd_trl.cli.rewards import load_reward_funcs
-from sg_opd_trl.cli.train import resolve_names
+from sg_opd_trl.cli.train import build_trainer, resolve_names
 
 
 @dataclass

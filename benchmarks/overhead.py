@@ -9,8 +9,8 @@
 2. A whole trainer step of the recipe `gate_only` on the built-in task, everything between two steps included, against
    the same work in `bare_loop.py`. They take turns: one step of the one, one of the other.
 
-With `--against`, both checkouts measure in turns, see `against.py`; the bare loop is then the control: its ratio should
-be 1.
+With `--against`, both checkouts measure in turns, see `against.py`; the bare loop is then the control, whose ratio
+should be 1.
 """
 
 import functools

@@ -13,8 +13,10 @@ Cases, in micro-batches of 4 rows:
 A ratio above 1 means that the one named last is faster. Generation is not part of any time. Every trainer takes the
 same rows through its own code, see `trainers.py`. GKD's collator needs chats and is left out; its step takes the
 tensors that it would make. IW-OPD and GKD have no verifier and no reference model, and pad each micro-batch to its own
-longest row. With `--against`, both checkouts measure in turns, see `against.py`; TRL's own trainers are then the control:
-their ratio should be 1. `padded_tokens` says how many tokens, padding included, one pass over the rows costs in our order.
+longest row. `padded_tokens` says how many tokens, padding included, one pass over the rows costs in our order.
+
+With `--against`, both checkouts measure in turns, see `against.py`; TRL's own trainers are then the control, whose
+ratio should be 1.
 """
 
 from against import compare_checkouts

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sg_opd_trl.errors import SGOPDError
+from ..errors import SGOPDError
 
 COMMANDS = {
     "train": "distil a student as a recipe says",

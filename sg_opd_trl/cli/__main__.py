@@ -1,5 +1,5 @@
 """`python -m sg_opd_trl.cli`."""
 
-from sg_opd_trl.cli import main
+from . import main
 
 raise SystemExit(main())

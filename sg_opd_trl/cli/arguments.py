@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from trl import ScriptArguments, TrlParser
 
-from sg_opd_trl.cli.methods import METHODS
-from sg_opd_trl.errors import SGOPDConfigError
+from ..errors import SGOPDConfigError
+from .methods import METHODS
 
 
 @dataclass

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sg_opd_trl.errors import SGOPDConfigError, did_you_mean
+from ..errors import SGOPDConfigError, did_you_mean
 
 
 class CommandParser(argparse.ArgumentParser):

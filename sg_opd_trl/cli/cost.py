@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sg_opd_trl.cli.methods import METHODS
+from .methods import METHODS
 
 RUN_FILE = "run.json"
 _TOKENS = ("teacher_tokens_scored", "teacher_tokens_generated", "teacher_tokens_reused")

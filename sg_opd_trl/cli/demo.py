@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.cli.command import CommandParser, say
-from sg_opd_trl.cli.evaluate import cached_evaluation, results_table
-from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
-from sg_opd_trl.cli.recipes import find_recipe
-from sg_opd_trl.errors import SGOPDConfigError
+from ..errors import SGOPDConfigError
+from .command import CommandParser, say
+from .evaluate import cached_evaluation, results_table
+from .parsing import TrainSettings, build_settings, read_command_line
+from .recipes import find_recipe
 
 if TYPE_CHECKING:
-    from sg_opd_trl.evaluation import EvaluationResult
+    from ..evaluation import EvaluationResult
 
 RECIPE = "arithmetic/sg_opd.yaml"
 PROBLEMS = "built-in arithmetic"
@@ -36,7 +36,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     settings = _settings(argv)
     from rich.console import Console
 
-    from sg_opd_trl.cli.train import resolve_names, train
+    from .train import resolve_names, train
 
     console = Console()
     console.print("[bold]1/4[/bold] Built-in teacher, student and problems")
@@ -89,7 +89,7 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
 
 def _teacher(settings: TrainSettings) -> str:
     """The recipe's teacher; where there is none, or several, the built-in one as a yardstick."""
-    from sg_opd_trl.tasks import resolve
+    from ..tasks import resolve
 
     teacher = getattr(settings.training, "teacher_model_name_or_path", None)
     if isinstance(teacher, str):
@@ -98,7 +98,7 @@ def _teacher(settings: TrainSettings) -> str:
 
 
 def _measure(settings: TrainSettings, model: str) -> "EvaluationResult":
-    from sg_opd_trl.cli.loading import first_rows, load_splits, pick_split
+    from .loading import first_rows, load_splits, pick_split
 
     script = settings.script
     splits = load_splits(script.dataset_name or "builtin/arithmetic")

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl import __version__
-from sg_opd_trl.cli.command import CommandParser, say
-from sg_opd_trl.errors import DataError, SGOPDConfigError
+from .. import __version__
+from ..errors import DataError, SGOPDConfigError
+from .command import CommandParser, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sg_opd_trl.evaluation import EvaluationResult
+    from ..evaluation import EvaluationResult
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sg_opd_trl.cli.rewards import load_reward_funcs
-    from sg_opd_trl.evaluation import evaluate_model
-    from sg_opd_trl.evaluation_sampling import to_accelerator
-    from sg_opd_trl.tasks import resolve
+    from ..evaluation import evaluate_model
+    from ..evaluation_sampling import to_accelerator
+    from ..tasks import resolve
+    from .rewards import load_reward_funcs
 
     rows = _rows(options)
     folder = resolve(options.model)
@@ -76,9 +76,9 @@ def check(argv: Sequence[str]) -> None:
         SGOPDError, ValueError: what `run` would raise; a `ValueError` is what `datasets` says to an unknown
             configuration.
     """
-    from sg_opd_trl.cli.rewards import load_reward_funcs
-    from sg_opd_trl.evaluation import pass_at_k
-    from sg_opd_trl.evaluation_sampling import Decoding
+    from ..evaluation import pass_at_k
+    from ..evaluation_sampling import Decoding
+    from .rewards import load_reward_funcs
 
     options = _parser().parse(argv)
     pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
@@ -103,7 +103,7 @@ def cached_evaluation(model: str, rows: Any, cache: Path, dataset_name: str, **s
     Returns:
         The evaluation.
     """
-    from sg_opd_trl.evaluation import EvaluationResult, evaluate_model
+    from ..evaluation import EvaluationResult, evaluate_model
 
     # The bytes, not their dates: a student that was trained again in its folder is another model, a copied folder not.
     key = hashlib.sha256()
@@ -182,8 +182,8 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _rows(options: argparse.Namespace) -> Any:
-    from sg_opd_trl.cli.loading import first_rows, load_splits, pick_split
-    from sg_opd_trl.data import prepare_dataset
+    from ..data import prepare_dataset
+    from .loading import first_rows, load_splits, pick_split
 
     if options.limit is not None and options.limit < 1:
         raise SGOPDConfigError(

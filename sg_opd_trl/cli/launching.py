@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from sg_opd_trl.cli.parsing import ACCELERATE_CONFIG, CommandLine, accelerate_defaults, pop_option
-from sg_opd_trl.cli.recipes import recipes_folder
-from sg_opd_trl.errors import SGOPDConfigError, did_you_mean
+from ..errors import SGOPDConfigError, did_you_mean
+from .parsing import ACCELERATE_CONFIG, CommandLine, accelerate_defaults, pop_option
+from .recipes import recipes_folder
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.data import filter_long_prompts, is_stream, prepare_dataset, required_columns
-from sg_opd_trl.errors import DataError, did_you_mean
-from sg_opd_trl.tasks import resolve
+from ..data import filter_long_prompts, is_stream, prepare_dataset, required_columns
+from ..errors import DataError, did_you_mean
+from ..tasks import resolve
 
 if TYPE_CHECKING:
-    from sg_opd_trl.cli.parsing import TrainSettings
+    from .parsing import TrainSettings
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 

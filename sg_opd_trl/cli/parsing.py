@@ -6,14 +6,14 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from sg_opd_trl.cli.methods import METHODS
-from sg_opd_trl.cli.recipes import apply_env, load_recipe
-from sg_opd_trl.errors import SGOPDConfigError, SGOPDError, did_you_mean
+from ..errors import SGOPDConfigError, SGOPDError, did_you_mean
+from .methods import METHODS
+from .recipes import apply_env, load_recipe
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
 
-    from sg_opd_trl.cli.arguments import RunParser, SGOPDScriptArguments
+    from .arguments import RunParser, SGOPDScriptArguments
 
 ACCELERATE_CONFIG = "accelerate_config"
 
@@ -112,7 +112,7 @@ def build_settings(command: CommandLine) -> TrainSettings:
     Raises:
         SGOPDConfigError: a value of the wrong type, out of range, or a combination that is refused.
     """
-    from sg_opd_trl.preflight import check_prompt_room
+    from ..preflight import check_prompt_room
 
     parser = make_parser(command.method)
     values = dict(command.fields)
@@ -134,7 +134,7 @@ def build_settings(command: CommandLine) -> TrainSettings:
 
 def make_parser(method: str) -> "RunParser":
     """TRL's parser over the fields of one method, abbreviations off: `--max_step` is not `--max_steps`."""
-    from sg_opd_trl.cli.arguments import RunParser
+    from .arguments import RunParser
 
     return RunParser(run_dataclasses(method), prog="sg-opd train", allow_abbrev=False)
 
@@ -143,7 +143,7 @@ def run_dataclasses(method: str) -> tuple[Any, ...]:
     """The dataclasses whose fields are the settings of one method."""
     from trl import DatasetMixtureConfig, ModelConfig
 
-    from sg_opd_trl.cli.arguments import SGOPDScriptArguments
+    from .arguments import SGOPDScriptArguments
 
     return (SGOPDScriptArguments, METHODS[method].config_class, ModelConfig, DatasetMixtureConfig)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sg_opd_trl.errors import SGOPDConfigError
+from ..errors import SGOPDConfigError
 
 ENV_WHITELIST = frozenset(
     {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sg_opd_trl.errors import SGOPDConfigError, did_you_mean
+from ..errors import SGOPDConfigError, did_you_mean
 
 BUILTIN = ("math_reward", "exact_match_reward")
 

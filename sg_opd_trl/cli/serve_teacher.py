@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sg_opd_trl.cli.command import CommandParser, say
-from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teachers.urls import API_KEY_VARIABLE, Address, api_key, read_address, read_servers
+from ..errors import SGOPDConfigError
+from ..teachers.urls import API_KEY_VARIABLE, Address, api_key, read_address, read_servers
+from .command import CommandParser, say
 
 _DEFAULT_URL = "http://localhost:8000"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -56,7 +56,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
     options, fields = _parser().parse_known_args(words[:end])
-    from sg_opd_trl.cli.parsing import build_settings, read_command_line
+    from .parsing import build_settings, read_command_line
 
     command_line = read_command_line(["--config", options.config, *fields])
     if command_line.method != "sg_opd":
@@ -129,7 +129,7 @@ def server_words(server: Server, settings: Any, options: Any, *, on_cpu: bool) -
     Raises:
         SGOPDConfigError: an adapter, which vLLM serves beside its base.
     """
-    from sg_opd_trl.tasks import resolve
+    from ..tasks import resolve
 
     training = settings.training
     model, revision = resolve(server.model), training.teacher_model_revision
@@ -175,7 +175,7 @@ def _parser() -> CommandParser:
 
 
 def _is_adapter(model: str, revision: str | None) -> bool:
-    from sg_opd_trl.teachers.adapter import is_adapter
+    from ..teachers.adapter import is_adapter
 
     try:
         return is_adapter(model, revision)

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sg_opd_trl.cli.command import CommandParser
-from sg_opd_trl.cli.recipes import load_recipe
-from sg_opd_trl.errors import SGOPDConfigError, did_you_mean
+from ..errors import SGOPDConfigError, did_you_mean
+from .command import CommandParser
+from .recipes import load_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sg_opd_trl.study.execution import Failure
-    from sg_opd_trl.study.plan import Job, Recipes
-    from sg_opd_trl.study.progress import StudyProgress, Timing
-    from sg_opd_trl.study.spec import Study
+    from ..study.execution import Failure
+    from ..study.plan import Job, Recipes
+    from ..study.progress import StudyProgress, Timing
+    from ..study.spec import Study
 
 EXIT_SOME_FAILED = 1
 
@@ -43,7 +43,7 @@ class Plan:
         """Jobs of the runs and sweeps that `--only` names; all without it."""
         if not self.only:
             return list(jobs)
-        from sg_opd_trl.study.plan import choice_owner
+        from ..study.plan import choice_owner
 
         chosen = [run for run in self.study.runs.values() if {run.name, run.sweep} & set(self.only)]
         names = {run.name for run in chosen}
@@ -103,9 +103,9 @@ def _parser() -> CommandParser:
 
 
 def _read_plan(path: Path, output_dir: str | None, only: list[str]) -> Plan:
-    from sg_opd_trl.study import plan as planning
-    from sg_opd_trl.study.spec import read_study
-    from sg_opd_trl.study.tuning import load_choices
+    from ..study import plan as planning
+    from ..study.spec import read_study
+    from ..study.tuning import load_choices
 
     study = read_study(load_recipe(path), path.resolve(), None if output_dir is None else Path(output_dir).resolve())
     names = [*study.runs, *dict.fromkeys(run.sweep for run in study.runs.values() if run.sweep is not None)]
@@ -129,9 +129,9 @@ def _read_plan(path: Path, output_dir: str | None, only: list[str]) -> Plan:
 
 def _work(plan: Plan, at_once: int, console: "Console") -> "list[Failure]":
     """All jobs that have no result yet: the tuning jobs, then the runs and the models."""
-    from sg_opd_trl.study.execution import run_jobs
-    from sg_opd_trl.study.progress import StudyProgress
-    from sg_opd_trl.study.tuning import save_choices
+    from ..study.execution import run_jobs
+    from ..study.progress import StudyProgress
+    from ..study.tuning import save_choices
 
     tuning = _pending(plan.wanted(plan.tuning))
     if not tuning:  # the runs are known already, so that finished ones are not counted
@@ -162,8 +162,8 @@ def _resize(progress: "StudyProgress", done: int, runs: "list[Job]", models: "li
 
 def _settle_choices(plan: Plan) -> None:
     """From the tuning results: the choices, and the runs with the chosen values."""
-    from sg_opd_trl.study.plan import run_jobs_of
-    from sg_opd_trl.study.tuning import choose
+    from ..study.plan import run_jobs_of
+    from ..study.tuning import choose
 
     if plan.study.tuning is None:
         return
@@ -173,7 +173,7 @@ def _settle_choices(plan: Plan) -> None:
 
 
 def _pending(jobs: "Iterable[Job]") -> "list[Job]":
-    from sg_opd_trl.study.results import read_result
+    from ..study.results import read_result
 
     return [job for job in jobs if read_result(job) is None]
 
@@ -186,7 +186,7 @@ def _check(jobs: "Iterable[Job]", console: "Console") -> None:
     """
     import yaml
 
-    from sg_opd_trl.study.execution import check_recipes
+    from ..study.execution import check_recipes
 
     found = list(jobs)
     first = {job.name: job for job in reversed(found) if job.recipe is not None}
@@ -205,8 +205,8 @@ def _check(jobs: "Iterable[Job]", console: "Console") -> None:
 
 
 def _timing(plan: Plan) -> "Timing":
-    from sg_opd_trl.study.progress import Timing
-    from sg_opd_trl.study.results import read_result
+    from ..study.progress import Timing
+    from ..study.results import read_result
 
     timing = Timing()
     for job in (*plan.tuning, *plan.runs, *plan.models):
@@ -217,7 +217,7 @@ def _timing(plan: Plan) -> "Timing":
 
 
 def _list_jobs(plan: Plan, at_once: int, console: "Console") -> None:
-    from sg_opd_trl.study.progress import show_seconds
+    from ..study.progress import show_seconds
 
     if plan.tuning and not _pending(plan.tuning):
         _settle_choices(plan)
@@ -233,11 +233,11 @@ def _list_jobs(plan: Plan, at_once: int, console: "Console") -> None:
 
 def _write(plan: Plan, console: "Console", *, files: bool = True) -> None:
     """The table on the console, and in files unless another process works in the folder."""
-    from sg_opd_trl.reporting.curves import can_draw
-    from sg_opd_trl.study.page import write_study
-    from sg_opd_trl.study.results import failures_of
-    from sg_opd_trl.study.summary import summarise
-    from sg_opd_trl.study.tables import to_markdown
+    from ..reporting.curves import can_draw
+    from ..study.page import write_study
+    from ..study.results import failures_of
+    from ..study.summary import summarise
+    from ..study.tables import to_markdown
 
     groups = summarise(plan.study, plan.runs, plan.models)
     failures = failures_of([*plan.tuning, *plan.models, *plan.runs])

@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from sg_opd_trl.cli import EXIT_USER_ERROR, main
-from sg_opd_trl.errors import SGOPDConfigError, SGOPDError
+from ..errors import SGOPDConfigError, SGOPDError
+from . import EXIT_USER_ERROR, main
 
 _GRACE_SECONDS = 5.0
 
@@ -37,7 +37,7 @@ def run_commands(commands: Sequence[Sequence[str]]) -> int:
 
 
 def _check(words: Sequence[str]) -> int:
-    from sg_opd_trl.cli.parsing import build_settings, read_command_line
+    from .parsing import build_settings, read_command_line
 
     try:
         build_settings(read_command_line(["--config", words[0]]))
@@ -47,7 +47,7 @@ def _check(words: Sequence[str]) -> int:
 
 
 def _check_evaluation(words: Sequence[str]) -> int:
-    from sg_opd_trl.cli import evaluate
+    from . import evaluate
 
     try:
         evaluate.check(words)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sg_opd_trl.cli.command import CommandParser, say
-from sg_opd_trl.cli.launching import check_world_size, launch, wants_launch
-from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
-from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teacher_sampling.stored.location import is_hub_id, push_store
+from ..errors import SGOPDConfigError
+from ..teacher_sampling.stored.location import is_hub_id, push_store
+from .command import CommandParser, say
+from .launching import check_world_size, launch, wants_launch
+from .parsing import TrainSettings, build_settings, read_command_line
 
 NAME = "teacher-rollouts"
 
@@ -50,7 +50,7 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
     Raises:
         SGOPDConfigError: a recipe without teacher rollouts, or nowhere to put them.
     """
-    from sg_opd_trl.teacher_sampling.stored.precompute import planned_rollouts, precompute
+    from ..teacher_sampling.stored.precompute import planned_rollouts, precompute
 
     _check(settings.training, options)
     folder = store_folder(settings, options)
@@ -129,9 +129,8 @@ def _check(training: Any, options: argparse.Namespace) -> None:
 
 def _trainer(settings: TrainSettings, folder: Path) -> Any:
     """The trainer that would train, with nothing in it that reaches outside or is not needed."""
-    from sg_opd_trl.cli.methods import build_trainer
-    from sg_opd_trl.cli.rewards import load_reward_funcs
-    from sg_opd_trl.cli.train import load_data, resolve_names
+    from .rewards import load_reward_funcs
+    from .train import build_trainer, load_data, resolve_names
 
     training = settings.training
     training.teacher_rollouts_path = str(folder if folder.is_absolute() else Path.cwd() / folder)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sg_opd_trl.cli.command import say
-from sg_opd_trl.cli.launching import check_world_size, launch, wants_launch
-from sg_opd_trl.cli.methods import build_trainer
-from sg_opd_trl.cli.parsing import TrainSettings, build_settings, read_command_line
-from sg_opd_trl.cli.rewards import load_reward_funcs
+from .command import say
+from .launching import check_world_size, launch, wants_launch
+from .methods import METHODS
+from .parsing import TrainSettings, build_settings, read_command_line
+from .rewards import load_reward_funcs
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     Returns:
         Folder of the student.
     """
-    from sg_opd_trl.cli.cost import RunCost, describe_cost
+    from .cost import RunCost, describe_cost
 
     dataset_name = settings.script.dataset_name
     resolve_names(settings)
@@ -81,7 +81,7 @@ def resolve_names(settings: TrainSettings) -> None:
     Raises:
         SGOPDConfigError: no student named, or an unknown built-in name.
     """
-    from sg_opd_trl.tasks import resolve
+    from ..tasks import resolve
 
     settings.model.model_name_or_path = settings.student  # asked for first, so that a missing student is told at once
     owners: list[tuple[Any, str]] = [(settings.model, "model_name_or_path"), (settings.script, "dataset_name")]
@@ -96,9 +96,58 @@ def resolve_names(settings: TrainSettings) -> None:
                 setattr(owner, name, resolve(value))
 
 
+def load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]]) -> tuple[Any, Any]:
+    """Training rows, and evaluation rows or None, see `load_training_data`."""
+    from .loading import load_training_data
+
+    tokenizer = None
+    if settings.script.max_prompt_tokens is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.student,
+            revision=settings.model.model_revision,
+            trust_remote_code=settings.training.trust_remote_code,
+        )
+    return load_training_data(settings, reward_funcs, tokenizer)
+
+
+def build_trainer(
+    settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]], train_dataset: Any, eval_dataset: Any
+) -> Any:
+    """The trainer of the run's method.
+
+    Args:
+        settings: of the run, names resolved.
+        reward_funcs: TRL reward functions.
+        train_dataset: rows with `prompt` and what the reward functions need.
+        eval_dataset: the same, or None.
+
+    Returns:
+        `SGOPDTrainer`, or TRL's own: `GRPOTrainer`, `SFTTrainer` with `method: sft` and `seqkd`, `GKDTrainer`.
+    """
+    from transformers import ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from ..reporting.progress import CompactProgressCallback
+
+    settings.training.model_init_kwargs = _model_init_kwargs(settings)
+    loading = {
+        "quantization_config": get_quantization_config(settings.model),
+        "peft_config": get_peft_config(settings.model),
+    }
+    build = METHODS[settings.script.method].build
+    trainer = build(settings.student, settings.training, list(reward_funcs), train_dataset, eval_dataset, loading)
+    # One bar of ours in place of transformers', which prints every log as a dictionary.
+    if not settings.training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgressCallback())
+    return trainer
+
+
 def all_settings(settings: TrainSettings) -> dict[str, Any]:
     """Settings of a run as plain values, tokens masked, for reports; the script's own only where they say anything."""
-    from sg_opd_trl.config import SGOPDConfig
+    from ..config import SGOPDConfig
 
     script, defaults = dataclasses.asdict(settings.script), dataclasses.asdict(type(settings.script)())
     # The report knows the defaults of SG-OPD; of another trainer's own settings it gets what was changed.
@@ -116,7 +165,7 @@ def write_run_report(
     settings: TrainSettings, log_history: list[dict[str, float]], evaluations: Mapping[str, Any]
 ) -> Path:
     """Write `report.html` into the output folder and return its path."""
-    from sg_opd_trl.reporting import write_report
+    from ..reporting import write_report
 
     return write_report(
         settings.output_dir,
@@ -127,20 +176,16 @@ def write_run_report(
     )
 
 
-def load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]]) -> tuple[Any, Any]:
-    """Training rows, and evaluation rows or None, see `load_training_data`."""
-    from sg_opd_trl.cli.loading import load_training_data
-
-    tokenizer = None
-    if settings.script.max_prompt_tokens is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.student,
-            revision=settings.model.model_revision,
-            trust_remote_code=settings.training.trust_remote_code,
-        )
-    return load_training_data(settings, reward_funcs, tokenizer)
+def _model_init_kwargs(settings: TrainSettings) -> dict[str, Any]:
+    """The student's loading arguments; those of `model_init_kwargs` win over the model's own fields."""
+    given = settings.training.model_init_kwargs
+    return {
+        "revision": settings.model.model_revision,
+        "trust_remote_code": settings.training.trust_remote_code,
+        "attn_implementation": settings.model.attn_implementation,
+        "dtype": settings.model.dtype,
+        **(given if isinstance(given, dict) else {}),
+    }
 
 
 def _checkpoint(value: str | bool | None) -> str | bool | None:
@@ -151,7 +196,7 @@ def _checkpoint(value: str | bool | None) -> str | bool | None:
 
 
 def _write_card(trainer: Any, evaluations: dict[str, Any], dataset_name: str | None) -> None:
-    from sg_opd_trl.trainer import SGOPDTrainer
+    from ..trainer import SGOPDTrainer
 
     if isinstance(trainer, SGOPDTrainer):
         trainer.evaluations = evaluations or None

@@ -17,10 +17,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from .models import build_model
+from .models import build_model, build_tokenizer
 from .problems import BaseProblem, ProblemSplits, Task, is_correct
 from .settings import DataSettings, ModelSettings, SupervisedSettings
-from .tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 

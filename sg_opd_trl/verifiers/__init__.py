@@ -3,8 +3,7 @@
 Importing this package loads neither math-verify nor sympy: they live in the judging child process alone.
 """
 
-from sg_opd_trl.verifiers.exact_match import exact_match_reward
-from sg_opd_trl.verifiers.judge import Judge, Judgement
-from sg_opd_trl.verifiers.rewards import math_reward
+from .judge import Judge, Judgement
+from .rewards import exact_match_reward, math_reward
 
 __all__ = ["Judge", "Judgement", "exact_match_reward", "math_reward"]

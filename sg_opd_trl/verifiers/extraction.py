@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sg_opd_trl.errors import VerifierError
+from ..errors import VerifierError
 
 _END_OF_THOUGHT = "</think>"
 _BOX = re.compile(r"\\boxed\s*\{")

@@ -12,8 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sg_opd_trl.errors import VerifierError
-from sg_opd_trl.verifiers.process import WorkerDied, WorkerProcess, WorkerTimeout
+from ..errors import VerifierError
+from .process import WorkerDied, WorkerProcess, WorkerTimeout
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from sg_opd_trl.errors import VerifierError
+from ..errors import VerifierError
 
 _WORKER_FILE = Path(__file__).with_name("worker.py")
 _SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL")

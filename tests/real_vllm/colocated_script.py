@@ -15,9 +15,8 @@ from tiny import logged
 from vllm import SamplingParams
 
 from real_vllm.serving import TEACHER, recipe_trainer
-from sg_opd_trl.tasks.models import build_model
+from sg_opd_trl.tasks.models import build_model, build_tokenizer
 from sg_opd_trl.tasks.settings import ModelSettings
-from sg_opd_trl.tasks.tokenizer import build_tokenizer
 
 
 def save_student(folder: Path) -> str:

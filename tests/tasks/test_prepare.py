@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sg_opd_trl.tasks import chains, prepare
 from sg_opd_trl.tasks.arithmetic import TASK, Problem, worked_solution
-from sg_opd_trl.tasks.models import build_model
+from sg_opd_trl.tasks.models import build_model, build_tokenizer
 from sg_opd_trl.tasks.problems import Task
 from sg_opd_trl.tasks.settings import ArithmeticSettings, ChainSettings, SupervisedSettings, TaskSettings
-from sg_opd_trl.tasks.tokenizer import build_tokenizer
 
 
 def prepare_student(folder: Path, settings: ArithmeticSettings, seed: int = 0, **changes: object) -> dict[str, object]:

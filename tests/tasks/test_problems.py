@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.tasks import arithmetic, chains
+from sg_opd_trl.tasks.models import build_tokenizer
 from sg_opd_trl.tasks.problems import Task, is_correct
 from sg_opd_trl.tasks.settings import DataSettings
-from sg_opd_trl.tasks.tokenizer import build_tokenizer
 
 TASKS = pytest.mark.parametrize("task", [arithmetic.TASK, chains.TASK], ids=lambda task: task.name)
 SMALL = DataSettings(num_train=30, num_validation=5, num_test=10, num_tune=8)

@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sg_opd_trl.tasks import arithmetic, chains
+from sg_opd_trl.tasks.models import VOCABULARY, build_tokenizer
 from sg_opd_trl.tasks.settings import SupervisedSettings
-from sg_opd_trl.tasks.tokenizer import VOCABULARY, build_tokenizer
 
 ALPHABET = [token for token in VOCABULARY if not token.startswith("<")]
 
