@@ -76,8 +76,10 @@ class OnPolicyGKDTrainer(GKDTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # transformers then divides the loss by the number of micro-batches, and passes no count of tokens.
         self.model_accepts_loss_kwargs = False
         student = self.accelerator.unwrap_model(self.model)
+        # TRL's ends at the model's own end tokens alone, and lets it write ids that the tokenizer does not have.
         self.generation_config.eos_token_id = end_token_ids(student, self.processing_class)
         self.generation_config.suppress_tokens = padding_ids(student, self.processing_class)
         self._scored = torch.zeros((), dtype=torch.long)
@@ -86,6 +88,7 @@ class OnPolicyGKDTrainer(GKDTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """TRL's loss; the tokens that it compares are counted."""
+        # TRL has put the student's own rollout into the batch by now: the labels are its completion's tokens.
         self._scored += (inputs["labels"] != -100).sum().to(self._scored.device)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -138,6 +141,7 @@ def build_gkd_trainer(
     tokenizer = load_tokenizer(student, args)
     plan = plan_steps(args, train_dataset, args.num_generations)
     teacher = load_teacher(args, tokenizer, train_dataset.select(range(min(RENDERED, len(train_dataset))))["prompt"])
+    # A copy: the caller's settings go into the report as they were given.
     ordered: Any = copy.copy(args)
     ordered.max_steps, ordered.shuffle_dataset = len(plan.steps), False
     ordered.teacher_model_init_kwargs = None  # the teacher is loaded already

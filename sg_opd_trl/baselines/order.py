@@ -60,6 +60,7 @@ def plan_steps(args: Any, dataset: Any, group: int) -> StepPlan:
             f"`train_dataset` must have at least {prompts} rows, got {len(dataset)}. A step takes that many prompts. "
             "Lower `per_device_train_batch_size` or add rows."
         )
+    # transformers' rule, with steps that drop the rest of an epoch.
     epoch = len(dataset) // prompts
     count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     order = prompt_batches(len(dataset), prompts, shuffle=args.shuffle_dataset, seed=args.seed)
@@ -68,6 +69,7 @@ def plan_steps(args: Any, dataset: Any, group: int) -> StepPlan:
 
 def prompt_batches(num_rows: int, prompts: int, *, shuffle: bool, seed: int) -> Any:
     """Endless batches of row numbers in the order of `GRPOTrainer`: one permutation per epoch, its rest dropped."""
+    # As TRL's `RepeatSampler` does it, from the same seed: one generator for all epochs, a rest of rows dropped.
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(num_rows, generator=generator).tolist() if shuffle else list(range(num_rows))

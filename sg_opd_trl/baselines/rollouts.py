@@ -61,9 +61,9 @@ class RolloutRequest:
     def key(self, teacher: Any, end_ids: list[int]) -> str:
         """Hash of everything the rollouts depend on; verdicts are no part of them, stored rollouts are judged anew."""
         facts = asdict(self) | {"teacher": fingerprint(teacher), "dtype": str(teacher.dtype), "end": end_ids}
-        del facts["examples"]
+        del facts["examples"]  # they only serve the verdicts
         if self.temperature is None:
-            del facts["seed"]
+            del facts["seed"]  # greedy decoding draws nothing: runs of all seeds share their targets
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
     def generation_config(self, end_ids: list[int], teacher: Any, tokenizer: Any) -> GenerationConfig:
@@ -76,7 +76,7 @@ class RolloutRequest:
             eos_token_id=end_ids,
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=padding_ids(teacher, tokenizer),
-            disable_compile=True,
+            disable_compile=True,  # lengths change with every batch, and each would be compiled anew
         )
 
 

@@ -96,6 +96,7 @@ def training_rows(steps: list[list[int]], prompts: list[list[int]], rollouts: li
     """
     rows = []
     for step in steps:
+        # A micro-batch is cut from neighbours: rows of like length need little padding.
         for i in sorted(step, key=lambda i: -len(prompts[i]) - len(rollouts[i].completion_ids)):
             completion = rollouts[i].completion_ids
             rows.append({"input_ids": prompts[i] + completion, "labels": [-100] * len(prompts[i]) + completion})
@@ -123,6 +124,7 @@ def _request(args: Any, dataset: Any, tokenizer: Any, rows: list[int]) -> tuple[
 def _written(
     args: Any, tokenizer: Any, request: RolloutRequest, reward_funcs: Sequence[Callable[..., Any]]
 ) -> tuple[list[Rollout], TeacherUse]:
+    # Prompts from all over the run: the first few may be of one kind.
     spread = request.examples[:: max(1, len(request.examples) // RENDERED)]
     teacher = load_teacher(args, tokenizer, [example["prompt"] for example in spread])
     judge = None
@@ -132,6 +134,7 @@ def _written(
         judge = _judge(verifier)
     path = Path(args.output_dir) / ROLLOUTS_FILE
     result = teacher_rollouts(teacher, tokenizer, request, judge, path=path, args=args)
+    # The student's trainer comes next and needs the memory; the model's own cycles would keep it for a while.
     del teacher
     gc.collect()
     if torch.cuda.is_available():

@@ -15,7 +15,7 @@ COLOURS = {"blue": "#010203", "orange": "#010204", "grey": "#010205", "sky": "#0
             "slate": "#010208", "ink": "#010209", "rule": "#01020a", "card": "#01020b"}  # fmt: skip
 _SIZE = (4.4, 2.35)  # inches; one SVG unit is about one pixel at phone width, so 9 points stay readable
 FONT = 9  # points
-_SMOOTHED_FROM = 20  # logged steps
+_SMOOTHED_FROM = 20  # logged steps; below, a running mean would hide the few points there are
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def read_curve(log: Iterable[Mapping[str, Any]], key: str) -> dict[int, float]:
 
 def smooth(values: list[float], window: int) -> list[float]:
     """Centred running mean over `window` values, shorter at the ends."""
-    totals = [0.0, *accumulate(values)]
+    totals = [0.0, *accumulate(values)]  # differences of running totals: linear in the number of values
     half = window // 2
     bounds = [(max(0, index - half), min(len(values), index + half + 1)) for index in range(len(values))]
     return [(totals[stop] - totals[start]) / (stop - start) for start, stop in bounds]
@@ -181,13 +181,14 @@ def _lines(axes: Any, curves: dict[Series, dict[int, float]]) -> None:
             axes.plot(steps, values, **(look | {"linestyle": "-"}), linewidth=0.8, alpha=0.4)
         marker = "o" if len(steps) < _SMOOTHED_FROM else None
         axes.plot(steps, smooth(values, window), **look, linewidth=1.9, marker=marker, markersize=3)
+    # The axis begins at 0, unless the curve would then be pressed into its upper half.
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.0) if low < 0.5 * high else low, high)
 
 
 def smoothing_window(num_steps: int) -> int:
     """Steps in the running mean of a line: about a twentieth of the run, 1 for short runs."""
-    return 1 if num_steps < _SMOOTHED_FROM else max(3, num_steps // 20 | 1)
+    return 1 if num_steps < _SMOOTHED_FROM else max(3, num_steps // 20 | 1)  # odd, so that it has a centre
 
 
 def _stack(axes: Any, curves: dict[Series, dict[int, float]]) -> None:
@@ -242,12 +243,15 @@ def style_axes(axes: Any, bounded: bool, colours: Mapping[str, str] = COLOURS) -
 
 def inline_svg(svg: str, prefix: str) -> str:
     """SVG file -> element for an HTML page: no prolog, no metadata, unique ids, the page's colours."""
+    # Regular expressions are enough: matplotlib wrote this, in one way, and nothing in it comes from a stranger.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    # Without a size of its own, `viewBox` keeps the shape and the page's style sheet sets the width.
     for size in ("width", "height"):
         svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    # Several figures on one page would share ids, and every clip path would be the first one's.
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r"(url\(#|href=\"#)", rf"\1{prefix}", svg)
     for name, colour in COLOURS.items():

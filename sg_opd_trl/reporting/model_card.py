@@ -63,6 +63,7 @@ def build_model_card(
     """
     results = shown_results(evaluations or {})
     name = display_name(model_name)
+    # Front matter holds links of the Hub: a folder of this machine would be a link to nowhere.
     on_hub = is_hub_id(base_model)
     data = ModelCardData(
         base_model=base_model if on_hub else None,
@@ -125,6 +126,7 @@ def _cell(text: str) -> str:
 
 
 def _model_index(results: Mapping[str, EvaluationResult]) -> list[EvalResult]:
+    # "after" as a word: a label such as "thereafter" names no model of this run.
     own = [result for label, result in results.items() if re.search(r"\bafter\b", label, re.IGNORECASE)]
     if len(own) != 1:
         return []

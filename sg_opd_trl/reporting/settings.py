@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from ..evaluation import EvaluationResult
 from ..setting import defaults_of
 
+# Both by name and by look: a secret may be an entry of somebody's dictionary, or a value in the wrong field.
 _SECRET_NAME = re.compile(r"(^|_)(token|auth|authorization|cookie)$|secret|passw|api_?key|credential", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|Bearer )[A-Za-z0-9_-]{12,}")
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
 _NOT_OF_THE_METHOD = ("accelerator_config", "disable_tqdm", "logging_dir")  # filled in by the config itself
-_LONGEST_VALUE = 200
+_LONGEST_VALUE = 200  # characters: two lines of the page
 _HIDDEN = "(hidden)"
 
 

@@ -76,7 +76,7 @@ def _turn(target: Path) -> Iterator[None]:
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0)  # at first without waiting, so that a wait can be announced
         except Timeout:
             logger.warning("Waiting for another process that is preparing %s.", target.name)
             lock.acquire()
@@ -113,6 +113,7 @@ def _publish(scratch: Path, target: Path) -> None:
 
 
 def _set_aside(target: Path) -> None:
+    # Renamed first, which happens at once: a process that dies while it deletes leaves nothing in the way.
     remains = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     target.rename(remains)
     shutil.rmtree(remains, ignore_errors=True)

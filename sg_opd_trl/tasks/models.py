@@ -41,9 +41,10 @@ def build_tokenizer(model_max_length: int = 256) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(
         models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN_TOKEN)
     )
+    # The only two characters of `WORDS` that mean something in an expression.
     pieces = "|".join(word.replace("\\", "\\\\").replace("{", "\\{") for word in WORDS)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pieces}|[\\s\\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Fuse()  # the default would put a space between tokens
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
@@ -51,8 +52,8 @@ def build_tokenizer(model_max_length: int = 256) -> PreTrainedTokenizerFast:
         eos_token=TURN_END,
         extra_special_tokens=[TURN_START],
         chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
+        clean_up_tokenization_spaces=False,  # it would take away spaces before punctuation
+        padding_side="left",  # for generation
         model_max_length=model_max_length,
     )
 

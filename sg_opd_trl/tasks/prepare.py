@@ -182,6 +182,7 @@ def _train(
     settings: SupervisedSettings,
 ) -> dict[str, object]:
     ids, labels = _training_examples(task, tokenizer, generator, splits, settings)
+    # 0.95 and not 0.999: an average over a thousand steps is no use to a training of a few hundred.
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     model.train()
@@ -222,6 +223,7 @@ def _training_examples(
 
 def _batches(num_rows: int, generator: random.Random, settings: SupervisedSettings) -> Iterator[list[int]]:
     """Rows of each step: passes over all rows in a new random order, cut into batches across pass borders."""
+    # Passes are not rounded to batches: a problem set smaller than a batch works too.
     order: list[int] = []
     for _ in range(settings.max_steps):
         while len(order) < settings.batch_size:

@@ -118,4 +118,4 @@ class Task(ABC, Generic[ProblemT]):
 def is_correct(text: str, answer: str) -> bool:
     """Whether the last boxed number of a text is the answer; exact, and much cheaper than symbolic checking."""
     found = _BOXED_NUMBER.findall(text)
-    return bool(found) and found[-1] == answer
+    return bool(found) and found[-1] == answer  # as text: "012" is not the answer "12", though it is as a number

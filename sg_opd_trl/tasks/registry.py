@@ -13,7 +13,7 @@ TASKS: dict[str, type[ArithmeticSettings] | type[ChainSettings]] = {
     "arithmetic": ArithmeticSettings,
     "chains": ChainSettings,
 }
-ROLES = ("teacher", "student", "servable-teacher")
+ROLES = ("teacher", "student", "servable-teacher")  # each has `ROLE_model` and `ROLE_training` in the settings
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def _parse_seed(name: str, marker: str, seed: str) -> int:
 
 
 def _unknown_name_message(name: str, base: str) -> str:
+    # A cutoff of 0: there are a few names only, and the nearest is always worth naming.
     near = difflib.get_close_matches(base, KNOWN_NAMES, n=1, cutoff=0.0)[0]
     return (
         f"A name under '{PREFIX}' must be one of {', '.join(KNOWN_NAMES)} (a model may be followed by '@SEED'), got "
@@ -98,6 +99,7 @@ def _dataset_folder(task: str, settings: TaskSettings) -> Path:
     from .cache import cached_folder
 
     def build(folder: Path) -> dict[str, object]:
+        # Only where something has to be built: this imports torch and transformers.
         from .prepare import prepare_dataset
 
         return prepare_dataset(folder, _load_task(task), settings.data)

@@ -83,6 +83,8 @@ class TaskSettings:
         return self.teacher_training
 
 
+# A student stops at a quarter (arithmetic) or a tenth (chains) of right answers: far enough for a verifier to have right
+# rollouts to tell from wrong ones, and early enough for a teacher to have something to teach.
 @dataclass(frozen=True)
 class ArithmeticSettings(TaskSettings):
     """The task `arithmetic`: a good teacher. All values are our choice, picked by measurement."""
@@ -146,4 +148,5 @@ def settings_key(*parts: object) -> str:
         asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
         for part in (FORMAT_VERSION, *parts)
     ]
+    # Twelve digits: part of a folder's name, and a handful of settings will never collide in 48 bits.
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,7 +17,7 @@ from .process import WorkerDied, WorkerProcess, WorkerTimeout
 
 logger = logging.getLogger(__name__)
 
-_MAX_CRASHES = 2
+_MAX_CRASHES = 2  # the first may be the machine's doing, such as a killer of processes; the second is the answer's
 
 
 class Judgement(NamedTuple):
@@ -103,7 +103,7 @@ class Judge:
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Judgement]:
         """Judges answers like `verdicts`, and says why there is no verdict and what was taken as the answer."""
-        keys = [_digest(pair) for pair in pairs]
+        keys = [_digest(pair) for pair in pairs]  # of one length: an answer may be a whole completion
         with self._lock:
             known = {key: self._cache[key] for key in keys if key in self._cache}
             fresh = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
@@ -133,8 +133,9 @@ class Judge:
     def _ask(self, pairs: dict[bytes, tuple[str, str]]) -> dict[bytes, Judgement]:
         done: dict[bytes, Judgement] = {}
         waiting = deque(pairs)
-        crashes = 0
+        crashes = 0  # of the item at the head of `waiting`
         while waiting:
+            # A failure belongs to the head: the child answers in order, and the replies before it have been taken off.
             before = len(done)
             failure = self._stream(pairs, waiting, done)
             if failure is None:
@@ -214,6 +215,7 @@ def _forget_all() -> None:
         judge._forget_parent()
 
 
+# Weakly held above: a judge that nobody uses any more is not kept alive until the end of the process.
 atexit.register(_close_all)
 if os.name == "posix":
     os.register_at_fork(after_in_child=_forget_all)

@@ -16,9 +16,9 @@ from ..errors import VerifierError
 
 _WORKER_FILE = Path(__file__).with_name("worker.py")
 _SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL")
-_START_LIMIT = 120.0
-_STOP_LIMIT = 1.0
-_READ_SIZE = 1 << 16
+_START_LIMIT = 120.0  # seconds: imports from a cold network disk, on a machine whose ranks all start at once
+_STOP_LIMIT = 1.0  # seconds
+_READ_SIZE = 1 << 16  # bytes: what a Linux pipe holds
 
 
 class WorkerTimeout(Exception):
@@ -59,8 +59,10 @@ class WorkerProcess:
         settings = {
             "cpu_limit": cpu_limit,
             "memory_limit": memory_limit,
+            # Relative entries are about the working directory, from which a judge must not import.
             "path": [entry for entry in sys.path if os.path.isabs(entry)],
         }
+        # A file, because nobody would read a pipe: a child that fills it would wait for ever.
         with tempfile.TemporaryFile() as errors:
             self._process = _start(json.dumps(settings), errors)
             self._input, self._output = _pipes(self._process)
@@ -88,6 +90,7 @@ class WorkerProcess:
             WorkerTimeout: If the item in progress took too long. The child is gone.
             WorkerDied: If the child ended. The child is gone.
         """
+        # One stream without turns: the child never waits for this process between two items.
         outgoing = memoryview(b"".join(requests))
         with selectors.DefaultSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)
@@ -178,5 +181,6 @@ def _start(settings: str, errors: IO[bytes]) -> subprocess.Popen[bytes]:
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     if process.stdin is None or process.stdout is None:
         raise VerifierError("the judging process must have both pipes, got none. Because it speaks over them alone.")
+    # The child may not read while it writes: a blocking write of a long batch would wait for one that waits for us.
     os.set_blocking(process.stdin.fileno(), False)
     return process.stdin, process.stdout

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_SHOWN_CHARACTERS = 200
+# No core dump of a killed child, no file written, no process started: an answer is text that strangers wrote.
 _RESOURCE_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NPROC: 0}
 
 Verdict = tuple[bool | None, str, str]
@@ -43,7 +44,7 @@ def build_judge() -> Callable[[str, str], Verdict]:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
-    logging.disable(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # math-verify logs every answer that it cannot parse
     answer_config = LatexExtractionConfig(
         normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
     )
