@@ -83,8 +83,8 @@ class TaskSettings:
         return self.teacher_training
 
 
-# A student stops at a quarter (arithmetic) or a tenth (chains) of right answers: far enough for a verifier to have right
-# rollouts to tell from wrong ones, and early enough for a teacher to have something to teach.
+# A student stops at a quarter (arithmetic) or a tenth (chains) of right answers: far enough for a verifier to have
+# right rollouts to tell from wrong ones, and early enough for a teacher to have something to teach.
 @dataclass(frozen=True)
 class ArithmeticSettings(TaskSettings):
     """The task `arithmetic`: a good teacher. All values are our choice, picked by measurement."""
