@@ -22,8 +22,8 @@ COMMANDS = {
     "study": "run recipes x seeds, several at a time, and compare them in one table",
     "demo": "prepare, distil and measure a small student of the built-in task, offline on a CPU",
 }
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_USER_ERROR = 2  # as argparse ends
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all went well, 2 after an error of the package (shown as one message), 130 after an interruption,
         otherwise the status of the launched processes.
     """
+    # A command reads its own words: this parser only finds which command it is, so that no other one is imported.
     arguments, debug = _pop_debug(list(sys.argv[1:] if argv is None else argv))
     namespace, rest = _build_parser().parse_known_args(arguments)
     if namespace.command is None:

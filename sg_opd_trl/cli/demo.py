@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RECIPE = "arithmetic/sg_opd.yaml"
 PROBLEMS = "built-in arithmetic"
+# 400 completions at once: models of 0.1 M parameters are the faster for it, also on a CPU.
 EVALUATION = {"num_samples": 8, "temperature": 1.0, "top_p": 1.0, "batch_size": 400, "seed": 0}
 
 

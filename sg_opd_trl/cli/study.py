@@ -82,6 +82,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         try:
             failures = _work(plan, options.jobs, console)
         except KeyboardInterrupt:
+            # What is done is worth a table; the next start goes on from there.
             _settle_choices(plan)
             _write(plan, console)
             raise
@@ -189,6 +190,7 @@ def _check(jobs: "Iterable[Job]", console: "Console") -> None:
     from ..study.execution import check_recipes
 
     found = list(jobs)
+    # One job of every run, its first: other seeds and pairs change values, not names or types.
     first = {job.name: job for job in reversed(found) if job.recipe is not None}
     evaluations = {json.dumps(job.evaluate, sort_keys=True, default=str): job.commands[-1][1:] for job in found}
     if not found:
@@ -201,6 +203,7 @@ def _check(jobs: "Iterable[Job]", console: "Console") -> None:
             Path(paths[-1]).write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
         said: list[str] = []
         if check_recipes(paths, evaluations.values(), said.append):
+            # The recipe's path in the message is that of a copy, which will be gone.
             raise SGOPDConfigError(f"The study is refused. {''.join(said).replace(folder, '...')}")
 
 

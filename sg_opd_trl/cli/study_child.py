@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from ..errors import SGOPDConfigError, SGOPDError
 from . import EXIT_USER_ERROR, main
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 5.0  # for accelerate's launcher to end its own processes
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> int:
@@ -65,6 +65,8 @@ _CHECKS = {"check": _check, "check_evaluation": _check_evaluation}
 
 
 def _end_with_parent() -> None:
+    # Nobody writes into the pipe: the read returns when the study closes it or its process is gone, however it died.
+    # (A signal at the parent's death exists on Linux alone.)
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.killpg(0, signal.SIGTERM)  # a launcher among us ends its own processes first

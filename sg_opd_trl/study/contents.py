@@ -76,6 +76,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+# Read once per size and time: a study asks for every job, and models are gigabytes.
 @cache
 def _read_digest(path: Path, stamp: Stamp, is_model: bool) -> str:
     """`stamp` is what the cache goes by; a model's other files, such as logs and cards, do not count."""

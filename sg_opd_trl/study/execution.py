@@ -14,8 +14,8 @@ from .plan import Job
 from .results import LOG, finish, last_line, prepare, record_failure
 
 CHILD = "sg_opd_trl.cli.study_child"
-_POLL_SECONDS = 0.3
-_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.3  # jobs take minutes; the bar looks alive
+_GRACE_SECONDS = 5.0  # as the child's own
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def run_jobs(jobs: Iterable[Job], *, at_once: int, watcher: Watcher, keep_models
 def child_environment(at_once: int) -> dict[str, str]:
     """The shell's variables, with the cores divided among the processes unless the shell sets `OMP_NUM_THREADS`."""
     threads = max(1, num_cores() // at_once)
+    # PASSIVE: threads that spin while they wait take the cores of the other jobs.
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 
@@ -147,6 +148,7 @@ def _start(job: Job, environment: Mapping[str, str]) -> Running:
     with (job.folder / LOG).open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", CHILD, "--watch", json.dumps(job.commands)],
+            # A group of its own: Ctrl-C in the terminal reaches this process alone, which then ends its children.
             stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True,
         )  # fmt: skip
     return Running(job, process, time.monotonic())

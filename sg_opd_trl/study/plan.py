@@ -61,6 +61,7 @@ class Job:
         """Hash of all that shapes the result, the version of this package included, its folder not."""
         recipe = {name: value for name, value in (self.recipe or {}).items() if name != "output_dir"}
         model = self.model if self.recipe is None else None
+        # Nothing in place of no contents: a job that reads no local file has the key of its settings alone.
         parts = [recipe, model, self.evaluate, __version__, *([self.contents] if self.contents else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -178,6 +179,7 @@ def _training_job(
     value: Any = None,
 ) -> Job:
     recipe = dict(recipes[run.recipe])
+    # From the most general to the most special: what comes later wins.
     layers = [study.settings, _pair_settings(pair, recipe), chosen, run.settings]
     for layer in layers:
         recipe |= {name: _with_seed(setting, seed) for name, setting in layer.items()}

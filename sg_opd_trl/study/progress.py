@@ -14,6 +14,7 @@ from .execution import Failure, Running
 from .plan import Job
 from .results import LOG
 
+# tqdm's `| 40/100 [`; in bytes, because the end of a log may begin in the middle of a character.
 _STEPS = re.compile(rb"\|\s*(\d+/\d+)\s*\[")
 _TAIL_BYTES = 4096
 
@@ -52,6 +53,7 @@ class Timing:
         """
         if not self.seconds:
             return None
+        # At best the work is spread evenly; but no earlier than the longest single job can end.
         left = [max(0.0, (self.expected(job) or 0.0) - elapsed) for job, elapsed in running.items()]
         left += [self.expected(job) or 0.0 for job in waiting]
         return max(sum(left) / max(1, min(at_once, len(left))), *left, 0.0)

@@ -97,7 +97,7 @@ def last_line(job: Job) -> str:
         return ""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("Error")]
-    return (errors or lines or [""])[-1][:300]
+    return (errors or lines or [""])[-1][:300]  # characters: one line of a table's list of failures
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -108,6 +108,7 @@ def _row(
     return Row(
         name=name,
         scores=dict(scores.get(name, {})),
+        # A single seed has no interval over seeds; the one over problems says how well that one model is measured.
         score=_over_models([result["evaluation"] for result in found]),
         differences=differences,
         difference=t_interval(list(differences.values())) if differences else None,

@@ -44,6 +44,7 @@ def choose(study: Study, jobs: Iterable[Job]) -> dict[str, Any]:
             if set(found) == set(study.tuning.seeds)
         }
         if means:
+            # `max` keeps the first of equals, and means are in the grid's order.
             best = max(means, key=lambda index: means[index])
             chosen[name] = {
                 "chosen": values[best],
