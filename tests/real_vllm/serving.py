@@ -101,10 +101,9 @@ def served_teacher(folder: str, log: Path, port: int | None = None) -> Server:
 
 def recipe_trainer(folder: Path, **fields: Any) -> Any:
     """The trainer of the recipe with some fields changed; nothing is printed."""
-    from sg_opd_trl.cli.building import build_trainer
     from sg_opd_trl.cli.parsing import build_settings, read_command_line
     from sg_opd_trl.cli.rewards import load_reward_funcs
-    from sg_opd_trl.cli.train import load_data, resolve_names
+    from sg_opd_trl.cli.train import build_trainer, load_data, resolve_names
 
     quiet = {"output_dir": folder, "disable_tqdm": True, "logging_steps": 1}
     flags = [word for name, value in (quiet | fields).items() for word in (f"--{name}", str(value))]

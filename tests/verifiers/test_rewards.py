@@ -1,4 +1,4 @@
-"""`math_reward`: verdicts, logging, validation."""
+"""The reward functions: verdicts, logging, validation; `math_reward` first, then string comparison."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from repository import PATIENCE
 
 from sg_opd_trl.errors import VerifierError
-from sg_opd_trl.verifiers import Judge, math_reward, rewards
+from sg_opd_trl.verifiers import Judge, exact_match_reward, math_reward, rewards
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,34 @@ def test_works_in_a_script_without_main_guard(tmp_path) -> None:  # type: ignore
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True, timeout=PATIENCE)
     assert (tmp_path / "runs.txt").read_text() == "run;"
     assert (tmp_path / "verdicts.txt").read_text() == "[1.0]"
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "reward"),
+    [
+        (r"\boxed{42}", "42", 1.0),
+        (r"\boxed{ 42. }", "$42$", 1.0),
+        (r"\boxed{41} or \boxed{42}", 42, 1.0),
+        (r"\boxed{1{,}000}", "1000", 0.0),
+        (r"\boxed{1,000,000}", "1000000", 1.0),
+        (r"\boxed{-1,234.5}", "-1234.5", 1.0),
+        (r"\boxed{1,2}", "12", 0.0),  # A list, not thousands.
+        (r"\boxed{\dfrac{1}{2}}", r"\boxed{\frac 12}", 0.0),
+        (r"\boxed{\dfrac{1}{2}}", r"\boxed{\frac{1}{2}}", 1.0),
+        (r"\boxed{\left( 1,\, 2 \right)}", "(1,2)", 1.0),
+        (r"\boxed{\leftarrow}", "arrow", 0.0),
+        (r"\boxed{\$5}", "5", 1.0),
+        (r"\boxed{0.5}", r"\frac{1}{2}", 0.0),
+        ("42", "42", 0.0),
+        (r"\boxed{42", "42", 0.0),
+        (r"<think>\boxed{42}</think>", "42", 0.0),
+        (r"\boxed{42}", None, None),
+    ],
+)
+def test_exact_match(completion: str, solution: object, reward: float | None) -> None:
+    assert exact_match_reward([completion], [solution], other_column=["x"]) == [reward]
+
+
+def test_exact_match_needs_lengths_that_agree() -> None:
+    with pytest.raises(VerifierError, match="`solution` must be a list of 2 entries"):
+        exact_match_reward(["a", "b"], ["1"])
