@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from .errors import DataError, SGOPDConfigError, VerifierError
 from .models.generate import generate_completions
-
-_NOT_PASSED_ON = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
+from .verifiers.calls import reward_arguments
 
 
 @dataclass(frozen=True)
@@ -228,16 +227,10 @@ def _judge(
         text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         for row, text in zip(rows, texts, strict=True)
     ]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _NOT_PASSED_ON}
-    answers = reward_func(
-        prompts=[row["prompt"] for row in rows],
-        completions=completions,
-        completion_ids=completion_ids,
-        trainer_state=TrainerState(),
-        log_extra=_ignore,
-        log_metric=_ignore,
-        **columns,
+    arguments = reward_arguments(
+        rows, completions, completion_ids, TrainerState(), log_extra=_ignore, log_metric=_ignore
     )
+    answers = reward_func(**arguments)
     if inspect.isawaitable(answers) or len(answers) != len(rows):
         got = type(answers).__name__ if inspect.isawaitable(answers) else f"{len(answers)} answers"
         raise VerifierError(

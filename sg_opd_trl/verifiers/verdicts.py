@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import SGOPDConfigError, VerifierError
 from ..trl_seam import is_async_callable
-
-# Columns that TRL does not pass on either: it passes its own.
-_NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
+from .calls import reward_arguments
 
 
 class RunVerifier:
@@ -90,15 +88,15 @@ class RunVerifier:
         Raises:
             VerifierError: the wrong number of verdicts, or a value other than 1, 0 and None.
         """
-        columns = {key: [example[key] for example in examples] for key in examples[0] if key not in _NOT_PASSED_ON}
         verdicts = self._call(
-            prompts=[example["prompt"] for example in examples],
-            completions=completions,
-            completion_ids=completion_ids,
-            trainer_state=trainer_state,
-            log_extra=_leave_out,
-            log_metric=self._keep_metric,
-            **columns,
+            **reward_arguments(
+                examples,
+                completions,
+                completion_ids,
+                trainer_state,
+                log_extra=_leave_out,
+                log_metric=self._keep_metric,
+            )
         )
         if len(verdicts) != len(examples):
             raise VerifierError(
