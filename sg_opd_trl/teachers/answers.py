@@ -1,18 +1,22 @@
-"""What a completions server answered, checked down to each number. Messages never quote an answer."""
+"""What a completions server answered, checked down to each number.
+
+No message quotes an answer, neither text nor token ids: it may hold anything, a key that was sent to it too. Counts,
+lengths and log-probs are numbers and are shown.
+"""
 
 import json
 import math
-import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from ..errors import NonFiniteError, TeacherError
+from .urls import API_KEY_VARIABLE
 
 # vLLM sends this in place of minus infinity.
 _MINUS_INFINITY = -9999.0
 # Rounding of a log-softmax can end a hair above 0; more than this is a broken score.
 _POSITIVE_TOLERANCE = 1e-3
-_SHOWABLE = re.compile(r"[\w./:@+-]{1,120}")
 
 
 class ServedModel(NamedTuple):
@@ -41,8 +45,17 @@ class SequenceScores(NamedTuple):
     support: list[list[tuple[float, int]]]
 
 
-class Aborted(Exception):
-    """The server gave up a completion that it had begun, as it does when it is shut down."""
+class Outage(Exception):
+    """A failure that another try, or another replica, may not have.
+
+    Args:
+        reason: what happened, as the end of a sentence; our words, not the server's.
+        final: the error, where only another replica may do better.
+    """
+
+    def __init__(self, reason: str, final: TeacherError | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.final = reason, final
 
 
 def wrong_answer(where: str, what: str, way_out: str) -> TeacherError:
@@ -57,18 +70,15 @@ def read_json(body: bytes, where: str) -> dict:
     """The JSON object in a body.
 
     Raises:
-        TeacherError: something else, a web page for instance.
+        Outage: something else, such as the web page of a proxy before this replica alone.
     """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise wrong_answer(
-            where,
-            "an answer that is no JSON object",
-            "Point it at vLLM itself, not at a web page.",
-        )
+        what = "an answer that is no JSON object"
+        raise Outage(what, final=wrong_answer(where, what, "Point it at vLLM itself, not at a web page."))
     return value
 
 
@@ -90,12 +100,6 @@ def read_models(body: bytes, where: str) -> list[ServedModel]:
     return models
 
 
-def shown_names(models: Sequence[ServedModel]) -> str:
-    """The names of models, those that look like names."""
-    names = [repr(model.name) if _SHOWABLE.fullmatch(model.name) else "a name that is not shown" for model in models]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 class CompletionAnswer:
     """The one choice of a completion, for a prompt of token ids.
 
@@ -107,7 +111,7 @@ class CompletionAnswer:
 
     Raises:
         TeacherError: another form, another model or another prompt.
-        Aborted: the server gave up.
+        Outage: no JSON, or a completion that the server gave up.
     """
 
     def __init__(self, body: bytes, where: str, names: frozenset[str], prompt: Sequence[int]) -> None:
@@ -125,7 +129,8 @@ class CompletionAnswer:
                 where, "an answer of another model", "Set `teacher_model_name_or_path` to the name that it serves."
             )
         if self.choice.get("finish_reason") in ("abort", "error"):
-            raise Aborted
+            # It does so when it is shut down.
+            raise Outage("it gave up the request")
         if self.choice.get("finish_reason") not in ("stop", "length"):
             raise self._wrong("a completion without a known end")
         echoed = self.choice.get("prompt_token_ids")
@@ -214,3 +219,60 @@ def _text(value: Any) -> str | None:
 
 def _count(value: Any) -> int | None:
     return value if type(value) is int and value > 0 else None
+
+
+# Words in the body of HTTP 400 or 422 -> the way out.
+_TOO_MANY_LOGPROBS = (
+    "max_logprobs", "max logprobs", "logprobs of", "requested sample logprobs", "requested prompt logprobs"
+)  # fmt: skip
+_ADVICE = {
+    _TOO_MANY_LOGPROBS: "It allows fewer log-probs at a position than asked for. Start it with --max-logprobs -1, or "
+    "lower `distillation_topk`.",
+    ("context length", "max_model_len", "maximum model length", "longer than"): "The sequence and the one token that "
+    "scoring adds are longer than it takes. Start it with a larger --max-model-len, or lower `max_completion_length`.",
+    (
+        "out of vocabulary",
+        "out-of-vocab",
+    ): "It lacks some of the student's token ids. Serve a teacher of the student's family.",
+}
+_WAYS_OUT = {
+    401: f"It asks for a key. Set the environment variable {API_KEY_VARIABLE}.",
+    403: f"It does not take this key, or none. Set the environment variable {API_KEY_VARIABLE}.",
+    404: "It has no such path or model. Point `teacher_model_server_url` at vLLM, without /v1/completions at its end.",
+    405: "It does not take such requests. Point `teacher_model_server_url` at vLLM's own address.",
+    413: "The request is too large for it or for a proxy before it. Raise that limit.",
+}
+_OTHERWISE = "It does not take the request. Serve the teacher with vLLM, as `sg-opd serve-teacher` does."
+_REDIRECTED = "It sends the request elsewhere, which is not followed. Set the URL that it leads to."
+
+
+class RefusedRequest(TeacherError):
+    """A request that a server will not take another time either.
+
+    Attributes:
+        too_many_logprobs: whether it asks for more log-probs at a position than the server allows.
+    """
+
+    too_many_logprobs = False
+
+
+def refused(where: str, status: int, body: bytes) -> RefusedRequest:
+    """The error for an answer whose status says that the request is refused; its text is searched and not shown."""
+    text = body.decode("utf-8", errors="replace").lower() if status in (400, 422) else ""
+    found = next((words for words in _ADVICE if any(word in text for word in words)), None)
+    if found is not None:
+        way_out = _ADVICE[found]
+    else:
+        way_out = _REDIRECTED if 300 <= status < 400 else _WAYS_OUT.get(status, _OTHERWISE)
+    error = RefusedRequest(
+        f"`teacher_model_server_url` must name a server that takes the teacher's requests, got {status_text(status)} "
+        f"from {where}. Nothing was updated. {way_out}"
+    )
+    error.too_many_logprobs = found is _TOO_MANY_LOGPROBS
+    return error
+
+
+def status_text(status: int) -> str:
+    """`HTTP 404 (Not Found)`, with the standard's words and not the server's."""
+    known = {int(entry): entry.phrase for entry in HTTPStatus}
+    return f"HTTP {status} ({known[status]})" if status in known else f"HTTP {status}"

@@ -1,44 +1,22 @@
 """The replicas of one model behind vLLM's completions API."""
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TeacherError
-from .answers import CompletionAnswer, SequenceScores, ServedModel, read_json, read_models, shown_names
-from .http import Ahead, Connections, Question, RefusedRequest, Replica, Request, RequestLimits, ask, ask_all
+from .answers import CompletionAnswer, RefusedRequest, SequenceScores, ServedModel, read_json, read_models
+from .http import Request, RequestLimits, RequestPool
 from .urls import check_headers, read_address
 
-COMPLETIONS = "/v1/completions"
 _ANY_ID = 2**63
-
-
-@dataclass(frozen=True)
-class _ScoresReader:
-    """Reads the scores of a sequence; the names that the model may have, then as in `CompletionsClient.score`."""
-
-    names: frozenset[str]
-    ids: tuple[int, ...]
-    first: int
-    top: int
-    vocab_size: int
-
-    def __call__(self, body: bytes, where: str) -> SequenceScores:
-        answer = CompletionAnswer(body, where, self.names, self.ids)
-        return answer.scores(self.first, self.top, self.vocab_size)
-
-
-@dataclass(frozen=True)
-class _CompletionReader:
-    """Reads a completion of at most `longest` tokens."""
-
-    names: frozenset[str]
-    prompt: tuple[int, ...]
-    longest: int
-
-    def __call__(self, body: bytes, where: str) -> list[int]:
-        return CompletionAnswer(body, where, self.names, self.prompt).completion(self.longest)
+# The largest answer to a request (our choice): what there is once, and for each log-prob or id. vLLM sends about 90
+# bytes for a log-prob with its rank and text; what is larger than this allows is no answer of its.
+_ONCE_BYTES, _ENTRY_BYTES = 2**20, 256
+_SCORES, _COMPLETIONS = "scores", "completions"
 
 
 class CompletionsClient:
@@ -52,6 +30,7 @@ class CompletionsClient:
         headers: of each request, for authorization.
 
     Attributes:
+        addresses: of the replicas, for messages.
         model: what requests call the model; set by `connect`.
         root: path or Hub id that it was loaded from, None if unknown; set by `connect`.
         max_length: longest prompt and completion together, None if unknown; set by `connect`.
@@ -66,16 +45,18 @@ class CompletionsClient:
         self.limits = limits or RequestLimits()
         self.limits.check()
         check_headers(headers or {})
-        connections = [Connections(read_address(url), headers or {}) for url in urls]
-        self.replicas = [Replica(one, self.limits.concurrency) for one in connections]
+        addresses = [read_address(url) for url in urls]
+        self.addresses = [str(address) for address in addresses]
         self.model = ""
         self.root: str | None = None
         self.max_length: int | None = None
         self._names: frozenset[str] = frozenset()
-        everywhere = self.limits.concurrency * len(self.replicas)
-        self._scores_ahead = Ahead(self.replicas, self.limits, everywhere)
-        # Half of one server's places at most, so that scores, which a step waits for, always find a free one.
-        self._completions_ahead = Ahead(self.replicas, self.limits, self.limits.concurrency // 2)
+        prefetch = {
+            _SCORES: self.limits.concurrency * len(addresses),
+            # Half of what one server takes, so that scores, which a step waits for, never queue behind them.
+            _COMPLETIONS: self.limits.concurrency // 2,
+        }
+        self._pool_of = functools.cache(lambda process: RequestPool(addresses, headers or {}, self.limits, prefetch))
 
     # --- before the run ------------------------------------------------------------------------------------------
     def connect(self, expected: str | None) -> None:
@@ -87,37 +68,33 @@ class CompletionsClient:
         Raises:
             TeacherError: a replica that does not answer, or does not have it.
         """
-        found = [_chosen(models, expected, where) for models, where in self._of_each(Request("GET", "/v1/models"))]
+        request = Request("GET", "/v1/models", read_models, _ONCE_BYTES)
+        found = [
+            _chosen(self._pool.ask_one(replica, request), expected, address)
+            for replica, address in enumerate(self.addresses)
+        ]
         self.model, self.root, _ = found[0][0]
-        for replica, (model, _) in zip(self.replicas, found, strict=True):
+        for (model, _), address in zip(found, self.addresses, strict=True):
             if model.name != self.model:
-                raise _another_model([model], self.model, replica.address)
+                raise _another_model("the same model as the first replica", address)
         self._names = frozenset().union(*(names for _, names in found))
         lengths = [model.max_length for model, _ in found if model.max_length is not None]
         self.max_length = min(lengths, default=None)
 
-    def _of_each(self, request: Request) -> list[tuple[list[ServedModel], str]]:
-        def read(body: bytes, where: str) -> tuple[list[ServedModel], str]:
-            return read_models(body, where), where
-
-        return [ask([replica], 0, request, read, self.limits) for replica in self.replicas]
-
     def tokenize(self, text: str) -> list[list[int] | None]:
         """Token ids of a text by each replica, None where it does not tell."""
-        request = Request("POST", "/tokenize", _encoded(model=self.model, prompt=text, add_special_tokens=False))
+        body = _encoded(model=self.model, prompt=text, add_special_tokens=False)
+        # No tokenizer makes more than one id of a byte, but for a few at the ends.
+        request = Request("POST", "/tokenize", _read_tokens, _largest(len(text.encode()), 1), body)
 
-        def read(body: bytes, where: str) -> list[int] | None:
-            tokens = read_json(body, where).get("tokens")
-            return tokens if isinstance(tokens, list) else None
-
-        def answer(replica: Replica) -> list[int] | None:
+        def answer(replica: int) -> list[int] | None:
             try:
-                return ask([replica], 0, request, read, self.limits)
+                return self._pool.ask_one(replica, request)
             except RefusedRequest:
                 # A proxy that lets completions through and nothing else.
                 return None
 
-        return [answer(replica) for replica in self.replicas]
+        return [answer(replica) for replica in range(len(self.addresses))]
 
     def probe(self, ids: Sequence[int], top: int) -> list[SequenceScores]:
         """Scores of one sequence by each replica, which must send the ids of what it generates too."""
@@ -127,7 +104,8 @@ class CompletionsClient:
             answer.completion(1)
             return answer.scores(1, top, _ANY_ID)
 
-        return [ask([replica], 0, self._scoring(ids, top), read, self.limits) for replica in self.replicas]
+        request = self._scoring(ids, top)._replace(read=read)
+        return [self._pool.ask_one(replica, request) for replica in range(len(self.addresses))]
 
     # --- the two verbs -------------------------------------------------------------------------------------------
     def score(
@@ -145,7 +123,7 @@ class CompletionsClient:
             TeacherError: no answer within the limits, or one that cannot be used.
             NonFiniteError: a number that is no log-prob.
         """
-        return self._answers(self._about_scores(sequences, firsts, top, vocab_size), self._scores_ahead)
+        return self._ask(self._score_requests(sequences, firsts, top, vocab_size), _SCORES)
 
     def generate(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """One completion per prompt, as token ids.
@@ -157,86 +135,135 @@ class CompletionsClient:
         Raises:
             TeacherError: as in `score`.
         """
-        return self._answers(self._about_completions(prompts, settings), self._completions_ahead)
+        return self._ask(self._completion_requests(prompts, settings), _COMPLETIONS)
 
-    # --- ahead of time -------------------------------------------------------------------------------------------
+    # --- prefetching ---------------------------------------------------------------------------------------------
     def prefetch_scores(
         self, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top: int = 0, vocab_size: int = _ANY_ID
     ) -> None:
         """Begin what `score` will be asked for with the same arguments, in whichever order and company."""
-        self._scores_ahead.ask(self._about_scores(sequences, firsts, top, vocab_size))
+        self._pool.prefetch(self._score_requests(sequences, firsts, top, vocab_size), _SCORES)
 
     def prefetch_completions(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> None:
         """Begin what `generate` will be asked for with the same arguments, in whichever order and company.
 
-        With one place at a server nothing is begun: scores would wait behind every completion.
+        With one request at a time nothing is begun: scores would wait behind every completion.
         """
         if self.limits.concurrency > 1:
-            self._completions_ahead.ask(self._about_completions(prompts, settings))
+            self._pool.prefetch(self._completion_requests(prompts, settings), _COMPLETIONS)
 
     def drop_scores(self) -> None:
         """Stop scores that were begun and not taken."""
-        self._scores_ahead.drop()
+        self._pool.cancel(_SCORES)
 
     def drop_completions(self) -> None:
         """Stop completions that were begun and not taken."""
-        self._completions_ahead.drop()
+        self._pool.cancel(_COMPLETIONS)
 
     def close(self) -> None:
         """Close idle connections; a later request opens new ones."""
-        for replica in self.replicas:
-            replica.connections.close()
+        self._pool.close()
 
-    def _answers(self, questions: Sequence[Question], ahead: Ahead) -> list[Any]:
+    @property
+    def _pool(self) -> RequestPool:
+        # A fork has its parent's memory and none of its threads: it begins anew, with connections of its own.
+        return self._pool_of(os.getpid())
+
+    # --- requests ------------------------------------------------------------------------------------------------
+    def _ask(self, requests: Sequence[Request], queue: str) -> list[Any]:
         try:
-            return ask_all(self.replicas, questions, self.limits, ahead)
+            return self._pool.ask_all(requests, queue)
         except BaseException:
             # The run ends here, and so does what nobody will take.
             self.drop_scores()
             self.drop_completions()
             raise
 
-    def _about_scores(
+    def _score_requests(
         self, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top: int, vocab_size: int
-    ) -> list[Question]:
+    ) -> list[Request]:
         return [
-            Question(self._scoring(ids, top), _ScoresReader(self._names, tuple(ids), first, top, vocab_size))
+            self._scoring(ids, top)._replace(read=_ReadScores(self._names, tuple(ids), first, top, vocab_size))
             for ids, first in zip(sequences, firsts, strict=True)
         ]
 
-    def _about_completions(
+    def _scoring(self, ids: Sequence[int], top: int) -> Request:
+        fixed = {"max_tokens": 1, "temperature": 1.0}
+        return self._request(ids, read_json, _largest(len(ids), 1 + top), fixed | {"prompt_logprobs": top})
+
+    def _completion_requests(
         self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]
-    ) -> list[Question]:
-        fixed = {"model": self.model, "n": 1, "return_token_ids": True}
+    ) -> list[Request]:
         return [
-            Question(
-                Request("POST", COMPLETIONS, _encoded(**fixed, prompt=list(ids), **own)),
-                _CompletionReader(self._names, tuple(ids), own["max_tokens"]),
+            self._request(
+                ids,
+                _ReadCompletion(self._names, tuple(ids), own["max_tokens"]),
+                _largest(len(ids) + own["max_tokens"], 1),
+                {"n": 1, **own},
             )
             for ids, own in zip(prompts, settings, strict=True)
         ]
 
-    def _scoring(self, ids: Sequence[int], top: int) -> Request:
-        fixed = {"model": self.model, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
-        return Request("POST", COMPLETIONS, _encoded(**fixed, prompt=list(ids), prompt_logprobs=top))
+    def _request(
+        self, prompt: Sequence[int], read: Callable[[bytes, str], Any], largest: int, settings: Mapping[str, Any]
+    ) -> Request:
+        body = _encoded(model=self.model, return_token_ids=True, prompt=list(prompt), **settings)
+        return Request("POST", "/v1/completions", read, largest, body)
+
+
+@dataclass(frozen=True)
+class _ReadScores:
+    """Reads the scores of a sequence; the names that the model may have, then as in `CompletionsClient.score`."""
+
+    names: frozenset[str]
+    ids: tuple[int, ...]
+    first: int
+    top: int
+    vocab_size: int
+
+    def __call__(self, body: bytes, where: str) -> SequenceScores:
+        answer = CompletionAnswer(body, where, self.names, self.ids)
+        return answer.scores(self.first, self.top, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class _ReadCompletion:
+    """Reads a completion of at most `longest` tokens."""
+
+    names: frozenset[str]
+    prompt: tuple[int, ...]
+    longest: int
+
+    def __call__(self, body: bytes, where: str) -> list[int]:
+        return CompletionAnswer(body, where, self.names, self.prompt).completion(self.longest)
+
+
+def _read_tokens(body: bytes, where: str) -> list[int] | None:
+    tokens = read_json(body, where).get("tokens")
+    return tokens if isinstance(tokens, list) else None
+
+
+def _largest(tokens: int, entries: int) -> int:
+    """Bytes of the largest answer about so many tokens, with so many numbers for each."""
+    return _ONCE_BYTES + _ENTRY_BYTES * tokens * entries
 
 
 def _chosen(models: Sequence[ServedModel], expected: str | None, where: str) -> tuple[ServedModel, set[str]]:
     """The model that is meant, and all names that one server has for it; it answers with the first of them."""
     named = [model for model in models if expected is None or model.name == expected]
     named = named or [model for model in models if model.root == expected]
-    sources = {model.root or model.name for model in named}
-    if len(sources) != 1:
-        raise _another_model(models, expected, where)
-    return named[0], {model.name for model in models if (model.root or model.name) in sources}
+    roots = {model.root or model.name for model in named}
+    if len(roots) != 1:
+        raise _another_model("one model" if expected is None else repr(expected), where, len(models))
+    return named[0], {model.name for model in models if (model.root or model.name) in roots}
 
 
-def _another_model(models: Sequence[ServedModel], expected: str | None, where: str) -> TeacherError:
-    wanted = "one model" if expected is None else repr(expected)
+def _another_model(wanted: str, where: str, served: int = 1) -> TeacherError:
+    got = "another one" if served == 1 else f"{served} models"
     return TeacherError(
-        f"The teacher server must serve {wanted}, got {shown_names(models)} at {where}. Another model would teach "
-        "something else. Set `teacher_model_name_or_path` to the name of the one that is meant, or correct "
-        "`teacher_model_server_url`."
+        f"The teacher server must serve {wanted}, got {got} at {where}, whose names {where}/v1/models tells. Another "
+        "model would teach something else. Set `teacher_model_name_or_path` to the name of the one that is meant, or "
+        "correct `teacher_model_server_url`."
     )
 
 

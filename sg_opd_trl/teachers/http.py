@@ -1,584 +1,50 @@
-"""Asking servers that may fail: so many requests at a time, tried again, moved to another replica, over in time."""
+"""Requests to the replicas of one model: so many at a time, first come first served, retried, moved, over in time.
 
-from __future__ import annotations
+All requests of a process run in one event loop, in a daemon thread of its own. The thread that trains waits for
+answers or goes on, the loop of a notebook is left alone, and the end of a process waits for nothing. Connections are
+httpx2's. Which replica is asked, how often and for how long is decided here: no HTTP library knows that several
+addresses are one model.
+"""
 
-import http.client
-import io
+import asyncio
+import functools
+import itertools
 import logging
-import queue
+import os
 import socket
 import ssl
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from http import HTTPStatus
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import SGOPDConfigError, TeacherError
-from .answers import Aborted
-from .urls import API_KEY_VARIABLE, MAX_RETRIES, TIMEOUT, Address, limit_problems
+import httpx2
+
+from ..errors import SGOPDConfigError, SGOPDError, TeacherError
+from .answers import Outage, refused, status_text
+from .urls import MAX_RETRIES, TIMEOUT, Address, limit_problems
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-_CONNECT_TIMEOUT = 10.0
-_SHORTEST_WAIT = 0.001
-# Of an answer, and what is read of it at once (our choice); log-probs of a long sequence are some tens of MiB.
-_LARGEST, _PIECE = 2**30, 2**20
-# A peer whose machine is gone is noticed after about two minutes: first probe, time between probes, number of probes.
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-
-
-class Outage(Exception):
-    """A failure that another try, or another replica, may not have. Its text is ours, not the server's.
-
-    Args:
-        reason: what happened, as the end of a sentence.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Reply(NamedTuple):
-    """Status and body of a response that came in full."""
-
-    status: int
-    body: bytes
-
-
-class Stop:
-    """Ends the exchanges of one batch of requests, whichever threads they run in."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._busy: set[_Connection] = set()
-
-    def now(self) -> None:
-        """Have every exchange that is under way end now, with an `Outage`, and no other begin."""
-        self._stopped.set()
-        with self._lock:
-            for connection in self._busy:
-                connection.interrupt()
-
-    def is_set(self) -> bool:
-        """Whether the batch has been ended."""
-        return self._stopped.is_set()
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, but not beyond the end of the batch."""
-        self._stopped.wait(seconds)
-
-    def add(self, connection: _Connection) -> None:
-        """An exchange begins.
-
-        Raises:
-            Outage: the batch has been ended.
-        """
-        with self._lock:
-            self._busy.add(connection)
-        if self.is_set():
-            self.discard(connection)
-            raise Outage("the request was given up")
-
-    def discard(self, connection: _Connection) -> None:
-        """An exchange has ended."""
-        with self._lock:
-            self._busy.discard(connection)
-
-
-class Connections:
-    """Connections to one server, used by several threads, each by one at a time.
-
-    Args:
-        address: of the server.
-        headers: of every request.
-    """
-
-    def __init__(self, address: Address, headers: Mapping[str, str]) -> None:
-        self.address = address
-        self.headers = dict(headers)
-        self._lock = threading.Lock()
-        self._idle: list[_Connection] = []
-
-    def exchange(self, method: str, path: str, payload: bytes | None, seconds: float, stop: Stop) -> Reply:
-        """Send a request and read the whole response.
-
-        Args:
-            method: of HTTP.
-            path: below the server's address.
-            payload: JSON, or None.
-            seconds: until it must have come.
-            stop: may end it before.
-
-        Raises:
-            Outage: no connection, a response that is not HTTP, ends early or is far too large, or no time left.
-        """
-        deadline = time.monotonic() + seconds
-        connection = self._take()
-        if connection is not None:
-            try:
-                return self._send(connection, method, path, payload, deadline, stop)
-            except (http.client.RemoteDisconnected, ConnectionError):
-                # The server closed it while it was idle: that is no failure.
-                pass
-            except (OSError, http.client.HTTPException) as error:
-                raise Outage(_reason(error)) from None
-        try:
-            connection = _Connection(self.address, deadline)
-            return self._send(connection, method, path, payload, deadline, stop)
-        except (OSError, http.client.HTTPException) as error:
-            raise Outage(_reason(error)) from None
-
-    def close(self) -> None:
-        """Close the idle connections; later exchanges open new ones."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.end()
-
-    def _take(self) -> _Connection | None:
-        with self._lock:
-            return self._idle.pop() if self._idle else None
-
-    def _send(
-        self, connection: _Connection, method: str, path: str, payload: bytes | None, deadline: float, stop: Stop
-    ) -> Reply:
-        keep = False
-        try:
-            stop.add(connection)
-            connection.set_deadline(deadline)
-            body_headers = {} if payload is None else {"Content-Type": "application/json"}
-            connection.request(method, self.address.path + path, payload, self.headers | body_headers)
-            response = connection.getresponse()
-            reply = Reply(response.status, _whole(response))
-            keep = not response.will_close
-            return reply
-        finally:
-            stop.discard(connection)
-            if keep:
-                with self._lock:
-                    self._idle.append(connection)
-            else:
-                connection.end()
-
-
-class _Connection(http.client.HTTPConnection):
-    """A connection whose every wait ends at one deadline.
-
-    Raises:
-        OSError: it cannot be opened in time.
-    """
-
-    def __init__(self, address: Address, deadline: float) -> None:
-        super().__init__(address.host, address.port)
-        opened = socket.create_connection(
-            (address.host, address.port), timeout=min(_CONNECT_TIMEOUT, _time_left(deadline))
-        )
-        try:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for name, value in _KEEP_ALIVE.items():
-                if hasattr(socket, name):
-                    opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-            if address.scheme == "https":
-                opened.settimeout(_time_left(deadline))
-                opened = ssl.create_default_context().wrap_socket(opened, server_hostname=address.host)
-        except OSError:
-            opened.close()
-            raise
-        self._socket = _TimedSocket(opened)
-        self.sock: Any = self._socket
-
-    def set_deadline(self, deadline: float) -> None:
-        """From now on nothing waits longer than until then."""
-        self._socket.deadline = deadline
-
-    def connect(self) -> None:
-        """Never open another connection in place of this one."""
-        raise http.client.NotConnected("the connection was closed")
-
-    def interrupt(self) -> None:
-        """Wake up whoever waits for the server."""
-        try:
-            self._socket.inner.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            # It is closed already.
-            return
-
-    def end(self) -> None:
-        """Close it for good."""
-        self.close()
-        self._socket.inner.close()
-
-
-class _TimedSocket:
-    """The part of a socket that `http.client` uses, with one deadline for all waits."""
-
-    def __init__(self, inner: socket.socket) -> None:
-        self.inner = inner
-        self.deadline = 0.0
-
-    def sendall(self, data: Any) -> None:
-        self.inner.settimeout(_time_left(self.deadline))
-        self.inner.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_TimedReader(self))
-
-    def close(self) -> None:
-        # `http.client` closes the socket before it has read a response that ends with the connection.
-        pass
-
-
-class _TimedReader(io.RawIOBase):
-    def __init__(self, timed: _TimedSocket) -> None:
-        self._timed = timed
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._timed.inner.settimeout(_time_left(self._timed.deadline))
-        return self._timed.inner.recv_into(buffer)
-
-
-def _time_left(deadline: float) -> float:
-    """Seconds until the deadline.
-
-    Raises:
-        TimeoutError: it has passed.
-    """
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return max(left, _SHORTEST_WAIT)
-
-
-def _whole(response: http.client.HTTPResponse) -> bytes:
-    """The body, unless it is larger than an answer can be.
-
-    Raises:
-        Outage: it is.
-        IncompleteRead: it ended early.
-    """
-    body = bytearray()
-    while piece := response.read(_PIECE):
-        body += piece
-        if len(body) > _LARGEST:
-            raise Outage(f"its answer is larger than {_LARGEST / 2**20:g} MiB")
-    if response.length:
-        raise http.client.IncompleteRead(b"", response.length)
-    return bytes(body)
-
-
-def _reason(error: Exception) -> str:
-    """Words for a failure; the error's own may quote what the server sent."""
-    kinds: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
-        (TimeoutError, "no answer in time"),
-        (ConnectionRefusedError, "the connection was refused"),
-        (socket.gaierror, "the host name is not known"),
-        (ssl.SSLCertVerificationError, "its certificate cannot be verified"),
-        (ssl.SSLError, "no TLS connection"),
-        ((http.client.RemoteDisconnected, ConnectionError), "the connection was closed"),
-        (http.client.IncompleteRead, "the answer ended early"),
-        (http.client.HTTPException, "the answer is not HTTP"),
-    ]
-    words = next((words for kind, words in kinds if isinstance(error, kind)), None)
-    return words or f"the network failed ({type(error).__name__})"
-
-
-def status_text(status: int) -> str:
-    """`HTTP 404 (Not Found)`, with the standard's words and not the server's."""
-    known = {int(entry): entry.phrase for entry in HTTPStatus}
-    return f"HTTP {status} ({known[status]})" if status in known else f"HTTP {status}"
-
-
-TOO_MANY_LOGPROBS = "too many log-probs"
-
-# A word in the body of HTTP 400 or 422 -> what it asks for.
-_REASONS = (
-    (
-        ("max_logprobs", "max logprobs", "logprobs of", "requested sample logprobs", "requested prompt logprobs"),
-        TOO_MANY_LOGPROBS,
-        "It allows fewer log-probs at a position than asked for. Start it with --max-logprobs -1, or lower "
-        "`distillation_topk`.",
-    ),
-    (
-        ("context length", "max_model_len", "maximum model length", "longer than"),
-        "too long",
-        "The sequence and the one token that scoring adds are longer than it takes. Start it with a larger "
-        "--max-model-len, or lower `max_completion_length`.",
-    ),
-    (
-        ("out of vocabulary", "out-of-vocab"),
-        "unknown ids",
-        "It lacks some of the student's token ids. Serve a teacher of the student's family.",
-    ),
-)
-_WAYS_OUT = {
-    401: f"It asks for a key. Set the environment variable {API_KEY_VARIABLE}.",
-    403: f"It does not take this key, or none. Set the environment variable {API_KEY_VARIABLE}.",
-    404: "It has no such path or model. Point `teacher_model_server_url` at vLLM, without /v1/completions at its end.",
-    405: "It does not take such requests. Point `teacher_model_server_url` at vLLM's own address.",
-    413: "The request is too large for it or for a proxy before it. Raise that limit.",
-}
-_OTHERWISE = "It does not take the request. Serve the teacher with vLLM, as `sg-opd serve-teacher` does."
-_REDIRECTED = "It sends the request elsewhere, which is not followed. Set the URL that it leads to."
-
-
-class RefusedRequest(TeacherError):
-    """A request that a server will not take another time either.
-
-    Attributes:
-        kind: why, where it is known.
-    """
-
-    kind: str | None = None
-
-
-def refusal(where: str, reply: Reply) -> RefusedRequest:
-    """The error for a response whose status is not 200."""
-    kind, way_out = None, _WAYS_OUT.get(reply.status, _OTHERWISE)
-    if 300 <= reply.status < 400:
-        way_out = _REDIRECTED
-    if reply.status in (400, 422):
-        text = reply.body[:10_000].decode("utf-8", errors="replace").lower()
-        for words, name, advice in _REASONS:
-            if any(word in text for word in words):
-                kind, way_out = name, advice
-                break
-    error = RefusedRequest(
-        f"`teacher_model_server_url` must name a server that takes the teacher's requests, got "
-        f"{status_text(reply.status)} from {where}. Nothing was updated. {way_out}"
-    )
-    error.kind = kind
-    return error
-
-
-class Places:
-    """A semaphore that hands a place which becomes free to whoever has waited longest.
-
-    With `threading.Semaphore` a thread that gives its place back and asks for another one takes it again before any
-    that waits has woken up: those would wait for as long as there is work.
-
-    Args:
-        count: of the places.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-
-    def take(self, seconds: float) -> bool:
-        """Wait for a place; False if none became free in time."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return True
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        if turn.acquire(timeout=min(max(seconds, 0.0), threading.TIMEOUT_MAX)):
-            return True
-        with self._lock:
-            if turn not in self._waiting:
-                # It was handed over just now.
-                return True
-            self._waiting.remove(turn)
-            return False
-
-    def give_back(self) -> None:
-        """Hand the place on."""
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._free += 1
-
-
-THREAD_NAME = "sg-opd teacher request"
-"""Of the threads that ask, by which a debugger tells them from others."""
-
-_GRACE_SECONDS = 1.0
-
-
-class Question(NamedTuple):
-    """A request, and what checks its answer. Two that are equal ask for the same, down to the seed."""
-
-    request: Request
-    read: Read[Any]
-
-
-class Line:
-    """Asks questions in the order in which they come, so many at a time.
-
-    Its threads end with the work. They are daemons: an interrupted run does not wait for them.
-
-    Args:
-        replicas: of one model; the questions are dealt to them in turn.
-        limits: of each request, whose time begins when its turn has come.
-        width: questions at a time.
-    """
-
-    def __init__(self, replicas: Sequence[Replica], limits: RequestLimits, width: int) -> None:
-        self.replicas, self._limits, self._width = replicas, limits, width
-        self._waiting: deque[tuple[int, Question, Future]] = deque()
-        self._count = self._threads = 0
-        self._lock = threading.Lock()
-        self._stop = Stop()
-
-    def put(self, question: Question) -> Future:
-        """Ask it as soon as its turn has come."""
-        future: Future = Future()
-        with self._lock:
-            self._waiting.append((self._count, question, future))
-            self._count += 1
-            one_more = self._threads < self._width
-            self._threads += one_more
-        if one_more:
-            threading.Thread(target=self._work, name=THREAD_NAME, daemon=True).start()
-        return future
-
-    def stop(self) -> None:
-        """End what is under way, and begin nothing more."""
-        self._stop.now()
-
-    def _work(self) -> None:
-        while (work := self._next()) is not None:
-            number, question, future = work
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(ask(self.replicas, number, *question, self._limits, self._stop))
-            except Exception as error:  # noqa: BLE001  # raised again by the thread that waits
-                future.set_exception(error)
-
-    def _next(self) -> tuple[int, Question, Future] | None:
-        with self._lock:
-            if self._waiting and not self._stop.is_set():
-                return self._waiting.popleft()
-            self._threads -= 1
-            return None
-
-
-class Ahead:
-    """Questions that are asked before anybody waits for their answers.
-
-    An answer is given to an equal question only, so that asking ahead changes when something is asked and never what.
-
-    Args:
-        replicas: of one model.
-        limits: of each request.
-        width: questions at a time.
-    """
-
-    def __init__(self, replicas: Sequence[Replica], limits: RequestLimits, width: int) -> None:
-        self._settings = replicas, limits, width
-        self._line = Line(*self._settings)
-        self._pending: defaultdict[Question, deque[Future]] = defaultdict(deque)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._pending.values()))
-
-    def ask(self, questions: Iterable[Question]) -> None:
-        """Begin; a question that is here twice is asked twice."""
-        for question in questions:
-            self._pending[question].append(self._line.put(question))
-
-    def take(self, question: Question) -> Future | None:
-        """The answer to come, or an error; None if the question is not under way."""
-        if question not in self._pending:
-            return None
-        futures = self._pending[question]
-        future = futures.popleft()
-        if not futures:
-            del self._pending[question]
-        # One whose turn has not come yet is better asked by the caller, with all the places that there are.
-        return None if future.cancel() else future
-
-    def drop(self) -> None:
-        """Stop what nobody has taken."""
-        self._line.stop()
-        self._line = Line(*self._settings)
-        self._pending.clear()
-
-
-def ask_all(
-    replicas: Sequence[Replica], questions: Sequence[Question], limits: RequestLimits, ahead: Ahead | None = None
-) -> list[Any]:
-    """The answers to all questions, in their order; the first failure ends all of them.
-
-    What failed although it was asked ahead is asked again: an outage that nobody has waited for ends no run.
-
-    Args:
-        replicas: of one model; the questions are dealt to them in turn.
-        questions: what is asked.
-        limits: of each request.
-        ahead: answers are taken from there where they are under way.
-
-    Raises:
-        TeacherError: as in `ask`.
-    """
-    line = Line(replicas, limits, limits.concurrency * len(replicas))
-    try:
-        taken = [None if ahead is None else ahead.take(question) for question in questions]
-        futures = [future or line.put(question) for future, question in zip(taken, questions, strict=True)]
-        return _answers(futures, questions, {place for place, future in enumerate(taken) if future}, line, limits)
-    finally:
-        line.stop()
-
-
-def _answers(
-    futures: list[Future], questions: Sequence[Question], begun: set[int], line: Line, limits: RequestLimits
-) -> list[Any]:
-    """Results in order; those whose places are in `begun` are asked again in the line if they fail."""
-    done: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def expect(place: int) -> None:
-        futures[place].add_done_callback(lambda _: done.put(place))
-
-    for place in range(len(futures)):
-        expect(place)
-    missing = len(futures)
-    while missing:
-        try:
-            # Whichever comes next, so that a failure is known as soon as it is there.
-            place = done.get(timeout=limits.timeout + _GRACE_SECONDS)
-        except queue.Empty:
-            # A thread hangs where the deadline does not reach: in the system's look-up of a host name.
-            raise no_answer(line.replicas, {}, 1, limits.timeout, limits) from None
-        if place in begun and futures[place].exception() is not None:
-            begun.remove(place)
-            futures[place] = line.put(questions[place])
-            expect(place)
-        else:
-            futures[place].result()
-            missing -= 1
-    return [future.result() for future in futures]
-
-
-Answer = TypeVar("Answer")
-Read = Callable[[bytes, str], Answer]
-"""`(body, address) -> what it says`."""
+THREAD_NAME = "sg-opd teacher requests"
+"""Of the thread in which they run, by which a debugger tells it from others."""
 
 _FIRST_DELAY, _DELAY_FACTOR = 0.5, 4.0
 # How long a replica that failed is asked only after the others: twice as long each time that it fails after its rest.
 _REST_SECONDS, _LONGEST_REST = 30.0, 960.0
-_RETRIED = {408, 425, 429, 500, 502, 503, 504}
-
-
-class Request(NamedTuple):
-    """Method, path and JSON of a request."""
-
-    method: str
-    path: str
-    payload: bytes | None = None
+# Besides every 5xx: statuses by which a server or a proxy says "not now".
+_RETRIED = frozenset({408, 425, 429})
+_CONNECT_TIMEOUT = 10.0
+# Shorter than the 5 s after which vLLM closes an idle connection, so that none is used in the moment that it closes.
+_IDLE_SECONDS = 4.0
+# A peer whose machine is gone is noticed after about two minutes: first probe, time between probes, number of probes.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+# Of an answer that says why a request is refused: its beginning is enough, however long it is.
+_REASON_BYTES = 10_000
 
 
 class RequestLimits(NamedTuple):
@@ -609,128 +75,394 @@ class RequestLimits(NamedTuple):
             raise SGOPDConfigError("\n".join(problems))
 
 
-class Replica:
-    """One server, and until when it rests because it has failed.
+class Request(NamedTuple):
+    """A request, and what checks its answer. Two that are equal ask for the same, down to the seed.
 
-    Args:
-        connections: to it.
-        concurrency: requests of this process to it at a time.
+    Attributes:
+        method: of HTTP.
+        path: below the server's address.
+        read: `(body, address) -> what it says`; raises an `Outage` for what another try may not answer.
+        largest: bytes that the answer can have; no more are read.
+        payload: JSON, or None.
     """
 
-    def __init__(self, connections: Connections, concurrency: int) -> None:
-        self.connections = connections
-        self.address = str(connections.address)
-        self._places = Places(concurrency)
-        self._failed_at = self._resting_until = 0.0
-        self._rest_seconds = 0.0
-        self._lock = threading.Lock()
+    method: str
+    path: str
+    read: Callable[[bytes, str], Any]
+    largest: int
+    payload: bytes | None = None
+
+
+@functools.cache
+def background_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of a process's requests, started with the first of them; `process` is `os.getpid()`."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=THREAD_NAME, daemon=True).start()
+    return loop
+
+
+class RequestPool:
+    """Requests of one process to the replicas of one model, made from any thread.
+
+    The methods with a leading underscore run in the event loop, one at a time: nothing needs a lock.
+
+    Args:
+        addresses: of the replicas.
+        headers: of every request.
+        limits: of each request.
+        prefetch: name of each queue of requests that nobody waits for yet -> how many of it are made at a time.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        headers: Mapping[str, str],
+        limits: RequestLimits,
+        prefetch: Mapping[str, int],
+    ) -> None:
+        self._limits = limits
+        self._replicas = [_Replica(address, headers, limits.concurrency) for address in addresses]
+        self._prefetched = {name: _Prefetched(self._ask, width) for name, width in prefetch.items()}
+        self._first = itertools.cycle(range(len(self._replicas)))
+
+    def ask_one(self, replica: int, request: Request) -> Any:
+        """The answer of one replica, by its number.
+
+        Raises:
+            TeacherError: no answer within the limits, or one that cannot be used.
+        """
+        return self._wait(self._ask(request, [self._replicas[replica]]))
+
+    def ask_all(self, requests: Sequence[Request], queue: str) -> list[Any]:
+        """The answers to all requests, in their order; the first failure ends all of them.
+
+        Args:
+            requests: dealt to the replicas in turn.
+            queue: from which the answer is taken where an equal request is under way.
+
+        Raises:
+            TeacherError: as in `ask_one`.
+        """
+        return self._wait(self._ask_all(requests, self._prefetched[queue]))
+
+    def prefetch(self, requests: Sequence[Request], queue: str) -> None:
+        """Begin requests, each as often as it is here.
+
+        Only an equal request gets the answer: this changes when something is asked, and never what.
+        """
+        self._loop.call_soon_threadsafe(self._prefetched[queue].begin, requests)
+
+    def cancel(self, queue: str) -> None:
+        """End what was prefetched and not taken; when this returns, none of it is under way."""
+        self._wait(self._prefetched[queue].cancel())
+
+    def close(self) -> None:
+        """Close the connections of replicas that have no request; a later one opens new ones."""
+        for replica in self._replicas:
+            self._wait(replica.close())
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return background_loop(os.getpid())
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Who is interrupted leaves nothing behind.
+            future.cancel()
+            raise
+
+    async def _ask_all(self, requests: Sequence[Request], prefetched: "_Prefetched") -> list[Any]:
+        # As many as all replicas take, and no more: the time of a request begins when its turn has come.
+        turns = asyncio.Semaphore(self._limits.concurrency * len(self._replicas))
+
+        async def answer(request: Request, begun: asyncio.Task | None) -> Any:
+            if begun is not None:
+                # What fails although it was prefetched is asked again, with time of its own: an outage that nobody
+                # has waited for ends no run.
+                with suppress(SGOPDError):
+                    return await begun
+            async with turns:
+                return await self._ask(request)
+
+        tasks = [asyncio.create_task(answer(request, prefetched.take(request))) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _ask(self, request: Request, replicas: "Sequence[_Replica] | None" = None) -> Any:
+        """The answer of whichever replica gives one; of them all, another one is the first each time."""
+        if replicas is None:
+            first = next(self._first)
+            replicas = [*self._replicas[first:], *self._replicas[:first]]
+        started = time.monotonic()
+        deadline = started + self._limits.timeout
+        candidates, reasons = list(replicas), dict.fromkeys(replicas, "no answer in time")
+        for attempt in itertools.count(1):
+            with suppress(Outage):
+                return await _ask_in_turn(request, candidates, deadline, reasons)
+            left = deadline - time.monotonic()
+            if left <= 0 or attempt > self._limits.max_retries:
+                break
+            await asyncio.sleep(min(_FIRST_DELAY * _DELAY_FACTOR ** (attempt - 1), left / 2))
+        shown = ", ".join(f"{replica.address} ({reason})" for replica, reason in reasons.items())
+        raise TeacherError(
+            f"`teacher_model_server_url` must name a server that answers, got none from {shown} in {attempt} rounds "
+            f"and {time.monotonic() - started:.1f} s, with `teacher_request_timeout`={self._limits.timeout:g} and "
+            f"`teacher_max_retries`={self._limits.max_retries}. Nothing was updated. Start the server (`sg-opd "
+            "serve-teacher` does), correct the URL, or raise the two limits."
+        )
+
+
+async def _ask_in_turn(
+    request: Request, candidates: "list[_Replica]", deadline: float, reasons: "dict[_Replica, str]"
+) -> Any:
+    """One try at each replica; notes why it failed, and takes one that will never do off the candidates.
+
+    Raises:
+        Outage: none answered.
+        TeacherError: none ever will.
+    """
+    # Those that failed a moment ago come last; the others keep their order.
+    order = sorted(candidates, key=lambda replica: replica.health.resting)
+    for place, replica in enumerate(order):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            return await replica.ask(request, left / (len(order) - place))
+        except Outage as outage:
+            reasons[replica] = outage.reason
+            if outage.final is not None:
+                candidates.remove(replica)
+                if not candidates:
+                    raise outage.final from None
+    raise Outage("no replica answered")
+
+
+class _Prefetched:
+    """Requests that are made before anybody waits for their answers, so many at a time."""
+
+    def __init__(self, ask: Callable[[Request], Awaitable[Any]], width: int) -> None:
+        self._ask = ask
+        self._turns = asyncio.Semaphore(width)
+        # With each task, whether its turn has come.
+        self._tasks: defaultdict[Request, deque[tuple[asyncio.Task, asyncio.Event]]] = defaultdict(deque)
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            begun = asyncio.Event()
+            task = asyncio.create_task(self._in_turn(request, begun))
+            # Looks at an error that nobody may come for: asyncio would log it.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._tasks[request].append((task, begun))
+
+    def take(self, request: Request) -> asyncio.Task | None:
+        """The answer to come; None if no equal request has begun."""
+        equal = self._tasks.get(request)
+        if equal is None:
+            return None
+        task, begun = equal.popleft()
+        if not equal:
+            del self._tasks[request]
+        if begun.is_set():
+            return task
+        # Better made by the caller, who has all connections and not this queue's share of them.
+        task.cancel()
+        return None
+
+    async def cancel(self) -> None:
+        tasks = [task for equal in self._tasks.values() for task, _ in equal]
+        self._tasks.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _in_turn(self, request: Request, begun: asyncio.Event) -> Any:
+        async with self._turns:
+            begun.set()
+            return await self._ask(request)
+
+
+class _Replica:
+    """One server: its connections, its share of the requests, and whether it has failed."""
+
+    def __init__(self, address: Address, headers: Mapping[str, str], concurrency: int) -> None:
+        self.address = str(address)
+        self.health = Health(self.address)
+        self._url = self.address + address.path
+        # Without compression, by which a small answer becomes a large one. As bytes: httpx2 takes text for ASCII, and
+        # shows what is none, which may be a key.
+        fields = {"Accept-Encoding": "identity", "Content-Type": "application/json", **headers}
+        self._headers = [(name.encode(), value.strip(" ").encode("latin-1")) for name, value in fields.items()]
+        self._turns = asyncio.Semaphore(concurrency)
+        self._at_work = 0
+        # A transport and not a client: that follows redirects, uses proxies and .netrc, keeps cookies and logs URLs.
+        self._transport = httpx2.AsyncHTTPTransport(
+            verify=_tls(),
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
+            socket_options=_socket_options(),
+        )
+
+    async def ask(self, request: Request, seconds: float) -> Any:
+        """One try.
+
+        Raises:
+            Outage: it may go better another time, or elsewhere.
+            TeacherError: it will not.
+        """
+        deadline = asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._turns.acquire()
+        except TimeoutError:
+            # No failure of the server: others keep it busy.
+            raise Outage("no connection became free in time") from None
+        self._at_work += 1
+        started = time.monotonic()
+        try:
+            answer = await self._answer(request, deadline)
+        except Outage as outage:
+            self.health.failed(outage.reason, started)
+            raise
+        finally:
+            self._at_work -= 1
+            self._turns.release()
+        self.health.answered(started)
+        return answer
+
+    async def close(self) -> None:
+        if not self._at_work:
+            await self._transport.aclose()
+
+    async def _answer(self, request: Request, deadline: float) -> Any:
+        sent = httpx2.Request(request.method, self._url + request.path, headers=self._headers, content=request.payload)
+        sent.extensions["timeout"] = {"connect": _CONNECT_TIMEOUT}
+        try:
+            # Of the whole: httpx2's own limits are of single waits, and a server that trickles meets each of them.
+            async with asyncio.timeout_at(deadline):
+                response = await self._transport.handle_async_request(sent)
+                try:
+                    body = await _body(response, request.largest)
+                finally:
+                    await response.aclose()
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise Outage(_reason(error)) from None
+        if response.status_code >= 500 or response.status_code in _RETRIED:
+            raise Outage(status_text(response.status_code))
+        if response.status_code != 200:
+            raise refused(self.address, response.status_code, body)
+        return request.read(body, self.address)
+
+
+async def _body(response: httpx2.Response, largest: int) -> bytes:
+    """The body of an answer; of one that is none, its beginning.
+
+    Raises:
+        Outage: it is larger than an answer to what was asked can be.
+    """
+    fine = response.status_code == 200
+    most = largest if fine else _REASON_BYTES
+    length = int(response.headers.get("Content-Length", 0))
+    body = bytearray()
+    if not fine or length <= most:
+        async for piece in response.aiter_raw():
+            body += piece
+            length = max(length, len(body))
+            if len(body) > most:
+                break
+    if fine and length > most:
+        raise Outage(f"its answer is larger than {most / 2**20:.3g} MiB, the most for what was asked")
+    return bytes(body)
+
+
+class Health:
+    """Until when a replica that failed is asked only after the others.
+
+    Args:
+        address: for the log.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._failed_at = self._resting_until = self._rest_seconds = 0.0
 
     @property
     def resting(self) -> bool:
         """Whether the others are asked first."""
         return time.monotonic() < self._resting_until
 
-    def ask(self, request: Request, read: Read[Answer], seconds: float, stop: Stop) -> Answer:
-        """One try.
-
-        Raises:
-            Outage: it may go better another time.
-            TeacherError: it will not.
-        """
-        deadline = time.monotonic() + seconds
-        if not self._places.take(seconds):
-            raise Outage("it had no free place in time")
-        try:
-            if stop.is_set():
-                raise Outage("the request was given up")
-            return self._ask(request, read, deadline - time.monotonic(), stop)
-        finally:
-            self._places.give_back()
-
-    def _ask(self, request: Request, read: Read[Answer], seconds: float, stop: Stop) -> Answer:
-        started = time.monotonic()
-        try:
-            reply = self.connections.exchange(*request, seconds, stop)
-            if reply.status in _RETRIED:
-                raise Outage(status_text(reply.status))
-            if reply.status != 200:
-                raise refusal(self.address, reply)
-            answer = read(reply.body, self.address)
-        except Aborted:
-            self._rest("it gave up the request", started)
-            raise Outage("it gave up the request") from None
-        except Outage as outage:
-            if not stop.is_set():
-                self._rest(outage.reason, started)
-            raise
-        with self._lock:
-            # An answer to what was asked before the failure does not say that it is back.
-            if started > self._failed_at:
-                self._resting_until = self._rest_seconds = 0.0
-        return answer
-
-    def _rest(self, reason: str, started: float) -> None:
-        with self._lock:
-            if started >= self._resting_until:
-                # What fails during a rest, or began before it, is the failure that is known already.
-                self._rest_seconds = min(max(2 * self._rest_seconds, _REST_SECONDS), _LONGEST_REST)
-            known, self._failed_at = self.resting, time.monotonic()
-            self._resting_until = self._failed_at + self._rest_seconds
+    def failed(self, reason: str, started: float) -> None:
+        """A request that began at `started` (of `time.monotonic`) has failed."""
+        if started >= self._resting_until:
+            # What fails during a rest, or began before it, is the failure that is known already.
+            self._rest_seconds = min(max(2 * self._rest_seconds, _REST_SECONDS), _LONGEST_REST)
+        known, self._failed_at = self.resting, time.monotonic()
+        self._resting_until = self._failed_at + self._rest_seconds
         if not known:
-            logger.warning("The teacher server %s failed: %s. Requests to it are tried again.", self.address, reason)
+            logger.warning("The teacher server %s failed: %s. Requests to it are tried again.", self._address, reason)
+
+    def answered(self, started: float) -> None:
+        """A request that began at `started` has its answer."""
+        # An answer to what was asked before the failure does not say that it is back.
+        if started > self._failed_at:
+            self._resting_until = self._rest_seconds = 0.0
 
 
-def ask(
-    replicas: Sequence[Replica],
-    home: int,
-    request: Request,
-    read: Read[Answer],
-    limits: RequestLimits,
-    stop: Stop | None = None,
-) -> Answer:
-    """Ask the replicas in turn until one answers.
-
-    Args:
-        replicas: of one model.
-        home: number of the one that is asked first, unless it rests.
-        request: what is sent.
-        read: checks an answer.
-        limits: after which it is given up.
-        stop: may end it before.
-
-    Raises:
-        TeacherError: no answer within the limits, or one that cannot be used.
-    """
-    stop = stop or Stop()
-    started = time.monotonic()
-    deadline = started + limits.timeout
-    reasons: dict[int, str] = {}
-    rounds = 0
-    while True:
-        rounds += 1
-        order = sorted(range(len(replicas)), key=lambda i: (replicas[i].resting, (i - home) % len(replicas)))
-        for place, i in enumerate(order):
-            left = deadline - time.monotonic()
-            if left <= 0 or stop.is_set():
-                break
-            try:
-                return replicas[i].ask(request, read, left / (len(order) - place), stop)
-            except Outage as outage:
-                reasons[i] = outage.reason
-        left = deadline - time.monotonic()
-        if left <= 0 or stop.is_set() or rounds > limits.max_retries:
-            raise no_answer(replicas, reasons, rounds, time.monotonic() - started, limits)
-        stop.wait(min(_FIRST_DELAY * _DELAY_FACTOR ** (rounds - 1), left / 2))
+# Kind of error, and how httpx2's text for it begins -> what is said of it.
+_REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
+    (TimeoutError, "", "no answer in time"),
+    (httpx2.TimeoutException, "", "no answer in time"),
+    (ConnectionRefusedError, "", "the connection was refused"),
+    (socket.gaierror, "", "the host name is not known"),
+    (httpx2.InvalidURL, "", "the host name is not known"),
+    (ssl.SSLCertVerificationError, "", "its certificate cannot be verified"),
+    (ssl.SSLError, "", "no TLS connection"),
+    (httpx2.RemoteProtocolError, "Server disconnected", "the connection was closed"),
+    (httpx2.RemoteProtocolError, "peer closed", "the answer ended early"),
+    (httpx2.RemoteProtocolError, "", "the answer is not HTTP"),
+    (httpx2.ReadError, "", "the connection was closed"),
+    (httpx2.WriteError, "", "the connection was closed"),
+)
 
 
-def no_answer(
-    replicas: Sequence[Replica], reasons: Mapping[int, str], rounds: int, seconds: float, limits: RequestLimits
-) -> TeacherError:
-    """The message for a request that no replica answered; `reasons` by the number of the replica."""
-    shown = [f"{replica.address} ({reasons.get(i, 'no answer in time')})" for i, replica in enumerate(replicas)]
-    return TeacherError(
-        f"`teacher_model_server_url` must name a server that answers, got none from {', '.join(shown)} in {rounds} "
-        f"rounds and {seconds:.1f} s, with `teacher_request_timeout`={limits.timeout:g} and "
-        f"`teacher_max_retries`={limits.max_retries}. Nothing was updated. Start the server (`sg-opd serve-teacher` "
-        "does), correct the URL, or raise the two limits."
-    )
+def _reason(error: Exception) -> str:
+    """Words for a failure; the library's own may quote what the server sent."""
+    causes = list(_causes(error))
+    for kind, beginning, words in _REASONS:
+        if any(isinstance(cause, kind) and str(cause).startswith(beginning) for cause in causes):
+            return words
+    return f"the network failed ({type(error).__name__})"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, down to the system's own."""
+    while error is not None:
+        yield error
+        # A group has one failure for each of the host's addresses; the first speaks for them.
+        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """The certificates that the system trusts, or those that SSL_CERT_FILE names."""
+    return ssl.create_default_context()
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    known = {getattr(socket, name): value for name, value in _KEEP_ALIVE.items() if hasattr(socket, name)}
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *((socket.IPPROTO_TCP, *option) for option in known.items())]
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return threading.current_thread().name != THREAD_NAME
+
+
+# At the level DEBUG these two write down what a server sent. Other users of the library in this process keep theirs.
+for _name in ("httpcore2.connection", "httpcore2.http11"):
+    logging.getLogger(_name).addFilter(_is_of_others)

@@ -18,11 +18,11 @@ from ..models.generate import cut_after_eos
 from ..models.head import OutputHead
 from ..random_state import mixed_seed
 from ..run import Run
-from .answers import SequenceScores
+from .answers import RefusedRequest, SequenceScores
 from .base import HiddenScores, Sampling, SupportScores
 from .client import CompletionsClient
 from .fit import first_difference
-from .http import TOO_MANY_LOGPROBS, RefusedRequest, RequestLimits
+from .http import RequestLimits
 from .local import check_ids
 from .urls import MAX_RETRIES, TIMEOUT, api_key, read_servers, temperature_problem
 
@@ -247,10 +247,9 @@ class ServerTeacher:
         end = next((i for i, token in enumerate(ids) if token >= self.vocab_size), len(ids))
         if end < len(ids):
             logger.warning(
-                "A rollout of the teacher server is cut after %d of %d tokens: id %d is no token of the student's.",
+                "A rollout of the teacher server is cut after %d of %d tokens: the next is none of the student's.",
                 end,
                 len(ids),
-                ids[end],
             )
         return ids[:end]
 
@@ -378,7 +377,7 @@ def check_server(teacher: "ServerTeacher", run: Run, tokenizer: Any) -> None:
         logger.warning(
             "That the teacher server %s has the student's tokenizer is taken on trust: it does not tell. Set "
             "`teacher_model_name_or_path` to the teacher's folder or Hub id, or pass `teacher_processing_class`.",
-            teacher.client.replicas[0].address,
+            teacher.client.addresses[0],
         )
     if args.sign_gated_extrapolation and args.gate_dead_zone < ADVISED_DEAD_ZONE:
         logger.warning(
@@ -425,7 +424,7 @@ def _probe(teacher: "ServerTeacher", ids: list[int], top: int) -> list[SequenceS
     try:
         return teacher.client.probe(ids, top)
     except RefusedRequest as error:
-        if error.kind != TOO_MANY_LOGPROBS:
+        if not error.too_many_logprobs:
             raise
         raise SGOPDConfigError(
             f"`distillation_topk` must not exceed the log-probs that the teacher server allows at a position, got "
@@ -443,13 +442,13 @@ def _check_scores(teacher: "ServerTeacher", found: list[SequenceScores]) -> None
             f"The teacher server must send log-probs, got values whose probabilities add up to {whole:.3g}. It seems "
             "to send logits. Start it with --logprobs-mode processed_logprobs."
         )
-    for replica, scores in zip(teacher.client.replicas[1:], others, strict=True):
+    for address, scores in zip(teacher.client.addresses[1:], others, strict=True):
         apart = [abs(left - right) for left, right in zip(first.logps, scores.logps, strict=True)]
         if sum(apart) / len(apart) > _SAME_MODEL:
             raise TeacherError(
                 f"The replicas in `teacher_model_server_url` must serve one model, got log-probs of the same tokens "
                 f"that differ by {sum(apart) / len(apart):.2g} nats on average between "
-                f"{teacher.client.replicas[0].address} and {replica.address}. Rows would be taught by either. Start "
+                f"{teacher.client.addresses[0]} and {address}. Rows would be taught by either. Start "
                 "both with the same weights."
             )
 
@@ -459,13 +458,13 @@ def _check_tokenizer(teacher: "ServerTeacher", tokenizer: Any, probe: list[int])
     text = tokenizer.decode(probe)
     own = tokenizer(text, add_special_tokens=False)["input_ids"]
     answers = teacher.client.tokenize(text)
-    for replica, theirs in zip(teacher.client.replicas, answers, strict=True):
+    for address, theirs in zip(teacher.client.addresses, answers, strict=True):
         if theirs is None or theirs == own:
             continue
         at = first_difference(own, theirs)
         raise TeacherError(
             f"The teacher server's tokenizer must be the student's, got other ids for the same text at "
-            f"{replica.address} from token {at} on, where the student has {own[at : at + 4]}. Log-probs of the same "
+            f"{address} from token {at} on, where the student has {own[at : at + 4]}. Log-probs of the same "
             "id would belong to different tokens. Serve a teacher of the student's family."
         )
     return all(answer is not None for answer in answers)

@@ -66,7 +66,7 @@ def read_address(text: str) -> Address:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise _bad_url("something that is not a URL", "It could not be reached.") from None
+        raise bad_url("something that is not a URL", "It could not be reached.") from None
     if any(mark in text for mark in "@?#"):
         raise SGOPDConfigError(
             "`teacher_model_server_url` must not hold credentials, a query or a fragment, got a URL with one, not "
@@ -75,9 +75,9 @@ def read_address(text: str) -> Address:
         )
     if parts.scheme not in _PORTS or not parts.hostname:
         shown = _SHOWN.match(text)
-        raise _bad_url(repr(shown[0][:100] if shown else ""), "It says how the server is reached.")
+        raise bad_url(repr(shown[0][:100] if shown else ""), "It says how the server is reached.")
     if _UNSENDABLE.search(parts.hostname + parts.path) or not parts.path.isascii():
-        raise _bad_url("one with characters that a URL cannot have, not shown here", "HTTP cannot send it.")
+        raise bad_url("one with characters that a URL cannot have, not shown here", "HTTP cannot send it.")
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return Address(parts.scheme, parts.hostname, _PORTS[parts.scheme] if port is None else port, path)
 
@@ -88,7 +88,7 @@ def api_key() -> str | None:
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
-    """Refuse what HTTP cannot send; `http.client` would show the value, which may be a key, in its error.
+    """Refuse what HTTP cannot send; a library would show the value, which may be a key, in its error.
 
     Raises:
         SGOPDConfigError: names the header and does not show its value.
@@ -107,7 +107,8 @@ def check_headers(headers: Mapping[str, str]) -> None:
         )
 
 
-def _bad_url(got: str, reason: str) -> SGOPDConfigError:
+def bad_url(got: str, reason: str) -> SGOPDConfigError:
+    """The message for a value of `teacher_model_server_url` that leads nowhere."""
     return SGOPDConfigError(
         f"`teacher_model_server_url` must be made of http or https URLs, got {got}. {reason} {_WAY_OUT}"
     )
@@ -119,7 +120,7 @@ def parsed(value: Any) -> Any:
         try:
             return json.loads(value)
         except json.JSONDecodeError:
-            raise _bad_url("JSON that cannot be read", "A list or a mapping may be given as JSON.") from None
+            raise bad_url("JSON that cannot be read", "A list or a mapping may be given as JSON.") from None
     return value
 
 
@@ -131,7 +132,7 @@ def read_servers(value: Any) -> dict[str, list[str]] | list[str]:
     """
     if isinstance(value, Mapping):
         if not value or not all(str(label) for label in value):
-            raise _bad_url("a mapping without names", "It maps the names in the column `teacher_id` to servers.")
+            raise bad_url("a mapping without names", "It maps the names in the column `teacher_id` to servers.")
         return {str(label): _replicas(part) for label, part in value.items()}
     return _replicas(value)
 
@@ -139,13 +140,13 @@ def read_servers(value: Any) -> dict[str, list[str]] | list[str]:
 def _replicas(value: Any) -> list[str]:
     urls = [value] if isinstance(value, str) else value
     if not isinstance(urls, Sequence) or not urls or not all(isinstance(url, str) for url in urls):
-        raise _bad_url(
+        raise bad_url(
             f"{type(value).__name__} without a URL" if not value else f"{type(value).__name__} of other things",
             "It is a URL, a list of the replicas of one teacher, or a mapping from `teacher_id` to either.",
         )
     addresses = [read_address(url) for url in urls]
     if len(set(addresses)) < len(addresses):
-        raise _bad_url("one URL twice in a list", "Replicas are different servers with the same model.")
+        raise bad_url("one URL twice in a list", "Replicas are different servers with the same model.")
     return list(urls)
 
 

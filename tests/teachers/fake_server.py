@@ -79,6 +79,7 @@ class FakeServer:
         return self
 
     def stop(self) -> None:
+        self._server.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._server.drop_connections()
@@ -88,6 +89,16 @@ class FakeServer:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
+
+    @property
+    def released(self) -> threading.Event:
+        """Set when it stops: what holds back an answer waits for this."""
+        return self._server.released
+
+    @property
+    def connected(self) -> int:
+        """Connections that were opened to it since its last start."""
+        return len(self._server.connections)
 
     @property
     def completions(self) -> list[dict]:
@@ -140,9 +151,10 @@ class FakeServer:
                 self.at_a_time -= 1
 
 
-def send(handler: BaseHTTPRequestHandler, status: int, body: bytes) -> bool:
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> bool:
     handler.send_response(status)
-    handler.send_header("Content-Length", str(len(body)))
+    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(body)
     return True
@@ -153,17 +165,18 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, *arguments: Any) -> None:
-        self._connections: list[Any] = []
+        self.connections: list[Any] = []
+        self.released = threading.Event()
         super().__init__(*arguments)
 
     def get_request(self) -> Any:
         connection, address = super().get_request()
-        self._connections.append(connection)
+        self.connections.append(connection)
         return connection, address
 
     def drop_connections(self) -> None:
         """As a process that has ended: nobody is left to answer on connections that are open."""
-        for connection in self._connections:
+        for connection in self.connections:
             try:
                 connection.shutdown(2)
             except OSError:

@@ -1,4 +1,4 @@
-"""What the tests of asking ahead share: a teacher that never does, recorded runs, and a gate for rollouts."""
+"""What the tests of prefetching share: a teacher that never does, recorded runs, and a gate for rollouts."""
 
 import json
 import threading
@@ -16,7 +16,6 @@ from tiny import (
 from transformers import TrainerCallback
 
 from sg_opd_trl import ServerTeacher
-from sg_opd_trl.teachers.http import THREAD_NAME
 from teachers.fake_server import FakeServer
 
 # Two student prompts of four rollouts and two teacher prompts a step.
@@ -51,10 +50,6 @@ class Written:
         return parity_verifier([], completion_ids)
 
 
-def asking_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
-
-
 def scoring(server: FakeServer) -> list[dict]:
     """Requests for scores, but for those of the checks before the run."""
     return [request for request in server.completions if "prompt_logprobs" in request][1:]
@@ -72,7 +67,7 @@ class Finished:
         self.recorder, self.verifier = GradientRecorder(), given.pop("verifier", None) or Written()
         prepare = given.pop("prepare", lambda trainer: None)
         callbacks = [self.recorder, *given.pop("callbacks", [])]
-        limits = given.pop("limits", {"timeout": 20.0})
+        limits = given.pop("limits", {"timeout": 120.0})
         route = given.pop("route", lambda teacher: teacher)
         given["settings"] = SETTINGS | given.get("settings", {})
         self.trainer = given.pop("build", tiny_trainer)(
@@ -114,7 +109,7 @@ class Gate:
 
     def hold(self, request: dict) -> float:
         if "seed" in request and len(writing(self.server)) > ROLLOUTS:
-            self.in_time.append(self.opened.wait(20))
+            self.in_time.append(self.opened.wait(120))
         return 0.0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.teachers import http
 from sg_opd_trl.teachers.client import CompletionsClient
 from sg_opd_trl.teachers.http import RequestLimits
 from sg_opd_trl.teachers.urls import parsed, read_address, read_servers
@@ -83,7 +84,7 @@ def test_as_many_requests_at_a_time_as_allowed_and_no_more() -> None:
 
     def meet(request: dict) -> float:
         """Answers wait for one another: with fewer at a time none would come."""
-        return 0.0 * together.wait(timeout=20) if "prompt" in request else 0.0
+        return 0.0 * together.wait(timeout=120) if "prompt" in request else 0.0
 
     with FakeServer(delay=meet) as server:
         client = connected(server, limits=RequestLimits(timeout=60.0, max_retries=0, concurrency=3))
@@ -98,20 +99,29 @@ def test_nothing_to_ask() -> None:
         assert client.generate([], []) == []
 
 
-def test_headers_and_kept_connections() -> None:
+def test_headers_and_kept_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_IDLE_SECONDS", 600.0)
     with FakeServer() as server:
         client = connected(server, headers={"Authorization": f"Bearer {SECRET}"})
         for _ in range(3):
             client.score([IDS], [1])
-        assert len(client.replicas[0].connections._idle) == 1
+        assert server.connected == 1
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {SECRET}"}
         client.close()
         client.score([IDS], [1])
+        assert server.connected == 2
+
+
+def test_a_header_comes_as_it_was_given() -> None:
+    with FakeServer() as server:
+        connected(server, headers={"X-Key": "caf\u00e9 1 "})
+    assert server.headers[0]["X-Key"] == "caf\u00e9 1"
+    assert server.headers[0]["Accept-Encoding"] == "identity", "a small answer is no large one"
 
 
 def test_a_kept_connection_that_the_server_has_closed_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     server = FakeServer().start()
-    client = connected(server, limits=LIMITS._replace(max_retries=0))
+    client = connected(server)
     server.stop()
     server.start()
     assert len(client.score([IDS], [1])) == 1
@@ -134,23 +144,24 @@ def test_a_model_by_its_name_or_by_its_folder() -> None:
         assert len(client.score([IDS], [1])) == 1, "the server answers with the first of its names"
         client.connect("an-adapter")
         assert client.model == "an-adapter"
-        message = failure(lambda: client.connect(None))
-        assert "must serve one model, got 'teacher', 'alias', 'an-adapter'" in message
+        names = f"{server.url}, whose names {server.url}/v1/models tells"
+        assert f"must serve one model, got 3 models at {names}" in failure(lambda: client.connect(None))
 
 
 def test_another_model_is_served() -> None:
     with FakeServer(model="other") as server:
         message = failure(lambda: connected(server))
-        assert "must serve 'teacher', got 'other'" in message
+        assert f"must serve 'teacher', got another one at {server.url}" in message
         assert "`teacher_model_name_or_path`" in message
-        server.models = [{"id": f"<{SECRET}>"}]
-        assert "a name that is not shown" in failure(lambda: connected(server))
+        server.models = [{"id": SECRET, "root": SECRET}]
+        assert "must serve 'teacher', got another one" in failure(lambda: connected(server))
 
 
 def test_replicas_of_different_models() -> None:
     with FakeServer(model="one") as one, FakeServer(model="other") as other:
         client = CompletionsClient([one.url, other.url], LIMITS)
-        assert f"must serve 'one', got 'other' at {other.url}" in failure(lambda: client.connect(None))
+        message = failure(lambda: client.connect(None))
+        assert f"must serve the same model as the first replica, got another one at {other.url}" in message
 
 
 def test_tokenize_where_the_server_tells() -> None:
@@ -252,10 +263,12 @@ def test_limits() -> None:
             CompletionsClient(["http://a"], limits)
 
 
-def test_the_client_needs_neither_torch_nor_an_http_package() -> None:
+@pytest.mark.parametrize(("module", "light"), [("client", set()), ("urls", {"httpx2"})])
+def test_neither_torch_nor_transformers_is_needed(module: str, light: set) -> None:
+    """By the settings of servers, which a command line reads before it does anything, not even an HTTP library."""
     code = (
-        "import sys, sg_opd_trl.teachers.remote\n"
-        "heavy = {'torch', 'transformers', 'trl', 'numpy', 'requests', 'httpx', 'httpx2'} & set(sys.modules)\n"
+        f"import sys, sg_opd_trl.teachers.{module}\n"
+        f"heavy = { ({'torch', 'transformers', 'trl', 'numpy', 'requests'} | light)!r} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     root = Path(__file__).resolve().parents[2]

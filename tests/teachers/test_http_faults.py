@@ -1,24 +1,24 @@
 """The client of teacher servers against a server that misbehaves: nothing hangs and nothing leaks."""
 
 import json
+import logging
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from sg_opd_trl.errors import TeacherError
-from sg_opd_trl.teachers import http as transport
 from sg_opd_trl.teachers.client import CompletionsClient
-from sg_opd_trl.teachers.http import RequestLimits
-from teachers.fake_server import SECRET, FakeServer
+from teachers.fake_server import SECRET, FakeServer, send
 from teachers.http_cases import (
     IDS,
     LIMITS,
+    PATIENT,
     SEQUENCES,
+    SHORT,
     choice,
     connected,
     cut_off,
@@ -26,27 +26,22 @@ from teachers.http_cases import (
     hung_up,
     status,
     stuck,
+    under_way,
     wait_until,
 )
 
 
-# --- faults: each ends within the timeout and two seconds, with an error that names the setting ----------------------
-def dripping(handler: Any, path: str) -> bool:
-    """A byte now and then: no single wait is ever long."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(100):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.02)
-    return True
+# --- faults: each ends, with an error that names the setting ---------------------------------------------------------
+def dripping(beginning: bytes) -> Callable[[Any, str], bool]:
+    """A byte now and then for as long as the server is there: no single wait is ever long."""
 
+    def behave(handler: Any, path: str) -> bool:
+        handler.wfile.write(beginning)
+        while not handler.server.released.wait(0.02):
+            handler.wfile.write(b" ")
+        return True
 
-def dripping_headers(handler: Any, path: str) -> bool:
-    for letter in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100:
-        handler.wfile.write(bytes([letter]))
-        handler.wfile.flush()
-        time.sleep(0.02)
-    return True
+    return behave
 
 
 def not_http(handler: Any, path: str) -> bool:
@@ -58,9 +53,6 @@ def not_http(handler: Any, path: str) -> bool:
 AT_START = {
     "health 503": (status(503), "HTTP 503"),
     "health 404": (status(404), "HTTP 404"),
-    "stuck": (stuck, "no answer in time"),
-    "dripping": (dripping, "no answer in time"),
-    "dripping headers": (dripping_headers, "no answer in time"),
     "hung up": (hung_up, "the connection was closed"),
     "cut off": (cut_off, "the answer ended early"),
     "not HTTP": (not_http, "the answer is not HTTP"),
@@ -68,6 +60,7 @@ AT_START = {
     "429": (status(429), "HTTP 429"),
     "web page": (status(200, f"<html>{SECRET}</html>"), "no JSON object"),
     "deep JSON": (status(200, "[" * 100_000), "no JSON object"),
+    "long status": (status(10**3), "not HTTP"),
     "no models": (status(200, '{"data": []}'), "without any"),
     "401": (status(401), "SG_OPD_TEACHER_API_KEY"),
     "403": (status(403), "SG_OPD_TEACHER_API_KEY"),
@@ -84,30 +77,87 @@ def test_faults_at_the_start(fault: str) -> None:
     assert "`teacher_model_server_url`" in message
 
 
+@pytest.mark.parametrize(
+    "behave",
+    [
+        stuck,
+        dripping(b"HTTP/1.1 200 OK\r\nX-Long: "),
+        dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),
+        dripping(b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n"),
+    ],
+    ids=["stuck", "dripping headers", "dripping body", "dripping reason"],
+)
+def test_a_server_that_never_comes_to_an_end(behave: Callable[[Any, str], bool]) -> None:
+    """It goes on until the test is over, so that it is the deadline that ends the request."""
+    with FakeServer(behave=behave) as server:
+        message = failure(lambda: connected(server, limits=SHORT))
+        assert "no answer in time" in message
+        assert "`teacher_request_timeout`=0.25" in message
+
+
 def endless(handler: Any, path: str) -> bool:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-    for _ in range(1000):
-        handler.wfile.write(b"400\r\n" + b" " * 1024 + b"\r\n")
+    while not handler.server.released.is_set():
+        handler.wfile.write(b"10000\r\n" + b" " * 2**16 + b"\r\n")
     return True
 
 
-@pytest.mark.parametrize("behave", [endless, status(200, SECRET * 500)], ids=["chunks", "one piece"])
-def test_an_answer_without_end(behave: Callable[[Any, str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_LARGEST", 4096)
-    monkeypatch.setattr(transport, "_PIECE", 1024)
-    with FakeServer(behave=behave) as server:
-        assert "its answer is larger than 0.00390625 MiB" in failure(lambda: connected(server))
+def until_it_closes(handler: Any, path: str) -> bool:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    while not handler.server.released.is_set():
+        handler.wfile.write(b" " * 2**16)
+    return True
+
+
+def announced(handler: Any, path: str) -> bool:
+    """Never sent: whoever reads it waits until the test is over."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+    return handler.server.released.wait(60)
+
+
+@pytest.mark.parametrize("behave", [endless, until_it_closes, announced])
+def test_an_answer_that_is_larger_than_what_was_asked(behave: Callable[[Any, str], bool]) -> None:
+    with FakeServer() as server:
+        client = connected(server)
+        server.behave = behave
+        # 1 MiB, and 256 bytes for each of five log-probs of each token.
+        most = {2**11: 3.5, 2**12: 6}
+        for length, mib in most.items():
+            message = failure(lambda length=length: client.score([[3] * length], [1], top=4))
+            assert f"its answer is larger than {mib:g} MiB, the most for what was asked" in message
+        message = failure(lambda: client.generate([[3] * 2**12], [{"max_tokens": 2**12, "seed": 1}]))
+        assert "its answer is larger than 3 MiB" in message
+        assert "larger than 1 MiB" in failure(lambda: client.connect(None))
+
+
+def test_the_largest_answers_that_a_server_can_mean_are_read() -> None:
+    """Every number with all its digits, a rank in a large vocabulary, and the text of a long token."""
+    ids, top = [5] * 200, 20
+    with FakeServer() as server:
+        client = connected(server)
+        entry = {"logprob": -12.345678901234567, "rank": 151642, "decoded_token": "long " * 20}
+        many = {str(150_000 + other): entry for other in range(top)}
+        server.change = choice(lambda c: c.update(prompt_logprobs=[None, *([{"5": entry, **many}] * (len(ids) - 1))]))
+        (found,) = client.score([ids], [1], top=top)
+        assert len(found.logps) == len(found.support) == len(ids) - 1
+
+
+def test_an_answer_that_says_at_length_why_a_request_is_refused() -> None:
+    with FakeServer() as server:
+        client = connected(server)
+        server.behave = status(400, "maximum context length is 512" + SECRET * 2**20)
+        assert "--max-model-len" in failure(lambda: client.score([IDS], [1]))
 
 
 def test_a_server_that_is_down() -> None:
     server = FakeServer().start()
     server.stop()
-    message = failure(lambda: connected(server))
+    message = failure(lambda: connected(server, limits=LIMITS._replace(max_retries=1)))
     assert "the connection was refused" in message
     assert "2 rounds" in message
     for word in (
         "`teacher_model_server_url`",
-        "`teacher_request_timeout`=0.25",
+        "`teacher_request_timeout`=60",
         "`teacher_max_retries`=1",
         server.url,
     ):
@@ -206,15 +256,14 @@ def test_refused_requests(body: str, said: str) -> None:
 
 def test_the_first_failure_ends_the_others() -> None:
     """Requests that are under way are given up, on both sides."""
-    started = time.monotonic()
     with FakeServer() as server:
-        client = connected(server, limits=RequestLimits(timeout=20.0, max_retries=5))
-        server.delay = lambda request: 0.0 if request["prompt"] == IDS else 1.0
+        client = connected(server, limits=PATIENT)
+        server.delay = lambda request: 0.0 if request["prompt"] == IDS else 0.0 * server.released.wait(60)
         server.change = choice(lambda c: c.pop("prompt_logprobs"))
         with pytest.raises(TeacherError, match="without `prompt_logprobs`"):
             client.score([SEQUENCES[0], SEQUENCES[1], IDS], [1, 1, 1])
-        assert time.monotonic() - started < 2.5
-        wait_until(lambda: not _client_threads())
+        wait_until(lambda: not under_way())
+        assert not server.released.is_set()
 
 
 def test_a_waiting_run_can_be_interrupted() -> None:
@@ -228,20 +277,60 @@ def test_a_waiting_run_can_be_interrupted() -> None:
 
 def _interrupt_a_waiting_run() -> None:
     with FakeServer() as server:
-        client = connected(server, limits=RequestLimits(timeout=20.0, max_retries=5))
-        server.delay = lambda request: 3.0
-        waiting = client.replicas[0].connections
+        client = connected(server, limits=PATIENT)
+        server.delay = lambda request: 0.0 * server.released.wait(60)
         main = threading.main_thread().ident
-        threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
-        started = time.monotonic()
+
+        def interrupt() -> None:
+            wait_until(lambda: len(server.completions) == 4)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             client.score([IDS] * 4, [1] * 4)
-        assert time.monotonic() - started < 2.5
-        wait_until(lambda: not _client_threads())
-        assert not waiting._idle
+        wait_until(lambda: not under_way())
+        assert not server.released.is_set()
         server.delay = lambda request: 0.0
         assert len(client.score([IDS], [1])[0].logps) == 5
 
 
-def _client_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if "(work)" in thread.name]
+# --- what a server sends decides nothing and is shown nowhere --------------------------------------------------------
+@pytest.mark.parametrize("number", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(number: int) -> None:
+    with FakeServer() as server, FakeServer() as target:
+        client = connected(server)
+        server.behave = lambda handler, path: send(handler, number, b"", Location=target.url + path)
+        assert "Set the URL that it leads to" in failure(lambda: client.score([IDS], [1]))
+        assert not target.requests
+
+
+def test_no_cookie_is_sent_back() -> None:
+    with FakeServer() as server:
+        client = connected(server)
+        body = json.dumps({"object": "list", "data": server.models}).encode()
+        server.behave = lambda handler, path: send(handler, 200, body, **{"Set-Cookie": f"a={SECRET}; Path=/"})
+        for _ in range(2):
+            client.connect(None)
+    assert not any("Cookie" in headers for headers in server.headers)
+
+
+def test_no_log_says_what_a_server_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """Not even that of the HTTP library, of which others in this process keep theirs."""
+
+    def odd_words(handler: Any, path: str) -> bool:
+        handler.send_response_only(503, SECRET)
+        handler.send_header("X-Key", SECRET)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    with caplog.at_level(logging.DEBUG), FakeServer() as server:
+        client = connected(server)
+        for behave in (odd_words, not_http, cut_off, status(200), status(400), status(302)):
+            server.behave = behave
+            failure(lambda: client.score([IDS], [1]))
+        for name in ("httpcore2.connection", "httpcore2.http11"):
+            logging.getLogger(name).debug("of another user")
+    assert "HTTP 503 (Service Unavailable)" in caplog.text
+    assert SECRET not in caplog.text
+    assert [record.getMessage() for record in caplog.records if "httpcore2" in record.name] == ["of another user"] * 2

@@ -1,4 +1,4 @@
-"""Asking a teacher server ahead of time changes nothing: the run is the one that waits, and so are its errors."""
+"""Prefetching from a teacher server changes nothing: the run is the one that waits, and so are its errors."""
 
 import threading
 import zlib
@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from sg_opd_trl import ServerTeacher, TeacherError
 from sg_opd_trl.teacher_sampling.callback import prompt_stream
 from teachers.fake_server import FakeServer
-from teachers.http_cases import wait_until
+from teachers.http_cases import under_way, wait_until
 from teachers.overlap_cases import (
     ROLLOUTS,
     ROWS,
@@ -30,7 +30,6 @@ from teachers.overlap_cases import (
     Gate,
     Waiting,
     Written,
-    asking_threads,
     scoring,
     writing,
 )
@@ -40,7 +39,7 @@ from teachers.test_server import Outage
 @pytest.fixture(autouse=True)
 def nothing_is_under_way_any_more(server: FakeServer) -> Iterator[None]:
     yield
-    wait_until(lambda: not asking_threads() and not server.at_a_time)
+    wait_until(lambda: not under_way() and not server.at_a_time)
 
 
 def assert_same(folder: Path, server: FakeServer, **given: Any) -> Finished:
@@ -70,7 +69,7 @@ def assert_same(folder: Path, server: FakeServer, **given: Any) -> Finished:
     ],
     ids=["one order", "another", "topk", "asymmetric", "truncated", "special tokens", "time separated"],
 )
-def test_neither_asking_ahead_nor_the_order_of_arrival_changes_anything(
+def test_neither_prefetching_nor_the_order_of_arrival_changes_anything(
     tmp_path: Path, server: FakeServer, order: int, settings: dict
 ) -> None:
     server.delay = lambda request: zlib.crc32(f"{order}{request}".encode()) % 5 * 0.01
@@ -130,9 +129,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, server: FakeServ
 
 def test_a_server_restarted_meanwhile_loses_nothing(tmp_path: Path, server: FakeServer) -> None:
     steady = Finished(tmp_path, server, Waiting).train()
-    # The rollouts of the second step are under way when the server goes.
-    server.delay = lambda request: 0.5 if len(writing(server)) > ROLLOUTS and "seed" in request else 0.0
-    shaken = Finished(tmp_path, server, ServerTeacher, callbacks=[Outage(server)]).train()
+    # The rollouts of the second step are under way when the server goes; it answers them once it is back.
+    gone = server.released
+    server.delay = lambda request: (
+        0.0 * gone.wait(120) if len(writing(server)) > ROLLOUTS and "seed" in request else 0.0
+    )
+    outage = Outage(server, lambda: len(writing(server)) == 2 * ROLLOUTS)
+    shaken = Finished(tmp_path, server, ServerTeacher, callbacks=[outage]).train()
     assert logged(shaken.trainer, "loss") == logged(steady.trainer, "loss")
     assert logged(shaken.trainer, "teacher/generated_tokens") == logged(steady.trainer, "teacher/generated_tokens")
     assert len(writing(server)) > 2 * ROLLOUTS, "they were sent again"
@@ -181,7 +184,7 @@ def test_what_nobody_will_take_is_stopped(tmp_path: Path, server: FakeServer, en
     class End(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             wait_until(lambda: len(writing(server)) == 2 * ROLLOUTS)
-            assert asking_threads()
+            assert under_way()
             end(control)
 
     run = Finished(tmp_path, server, ServerTeacher, callbacks=[End()])
@@ -190,7 +193,7 @@ def test_what_nobody_will_take_is_stopped(tmp_path: Path, server: FakeServer, en
             run.train()
     else:
         run.train()
-    wait_until(lambda: not asking_threads())
+    wait_until(lambda: not under_way())
     assert not gate.opened.is_set()
     gate.opened.set()
 
@@ -206,8 +209,8 @@ def test_scores_that_nobody_will_take_are_stopped(tmp_path: Path, server: FakeSe
     given = {"verifier": Written(give_up), "eval_dataset": tiny_data().select([0, 1])}
     given["settings"] = {"eval_with_teacher": True, "per_device_eval_batch_size": 8, "num_generations_eval": 4}
     run = Finished(tmp_path, server, ServerTeacher, **given)
-    server.delay = lambda request: float(held.wait(20) and 0)
+    server.delay = lambda request: 0.0 * held.wait(120)
     with pytest.raises(KeyboardInterrupt):
         run.trainer.evaluate()
-    wait_until(lambda: not asking_threads())
+    wait_until(lambda: not under_way())
     held.set()

@@ -19,7 +19,7 @@ from sg_opd_trl import ServerTeacher, SGOPDTrainer, TeacherAnchorCallback
 from sg_opd_trl.models import generate as decoding
 from sg_opd_trl.trainer import scores_every_rollout
 from teachers.fake_server import FakeServer
-from teachers.http_cases import wait_until
+from teachers.http_cases import under_way, wait_until
 from teachers.overlap_cases import (
     ROLLOUTS,
     ROWS,
@@ -27,7 +27,6 @@ from teachers.overlap_cases import (
     Finished,
     Gate,
     Written,
-    asking_threads,
     scoring,
     writing,
 )
@@ -36,7 +35,7 @@ from teachers.overlap_cases import (
 @pytest.fixture(autouse=True)
 def nothing_is_under_way_any_more(server: FakeServer) -> Iterator[None]:
     yield
-    wait_until(lambda: not asking_threads() and not server.at_a_time)
+    wait_until(lambda: not under_way() and not server.at_a_time)
 
 
 def test_the_teacher_writes_for_the_next_step_while_the_student_works(tmp_path: Path, server: FakeServer) -> None:
@@ -54,7 +53,7 @@ def test_scores_find_a_place_among_rollouts_that_take_long(tmp_path: Path, serve
     gate = Gate(server)
     Finished(
         *(tmp_path, server, ServerTeacher),
-        limits={"timeout": 20.0, "concurrency": 2},
+        limits={"timeout": 120.0, "concurrency": 2},
         callbacks=[AtTheFirstGradient(gate.opened.set)],
     ).train()
     assert gate.in_time and all(gate.in_time)
