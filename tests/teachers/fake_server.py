@@ -79,10 +79,11 @@ class FakeServer:
         return self
 
     def stop(self) -> None:
-        self._server.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._server.drop_connections()
+        # Only now, so that an answer that was held back finds nobody.
+        self._server.released.set()
 
     def __enter__(self) -> "FakeServer":
         return self.start()
