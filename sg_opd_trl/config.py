@@ -19,6 +19,10 @@ from .core import (
     DISAGREE_MODES,
     NEUTRAL_MODES,
     RouteReferences,
+    disagree_mode_help,
+    disagree_modes_using,
+    modes_without_distribution,
+    modes_without_forward_kl,
     routes_need_reference,
 )
 from .errors import SGOPDConfigError
@@ -140,7 +144,7 @@ class SGOPDConfig(GRPOConfig):
         1.8,
         at_least=0,
         why="It extrapolates from the reference through the teacher (Eq. 5).",
-        used_if={"disagree_mode": tuple(mode for mode in DISAGREE_MODES if mode != "cells")},
+        used_if={"disagree_mode": disagree_modes_using("lambda_high")},
         help="Extrapolation on consensus tokens (paper, Eq. 6 and appendix C: 1.8).",
     )
     lambda_base: float = setting(
@@ -149,7 +153,7 @@ class SGOPDConfig(GRPOConfig):
         why="It extrapolates from the reference through the teacher (Eq. 5).",
         used_if=(
             {"sign_gated_extrapolation": (False,)},
-            {"disagree_mode": ("preserve",)},
+            {"disagree_mode": disagree_modes_using("lambda_base")},
             {"neutral_mode": ("base",)},
         ),
         help="Extrapolation on neutral tokens, and on all tokens without the gate (paper, Algorithm 1).",
@@ -159,20 +163,18 @@ class SGOPDConfig(GRPOConfig):
         choices=DISAGREE_MODES,
         why="It is the equation of conflict tokens (Eq. 7).",
         used_if=_GATE,
-        help="Advantage of conflict tokens: 'interp' beta*a2 (paper, Eq. 7), 'interp_lambda' A(beta) (our choice, the "
-        "other reading of 'interp'), 'preserve' A(lambda_base), 'grpo' the verifier's advantage, 'cells' A(lambda) "
-        "with one lambda per pair of signs (paper, appendix H).",
+        help=f"Advantage of conflict tokens: {disagree_mode_help()}.",
     )
     disagree_interp_beta: float = setting(
         1.0,
         at_least=0,
         why="It scales the teacher's signal on conflict tokens (Eq. 7).",
-        used_if={"disagree_mode": ("interp", "interp_lambda")},
+        used_if={"disagree_mode": disagree_modes_using("disagree_interp_beta")},
         help="beta of 'interp' and 'interp_lambda' (paper, Eq. 7; best run: 1.0).",
     )
     disagree_cell_lambdas: list[float] = setting(
         [1.5, 1.0, 1.0, 1.5],  # four of them, which `_wrong_cells` checks
-        used_if={"disagree_mode": ("cells",)},
+        used_if={"disagree_mode": disagree_modes_using("cell_lambdas")},
         help="Lambdas of 'cells' for the signs (verifier, teacher) = ++, +-, -+, -- (our choice; the paper's appendix "
         "H prints none).",
     )
@@ -726,12 +728,21 @@ def _refused_modes(config: SGOPDConfig) -> Iterator[str]:
             f"`delta={config.delta}` is not supported with distillation_mode={mode!r}: it would scale losses whose "
             "ratio is 1. Set delta to at least 1, or to None."
         )
-    if mode != "asymmetric" and config.sign_gated_extrapolation and config.disagree_mode == "grpo":
+    if config.sign_gated_extrapolation and (why := _unmatched_route(config.disagree_mode, mode)):
         yield (
-            f"`disagree_mode='grpo'` is not supported with distillation_mode={mode!r}: the verifier's advantage is of "
-            "one token, it names no distribution to match. Set disagree_mode='interp', or "
-            "distillation_mode='sampled_token'."
+            f"`disagree_mode={config.disagree_mode!r}` is not supported with distillation_mode={mode!r}: {why}. Set "
+            "disagree_mode='interp', or distillation_mode='sampled_token'."
         )
+
+
+def _unmatched_route(disagree_mode: str, distillation_mode: str) -> str:
+    """Why a loss over distributions cannot follow the routes of a mode; empty where it can."""
+    if distillation_mode != "asymmetric" and disagree_mode in modes_without_distribution():
+        return "the verifier's advantage is of one token, it names no distribution to match"
+    # Its policy gradient takes any route, its forward KL reads none.
+    if distillation_mode == "asymmetric" and disagree_mode in modes_without_forward_kl():
+        return "its forward KL matches conflict tokens to the teacher in full, whatever their route is"
+    return ""
 
 
 def _is_number(value: object) -> bool:

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from sg_opd_trl import SGOPDConfig, SGOPDConfigError, core
 from sg_opd_trl.config import DISTILLATION_MODES, settings_of
+from sg_opd_trl.core import routing
 from sg_opd_trl.objectives import OBJECTIVES
 from sg_opd_trl.setting import Setting
 
@@ -105,6 +106,17 @@ def refusal(**settings: Any) -> str:
     with pytest.raises(SGOPDConfigError) as caught:
         make(**settings)
     return str(caught.value)
+
+
+def test_a_mode_that_the_forward_kl_would_pass_over_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its entry in the table of routes says; none of today's says so."""
+    make(distillation_mode="asymmetric", disagree_mode="preserve")
+    entry = routing.DISAGREE_ROUTES["preserve"]._replace(forward_kl=False)
+    monkeypatch.setitem(routing.DISAGREE_ROUTES, "preserve", entry)
+    message = refusal(distillation_mode="asymmetric", disagree_mode="preserve")
+    assert "`disagree_mode='preserve'` is not supported with distillation_mode='asymmetric'" in message
+    assert "whatever their route is. Set disagree_mode='interp'" in message
+    make(distillation_mode="topk_logits", disagree_mode="preserve")
 
 
 def check_form(message: str, name: str, value: Any) -> None:

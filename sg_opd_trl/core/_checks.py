@@ -202,6 +202,8 @@ def _compiled(
         shapes = [] if dims == "..." else [shape.split() for shape in dims.split("|")]
         fits = [other for other, wide in dims_of.items() if shapes and wide[: len(shapes[-1])] == shapes[-1]]
         like = owner or next(iter(fits), None)
+        if like is not None and like not in dims_of:
+            raise TypeError(f"`{name}` is declared like `{like}`, which is not declared before it or may be None.")
         whose = "" if like is None else _whose(like, len(dims_of[like]), [len(shape) for shape in shapes])
         check = _Tensor(kind, tuple(map(len, shapes)), like, whose, others)
         checks.append((name, check.require))

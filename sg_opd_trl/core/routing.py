@@ -4,7 +4,7 @@ Advantages, targets of distributions and "who needs the reference" are three rea
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class Route:
     scale: float | str
 
     def __post_init__(self) -> None:
-        for part in (self.lambda_up, self.lambda_down, self.scale):
+        for part in astuple(self):
             if isinstance(part, str) and part not in ROUTE_NUMBERS:
                 raise ValueError(f"A route names {part!r}, which is no setting of the routes: {ROUTE_NUMBERS}.")
 
@@ -68,6 +68,11 @@ class DisagreeMode(NamedTuple):
     conflict: AnyRoute
     forward_kl: bool
     help: str
+
+    def settings(self) -> set[str]:
+        """Names of the settings that its routes read."""
+        routes = [route for route in (self.consensus, self.conflict) if isinstance(route, Route)]
+        return {part.partition("[")[0] for route in routes for part in astuple(route) if isinstance(part, str)}
 
 
 DISAGREE_ROUTES: dict[str, DisagreeMode] = {
@@ -122,17 +127,9 @@ def modes_without_forward_kl() -> tuple[str, ...]:
     return tuple(name for name, mode in DISAGREE_ROUTES.items() if not mode.forward_kl)
 
 
-def route_settings_of(disagree_mode: str) -> frozenset[str]:
-    """Settings that consensus and conflict tokens of a mode read; those of neutral tokens come on top.
-
-    Raises:
-        ValueError: The mode is unknown.
-    """
-    one_of(*DISAGREE_ROUTES)("disagree_mode", disagree_mode)
-    mode = DISAGREE_ROUTES[disagree_mode]
-    routes = [route for route in (mode.consensus, mode.conflict) if isinstance(route, Route)]
-    parts = [part for route in routes for part in (route.lambda_up, route.lambda_down, route.scale)]
-    return frozenset(part.partition("[")[0] for part in parts if isinstance(part, str))
+def disagree_modes_using(setting: str) -> tuple[str, ...]:
+    """Modes whose routes of consensus or conflict tokens read a setting: `lambda_high`, ..., or `cell_lambdas`."""
+    return tuple(name for name, mode in DISAGREE_ROUTES.items() if setting in mode.settings())
 
 
 # --- the gate --------------------------------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
 """What the core promises about imports, its public names and waiting for the device."""
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from repository import PATIENCE
+from torch import Tensor
 
 from sg_opd_trl import core
+from sg_opd_trl.core._checks import checked, positive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,3 +69,44 @@ def test_nothing_reads_a_value_back() -> None:
         taught=a1, prefix_weights=a2, drift_gates=a2,
     )  # fmt: skip
     assert statistics.totals.device.type == "meta"
+
+
+def test_a_forgotten_declaration_fails_at_import() -> None:
+    def equation(logps: Tensor, mask: Tensor | None, *weights: Tensor, tau: float | None = None) -> Tensor:
+        """An equation."""
+        return logps
+
+    with pytest.raises(TypeError, match=r"does not declare the tensor\(s\) mask, weights"):
+        checked(logps="float B T")(equation)
+    with pytest.raises(TypeError, match="has no parameter lopgs"):
+        checked(lopgs="float B T", mask="any B T", weights="any B T")(equation)
+    with pytest.raises(
+        TypeError, match="`weights` is declared like `mask`, which is not declared before it or may be"
+    ):
+        checked(logps="float B T", mask="any B T", weights="float B T like mask")(equation)
+    whole = checked(
+        logps="float B T", mask="any B T", weights="float B T", tau=positive(reason="It is a temperature.")
+    )(equation)
+    assert inspect.signature(whole) == inspect.signature(equation)
+    assert whole.__doc__ == "An equation."
+
+
+def test_what_a_declaration_checks() -> None:
+    @checked(logps="float B T", mask="any B T", rows="int B like mask", either="float B|B T", weights="float B T")
+    def equation(
+        logps: Tensor, mask: Tensor, *weights: Tensor, rows: Tensor | None = None, either: Tensor | None = None
+    ) -> Tensor:
+        return logps
+
+    x = torch.zeros(2, 3)
+    assert equation(x, x) is equation(x, x.bool(), x, x, rows=torch.zeros(2).long(), either=x[:, 0]) is x
+    with pytest.raises(ValueError, match=r"`weights` must have the shape of `logps` \(2, 3\), got \(2, 2\)"):
+        equation(x, x, x, x[:, :2])
+    with pytest.raises(ValueError, match=r"`rows` must have the shape of `the rows of mask` \(2,\), got \(2, 3\)"):
+        equation(x, x, rows=x.long())
+    with pytest.raises(TypeError, match="`rows` must have an integer dtype"):
+        equation(x, x, rows=x[:, 0])
+    with pytest.raises(ValueError, match=r"`either` must have the shape of `logps \(one per row or per token\)`"):
+        equation(x, x, either=torch.zeros(3))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'logps'"):
+        equation(mask=x)

@@ -25,7 +25,7 @@ from tiny import (
     tiny_trainer,
 )
 
-from sg_opd_trl import AdapterTeacher, LocalTeacher, SGOPDConfigError
+from sg_opd_trl import AdapterTeacher, LocalTeacher, SGOPDConfigError, core
 from sg_opd_trl.teachers import RoutedTeacher
 
 CHARACTERS = "0123456789+=abcdefg\n "
@@ -104,10 +104,7 @@ MODES: dict[str, Mode] = {
     "OPD with a reference": Mode(GATE_OFF | {"lambda_base": 1.0}, own_reference),
     "ExOPD": Mode(GATE_OFF, own_reference),
     # Two inner updates start from the student's own scores as the reference's, where A(beta) = beta * a2.
-    **{
-        name: Mode({"disagree_mode": name}, own_reference)
-        for name in ("interp", "interp_lambda", "preserve", "grpo", "cells")
-    },
+    **{name: Mode({"disagree_mode": name}, own_reference) for name in core.DISAGREE_MODES},
     "neutral as conflict": Mode({"neutral_mode": "conflict"}),
     "IW-OPD": Mode({"iw_opd_gamma": 0.5}),
     "drift gate, 64 tokens": Mode(DRIFT | {"drift_gate_block": "64"}),

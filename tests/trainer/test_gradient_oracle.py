@@ -24,6 +24,8 @@ from tiny import (
 )
 from transformers import Qwen3ForCausalLM
 
+from sg_opd_trl import core
+
 LIMIT = 1e-5
 TEACHER, REFERENCE = 1, 2  # seeds of the models
 
@@ -82,13 +84,14 @@ def compare(args: Any, gradient: Weights, step: Step) -> Counter:
     return classes
 
 
-MODES = {
-    "interp": {"disagree_mode": "interp", "disagree_interp_beta": 0.7},
-    "interp_lambda": {"disagree_mode": "interp_lambda", "disagree_interp_beta": 0.7},
-    "preserve": {"disagree_mode": "preserve", "lambda_base": 1.25},
-    "grpo": {"disagree_mode": "grpo"},
-    "cells": {"disagree_mode": "cells", "disagree_cell_lambdas": [1.6, 0.8, 1.2, 1.4]},
+#: Values that tell the routes apart; a mode that is not among them is tried as it is.
+TELLING: dict[str, dict] = {
+    "interp": {"disagree_interp_beta": 0.7},
+    "interp_lambda": {"disagree_interp_beta": 0.7},
+    "preserve": {"lambda_base": 1.25},
+    "cells": {"disagree_cell_lambdas": [1.6, 0.8, 1.2, 1.4]},
 }
+MODES = {mode: {"disagree_mode": mode} | TELLING.get(mode, {}) for mode in core.DISAGREE_MODES}
 
 
 @pytest.mark.parametrize("anchored", [False, True], ids=["", "anchor"])

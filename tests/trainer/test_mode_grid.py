@@ -23,7 +23,7 @@ from accelerate import PartialState
 from tiny import relative_difference, tiny_config
 from two_ranks import launch
 
-from sg_opd_trl import SGOPDConfigError
+from sg_opd_trl import SGOPDConfigError, core
 from trainer.distributed_script import check_same_weights
 from trainer.mode_grid import AXES, COMMON, KINDS, MODES, PHASED, Cell, run, run_once
 
@@ -43,8 +43,13 @@ REFUSED = {
 TRAINED = [mode for mode in MODES if ("alone", mode) not in REFUSED]
 #: The same for pairs: (kind, mode).
 REFUSED_KINDS = {
-    (kind, "grpo"): ("`disagree_mode='grpo'`", kind, "names no distribution to match", "Set disagree_mode='interp'")
-    for kind in MATCHING
+    (kind, mode): (f"`disagree_mode={mode!r}`", kind, why, "Set disagree_mode='interp'")
+    for kinds, modes, why in (
+        (MATCHING, core.modes_without_distribution(), "names no distribution to match"),
+        (("asymmetric",), core.modes_without_forward_kl(), "whatever their route is"),
+    )
+    for kind in kinds
+    for mode in modes
 }
 DRIFT = [mode for mode in MODES if mode.startswith("drift gate")]
 #: axis -> modes with one gradient: weights that need a second update, and blocks that no rollout fills.
