@@ -1,30 +1,35 @@
-"""A teacher that is gone ends the run; its last finished step is kept as a checkpoint to go on from."""
+"""The books of a run: metrics of a logging window, what stops a step, the last finished step, facts of checkpoints."""
 
 import logging
-import time
+import math
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
-from trl.trainer.utils import get_config_model_id
 
 from . import __version__
-from .core.diagnostics import TokenStatistics, combine, finalize
-from .errors import SGOPDConfigError, TeacherError
+from .core import TokenStatistics, combine, finalize
+from .errors import NonFiniteError, SGOPDConfigError, TeacherError
 from .random_state import RandomState
+from .run import Run
+from .trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)
 
+#: Parts of a step whose wall time is logged as `time/...`.
+TIMED_PARTS = ("rollout", "verify", "teacher", "reference", "anchor", "loss")
 
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
 class TrainingMetrics:
     """Totals since the last log, for training and evaluation apart; all values are already reduced over ranks."""
 
@@ -54,16 +59,6 @@ class TrainingMetrics:
         return values
 
 
-@contextmanager
-def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Add the wall time of the block to `seconds[part]`."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[part] += time.perf_counter() - start
-
-
 def reduce_over_ranks(
     accelerator: Any, statistics: TokenStatistics, sums: Tensor
 ) -> tuple[TokenStatistics, list[float]]:
@@ -85,19 +80,84 @@ def reduce_over_ranks(
     return reduced, ranks[:, end_of_maxima:].sum(dim=0).tolist()
 
 
+# --- what stops a step -----------------------------------------------------------------------------------------------
+def check_step_is_finite(not_finite: int, step: int) -> None:
+    """Stop all ranks before anything is updated.
+
+    Args:
+        not_finite: log-probs, advantages and losses of the micro-batch that are not, over all ranks.
+        step: 1-based optimizer step.
+
+    Raises:
+        NonFiniteError: there are some; on every rank, as the count is the same on all of them.
+    """
+    if not_finite:
+        raise NonFiniteError(
+            f"{not_finite} of the student's log-probs, advantages or losses of step {step} "
+            "are not finite. Nothing was updated in this step. Check the student's weights, lower "
+            "`learning_rate`, or train in float32 or bfloat16."
+        )
+
+
+def check_anchor_is_finite(loss: float, step: int) -> None:
+    """The same for a micro-batch that is the anchor alone, from its loss over all ranks.
+
+    Raises:
+        NonFiniteError: on every rank, before anything is updated.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"The anchor's loss of step {step} is {loss}. Nothing was updated in this step. "
+            "Check the student's weights, lower `learning_rate`, or train in float32 or bfloat16."
+        )
+
+
+def check_grad_norm(grad_norm: Any, step: int, accelerator: Any) -> None:
+    """Stop before a gradient that is not finite reaches the optimizer.
+
+    Args:
+        grad_norm: of the step over all ranks; None where the backend does not say.
+        step: 1-based optimizer step.
+        accelerator: of the trainer.
+
+    Raises:
+        NonFiniteError: on every rank, as the norm is the same on all of them.
+    """
+    if grad_norm is None or torch.isfinite(torch.as_tensor(grad_norm)):
+        return
+    stepped = accelerator.distributed_type == DistributedType.DEEPSPEED
+    taken = "DeepSpeed took this step already: go back to a checkpoint."
+    now = taken if stepped else "The weights are as they were before."
+    raise NonFiniteError(
+        f"The gradient norm of step {step} is {float(grad_norm)}, which the optimizer "
+        f"spreads to every weight. {now} Lower `learning_rate`, train in float32 or bfloat16, or look at the "
+        "rollouts of this step."
+    )
+
+
+# --- the last finished step: a teacher that is gone ends the run, and not what it has learnt -------------------------
+class SavedRun(Run, Protocol):
+    """A run that can write a checkpoint of its current step."""
+
+    callback_handler: Any
+
+    def save_checkpoint(self) -> None:
+        """Write it, as the training loop does."""
+
+
 class LastStep(TrainerCallback):
     """Remembers what the process was like after the last finished step, before the next one draws or counts anything.
 
     Args:
-        trainer: whose run it is.
+        run: whose steps it remembers.
 
     Attributes:
         random_state: of then; None before the first step has finished.
         saved_step: of this run's newest checkpoint, None without any.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, run: SavedRun) -> None:
+        self.run = run
         self.random_state: RandomState | None = None
         self.saved_step: int | None = None
         self._tokens = 0
@@ -113,7 +173,7 @@ class LastStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember the random state, and the counters that checkpoints keep."""
-        self.random_state = RandomState.of(self.trainer.accelerator.device)
+        self.random_state = RandomState.of(self.run.accelerator.device)
         self._tokens = state.num_input_tokens_seen
         self._remember_callbacks()
 
@@ -128,37 +188,38 @@ class LastStep(TrainerCallback):
         self.saved_step = state.global_step
 
     def _remember_callbacks(self) -> None:
-        stateful = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
+        stateful = [one for one in self.run.callback_handler.callbacks if isinstance(one, ExportableState)]
         self._counters = [(one, dict(one.state()["attributes"])) for one in stateful]
 
     def restore(self) -> None:
         """Go back to it."""
         if self.random_state is not None:
             self.random_state.restore()
-            self.trainer.state.num_input_tokens_seen = self._tokens
+            self.run.state.num_input_tokens_seen = self._tokens
         for owner, attributes in self._counters:
             vars(owner).update(attributes)
 
 
-def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
+def keep_last_step(run: SavedRun, last: LastStep, error: TeacherError) -> None:
     """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
 
     Ranks that did not fail wait for one another and cannot take part: with several processes nothing is written. What
     goes wrong here is told and not raised, so that it does not hide the error.
 
     Args:
-        trainer: whose run the error ends.
+        run: that the error ends.
         last: its callback.
         error: why.
     """
-    args, step = trainer.args, trainer.state.global_step
-    if last.random_state is None or trainer.accelerator.num_processes > 1 or args.save_strategy == SaveStrategy.NO:
+    args: Any = run.args
+    step = run.state.global_step
+    if last.random_state is None or run.accelerator.num_processes > 1 or args.save_strategy == SaveStrategy.NO:
         return
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     if last.saved_step != step:
         last.restore()
         try:
-            trainer.save_checkpoint()
+            run.save_checkpoint()
         except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
             logger.warning(
                 "The teacher ended the run, and its %d finished steps could not be kept in %s: %s. Delete that "
@@ -179,7 +240,34 @@ def keep_last_step(trainer: Any, last: LastStep, error: TeacherError) -> None:
     )
 
 
-def checkpoint_facts(run: Any) -> dict:
+# --- facts: what a checkpoint and a model card say of a run ----------------------------------------------------------
+class TaughtRun(Run, Protocol):
+    """A run with its teacher and reference.
+
+    Attributes:
+        teacher: has an `identity`, JSON-ready.
+        reference: likewise, or None.
+        teacher_tokens: completion tokens scored and generated by teachers so far.
+        evaluations: results by name, or None.
+        tags: of the model card.
+        citation: BibTeX entry of the paper.
+    """
+
+    teacher: Any
+    reference: Any
+    teacher_tokens: Sequence[int]
+    evaluations: dict | None
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags of the model card."""
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the paper."""
+
+
+def checkpoint_facts(run: TaughtRun) -> dict:
     """What a checkpoint says about the run's teacher and reference."""
     reference = run.reference.identity if run.reference is not None else None
     return {
@@ -190,7 +278,7 @@ def checkpoint_facts(run: Any) -> dict:
     }
 
 
-def compare_checkpoint_facts(run: Any, state: dict) -> None:
+def compare_checkpoint_facts(run: TaughtRun, state: dict) -> None:
     """Refuse to resume with other weights in the teacher or reference.
 
     Raises:
@@ -235,9 +323,9 @@ def _identities(role: str, identity: dict | None) -> dict[str, dict]:
     return {role: identity or {}} if several is None else {f"{role} {name}": part for name, part in several.items()}
 
 
-def card_arguments(run: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:
+def card_arguments(run: TaughtRun, model_name: str | None, dataset_name: str | None, tags: Any) -> dict:
     """What the model card says of a run."""
-    args = run.args
+    args: Any = run.args
     inherited = {field.name for field in fields(GRPOConfig)}
     own = [field.name for field in fields(args) if field.name not in inherited]
     sizes = ("learning_rate", "num_generations", "max_completion_length", "temperature", "beta", "loss_type", "seed")

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import time
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,6 @@ from trl.trainer.utils import (  # noqa: F401
     maybe_gather_lm_head_ctx,
 )
 
-from .bookkeeping import timed
 from .models.forward import ForwardOutput, HeadRequest, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
@@ -207,28 +207,47 @@ STATE_FILE = "sg_opd_state.json"
 
 OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]]], None]
 """`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
+PolicyOutput = tuple[Tensor, Tensor | None, Tensor | None]
+"""Log-probs and entropies of the completions, `(B, T)` each, and the auxiliary loss of mixtures of experts."""
 
 
 class GRPOSeam(GRPOTrainer):
-    """`GRPOTrainer` with hooks in place of its private steps; it changes nothing by itself.
+    """`GRPOTrainer` with public hooks where it takes its private steps; by itself it trains as its parent does.
 
-    A subclass overrides `on_rewards`, `on_rollouts`, `on_micro_batch` and `checkpoint_state`, and may run its own
-    forward in place of the one inside TRL's loss through `policy_forward`.
+    TRL's step, and where a subclass comes in:
+
+    | TRL | hook |
+    |---|---|
+    | prompts -> completions | `needs_rollouts`, `making_rollouts`, `on_completions` |
+    | completions -> rewards of all ranks | `on_rewards` |
+    | the scored generation batch of this rank | `on_rollouts` |
+    | its old-policy and reference log-probs | `score_for_trl` |
+    | shuffled and split into micro-batches | `on_slices` |
+    | a micro-batch on its way into the loss | `on_micro_batch` |
+    | the policy's one forward inside the loss | `policy_forward` |
+    | the gradient before the optimizer's step | `on_grad_norm` |
+    | a checkpoint written, and read again | `checkpoint_state`, `check_checkpoint_state` |
     """
 
     args: Any
     model: Any
     _buffered_inputs: Any
+    _batch_in_loss: dict | None
 
     on_completions: OnCompletions | None = None
     """Is told of completions while others are still written, and of all of them before they are judged."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._loss_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+        self._batch_in_loss = None
         super().__init__(*args, **kwargs)
 
     # --- hooks ---------------------------------------------------------------------------------------------------
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether the next micro-batch is made of rollouts; otherwise the loss gets an empty one."""
+        return True
+
     def making_rollouts(self, examples: list[dict]) -> AbstractContextManager[None]:
         """Surrounds the making of this rank's generation batch, from prompts to `on_rollouts`."""
         return nullcontext()
@@ -240,23 +259,36 @@ class GRPOSeam(GRPOTrainer):
         """Called with this rank's scored generation batch, before it is shuffled and split; returns what is used."""
         return rollouts
 
+    def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        """Log-probs `(B, completion_length)` of the old policy or TRL's own reference, without gradient."""
+        return self.run_policy(model, input_ids, attention_mask, completion_length).logps
+
     def on_slices(self, slices: list[dict]) -> list[dict]:
         """Called with a new generation batch, shuffled and split into micro-batches; returns what is buffered."""
         return slices
 
-    @property
-    def needs_rollouts(self) -> bool:
-        """Whether the next micro-batch is made of rollouts; otherwise the loss gets an empty one."""
-        return True
-
-    def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-        """Log-probs `(B, completion_length)` of the old policy or TRL's own reference, without gradient."""
-        with self.accelerator.autocast():
-            return fused_log_probs(model, input_ids, attention_mask, completion_length)
-
     def on_micro_batch(self, inputs: dict) -> dict:
         """Called with the micro-batch that the loss is about to see; returns what is used."""
         return inputs
+
+    def policy_forward(self, model: Any, batch: dict) -> PolicyOutput:
+        """The policy's forward inside TRL's loss.
+
+        TRL reads `batch["advantages"]` and the other entries of the loss after this call, so that they may be
+        written here, from the log-probs that the loss is about to use.
+
+        Args:
+            model: the student as the training loop wraps it.
+            batch: the micro-batch.
+
+        Returns:
+            What TRL's loss goes on with, for the rows and columns of the batch.
+        """
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        width = batch["completion_ids"].size(1)
+        output = self.run_policy(model, ids, mask, width, auxiliary_loss=self.aux_loss_enabled)
+        return output.logps, output.entropies, output.auxiliary_loss
 
     def on_grad_norm(self, grad_norm: Any) -> None:
         """Called with the norm of the gradient, before the optimizer's step unless DeepSpeed has taken it already."""
@@ -268,7 +300,7 @@ class GRPOSeam(GRPOTrainer):
     def check_checkpoint_state(self, state: dict) -> None:
         """Called with the facts of the checkpoint that training resumes from."""
 
-    # --- what a subclass may read --------------------------------------------------------------------------------
+    # --- what a subclass may use ---------------------------------------------------------------------------------
     @property
     def tokenizer(self) -> Any:
         """The student's tokenizer, also where the processing class wraps it."""
@@ -304,6 +336,15 @@ class GRPOSeam(GRPOTrainer):
         """Whether frozen models are sharded, so that all ranks must run them the same number of times."""
         return is_sharded(self.accelerator)
 
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the wall time of a block to one part of the step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
     def report_metric(self, mode: str, name: str, value: float) -> None:
         """Log a value with TRL's own metrics; values of one logging window are averaged."""
         self._metrics[mode][name].append(value)
@@ -335,57 +376,52 @@ class GRPOSeam(GRPOTrainer):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             yield self.model
 
-    def policy_log_probs(self, model: Any, input_ids: Tensor, mask: Tensor, completion_length: int) -> Tensor:
-        """Log-probs `(B, completion_length)` of the student, with gradient."""
-        return self._get_per_token_logps_and_entropies(model, input_ids, mask, completion_length)[0]
-
-    @contextmanager
-    def policy_forward(self, forward: Callable) -> Iterator[None]:
-        """Have `forward(run, input_ids, attention_mask, completion_length)` replace the loss's policy forward.
-
-        `run(input_ids, attention_mask, completion_length, request=None)` is TRL's own forward, all other arguments
-        passed through; it returns `(log-probs, entropies, auxiliary loss)`, and so must `forward`. A `HeadRequest` is
-        answered in the same forward.
-        """
-        self._loss_forward = forward
-        try:
-            yield
-        finally:
-            self._loss_forward = None
-
-    # --- TRL's private steps -------------------------------------------------------------------------------------
-    def _get_per_token_logps_and_entropies(
+    def run_policy(
         self,
-        model: nn.Module,
+        model: Any,
         input_ids: Tensor,
         attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        wants_entropy = bool(kwargs.get("compute_entropy"))
-        own = {"compute_entropy", "compute_aux_loss"}
-        # Images and batches of TRL's own need its method.
-        plain = not args and all(v is None or v is False for k, v in kwargs.items() if k not in own)
+        completion_length: int,
+        request: HeadRequest | None = None,
+        *,
+        auxiliary_loss: bool = False,
+    ) -> ForwardOutput:
+        """One forward of the student, in the run's precision and with gradient where that is on.
 
-        def run(ids: Tensor, mask: Tensor, keep: int, request: HeadRequest | None = None) -> Any:
-            if plain:
-                with self.accelerator.autocast():
-                    output = fused_forward(
-                        model, ids, mask, keep, request, auxiliary_loss=bool(kwargs.get("compute_aux_loss"))
-                    )
-                output = output if wants_entropy else output._replace(entropies=None)
-                return output[:3] if request is None else output
-            with compact_head(ids.device):
-                return super(GRPOSeam, self)._get_per_token_logps_and_entropies(
-                    model, ids, mask, keep, *args, **kwargs
-                )
+        Args:
+            model: the student as the training loop wraps it.
+            input_ids: `(B, P + T)`, prompts padded on the left, completions on the right.
+            attention_mask: `(B, P + T)`, 1 = token.
+            completion_length: T.
+            request: what to compute from the hidden states beside the log-probs.
+            auxiliary_loss: whether the load-balancing loss of a mixture of experts is wanted.
+        """
+        with self.accelerator.autocast():
+            return fused_forward(
+                model, input_ids, attention_mask, completion_length, request, auxiliary_loss=auxiliary_loss
+            )
 
-        forward, self._loss_forward = self._loss_forward, None
-        if forward is not None:
-            return forward(run, input_ids, attention_mask, logits_to_keep)
-        if torch.is_grad_enabled() or args or wants_entropy or kwargs.get("pixel_values") is not None:
-            return run(input_ids, attention_mask, logits_to_keep)
+    # --- TRL's private steps -------------------------------------------------------------------------------------
+    def _compute_loss(self, model: nn.Module, inputs: dict) -> Tensor:
+        # TRL hands its forward tensors; `policy_forward` needs the whole micro-batch that they are from.
+        self._batch_in_loss = inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._batch_in_loss = None
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
+    ) -> PolicyOutput:
+        if self._batch_in_loss is not None:
+            return self.policy_forward(model, self._batch_in_loss)
+        wants_more = torch.is_grad_enabled() or kwargs.get("compute_entropy") or kwargs.get("compute_aux_loss")
+        if wants_more or kwargs.get("pixel_values") is not None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, **kwargs
+            )
+        # TRL scores the old policy and its own reference. The batch size that it names is for memory alone:
+        # `score_for_trl` has a budget of its own.
         return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
@@ -403,7 +439,7 @@ class GRPOSeam(GRPOTrainer):
             return generate_completions(model, prompt_ids, self.generation_config, on_ended=told), None
 
     def _generate(self, prompts: list) -> Any:
-        with timed(self.seconds, "rollout"):
+        with self.timed("rollout"):
             written = super()._generate(prompts)
         if self.on_completions is not None:
             prompt_ids, completion_ids = written[:2]
@@ -411,7 +447,7 @@ class GRPOSeam(GRPOTrainer):
         return written
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        with timed(self.seconds, "verify"):
+        with self.timed("verify"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self.on_rewards(rewards)
         return rewards
@@ -426,6 +462,7 @@ class GRPOSeam(GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:
+            # A new generation batch: what the hook returns is what this and the next micro-batches are taken from.
             self._buffered_inputs = self.on_slices(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return self.on_micro_batch(inputs)

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_tokenizer
 
 from sg_opd_trl import SGOPDConfigError
-from sg_opd_trl.trainer import mask_special_tokens, newline_token_ids, special_token_ids
+from sg_opd_trl.token_weights import mask_special_tokens, newline_token_ids, special_token_ids
 
 NEWLINE = "0123456789+=abcdefg\n "
 

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config, tiny_tokenizer, tiny_trainer
 
 from sg_opd_trl import SGOPDConfigError, VerifierError
-from sg_opd_trl.trainer import TokenFactors, TokenWeights
+from sg_opd_trl.token_weights import TokenFactors, TokenWeights
 
 NEWLINE = "0123456789+=abcdefg\n "
 
@@ -94,9 +94,9 @@ def test_everything_off_hands_on_what_it_is_given() -> None:
     inputs = {"verdicts": torch.tensor([0.0, float("nan")]), "completion_ids": torch.zeros(2, 3, dtype=torch.long)}
     gate, mask = torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 3)
     assert off.prepare(inputs, SimpleNamespace(accelerator=None)) is inputs
-    assert off.deal_gate(gate, inputs, mask) is gate
-    assert off.deal_gate(None, inputs, mask) is None
-    assert off.fix_advantages(logps, inputs) is logps
+    assert off.controlled_gate(gate, inputs, mask) is gate
+    assert off.controlled_gate(None, inputs, mask) is None
+    assert off.controlled_advantages(logps, inputs) is logps
     factors = off.factors(logps, logps, (logps, logps), mask, inputs)
     assert factors == TokenFactors(logps, None, None, None) and factors.applied == [logps]
     assert off.taught(inputs["verdicts"]).tolist() == [True, True]
@@ -105,5 +105,5 @@ def test_everything_off_hands_on_what_it_is_given() -> None:
 def test_abstained_rollouts_stay_with_the_teacher() -> None:
     verdicts = torch.tensor([1.0, 0.0, float("nan")])
     assert weights(wrong_rollout_advantage=-1.0).taught(verdicts).tolist() == [True, False, True]
-    fixed = weights(wrong_rollout_advantage=0.0).fix_advantages(torch.ones(3, 2), {"verdicts": verdicts})
+    fixed = weights(wrong_rollout_advantage=0.0).controlled_advantages(torch.ones(3, 2), {"verdicts": verdicts})
     assert fixed.tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]

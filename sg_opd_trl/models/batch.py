@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ScoreFunction = Callable[[Tensor, Tensor, int], Tensor]
 """`(input_ids, attention_mask, completion_length) -> log-probs` of the last `completion_length` tokens."""
@@ -252,3 +253,28 @@ def trim_micro_batch(inputs: dict, multiple: int = 1) -> dict:
         return value
 
     return {name: trimmed(name, value) for name, value in inputs.items()}
+
+
+def joined_rows(batch: TokenBatch, below: TokenBatch | None = None) -> tuple[Tensor, Tensor, int]:
+    """Both batches as the rows of one forward, the last prompt token of all rows in the same column.
+
+    Args:
+        batch: the first rows.
+        below: the rows under them, or None.
+
+    Returns:
+        Input ids and attention mask, `(rows, P + T)`, and T, the width of the wider completions.
+    """
+    input_ids, mask = batch.joined()
+    width = batch.completion_ids.size(1)
+    if below is None:
+        return input_ids, mask, width
+    below_ids, below_mask = below.joined()
+    prompt_widths = batch.prompt_ids.size(1), below.prompt_ids.size(1)
+    widths = width, below.completion_ids.size(1)
+
+    def aligned(upper: Tensor, lower: Tensor) -> Tensor:
+        parts = zip((upper, lower), prompt_widths, widths, strict=True)
+        return torch.cat([functional.pad(part, (max(prompt_widths) - p, max(widths) - t)) for part, p, t in parts])
+
+    return aligned(input_ids, below_ids), aligned(mask, below_mask), max(widths)

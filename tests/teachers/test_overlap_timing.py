@@ -17,7 +17,7 @@ from tiny import (
 
 from sg_opd_trl import ServerTeacher, SGOPDTrainer, TeacherAnchorCallback
 from sg_opd_trl.models import generate as decoding
-from sg_opd_trl.trainer import scores_every_rollout
+from sg_opd_trl.prefetch import scores_every_rollout
 from teachers.fake_server import FakeServer
 from teachers.http_cases import under_way, wait_until
 from teachers.overlap_cases import (
