@@ -411,14 +411,20 @@ class GRPOSeam(GRPOTrainer):
             self._batch_in_loss = None
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> PolicyOutput:
         if self._batch_in_loss is not None:
             return self.policy_forward(model, self._batch_in_loss)
         wants_more = torch.is_grad_enabled() or kwargs.get("compute_entropy") or kwargs.get("compute_aux_loss")
-        if wants_more or kwargs.get("pixel_values") is not None:
+        if wants_more or args or kwargs.get("pixel_values") is not None:
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, **kwargs
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
         # TRL scores the old policy and its own reference. The batch size that it names is for memory alone:
         # `score_for_trl` has a budget of its own.
