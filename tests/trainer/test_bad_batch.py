@@ -20,6 +20,7 @@ from tiny import (
 )
 
 from sg_opd_trl import NonFiniteError, VerifierError
+from sg_opd_trl.models.forward import ForwardOutput
 
 OFF = {"teacher_sampling_enable": False}
 NO_REFERENCE = OFF | {"lambda_high": 1.0}
@@ -145,10 +146,10 @@ def test_a_reference_with_a_bad_weight(tmp_path: Path, mode: str) -> None:
 def test_a_teacher_score_that_is_no_log_prob(tmp_path: Path, scores: float, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny_trainer(tmp_path, settings=OFF)
 
-    def score(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> torch.Tensor:
+    def score(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> ForwardOutput:
         logps = torch.full((input_ids.size(0), completion_length), -1.0)
         logps[2, 0] = scores
-        return logps
+        return ForwardOutput(logps, None, None, None)
 
     monkeypatch.setattr(trainer.teacher, "_forward", score)
     check_untouched(
