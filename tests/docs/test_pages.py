@@ -90,6 +90,12 @@ def test_methods_page_names_every_equation_of_the_core(module: str) -> None:
     assert [name for name in functions if f"`{name}`" not in page] == []
 
 
+def test_methods_page_has_every_mode_of_the_gate() -> None:
+    rows = tables(read("docs/methods.md"), "`disagree_mode`")
+    named = {re.match("`(\\w+)`", row["`disagree_mode`"])[1] for row in rows}
+    assert named == set(core.DISAGREE_MODES)
+
+
 def test_configuration_page_is_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("build_configuration", ROOT / "docs" / "build_configuration.py")
     builder = importlib.util.module_from_spec(spec)
