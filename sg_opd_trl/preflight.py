@@ -176,6 +176,7 @@ def check_run(run: PreparedRun) -> None:
     if hasattr(student, "peft_config") and REFERENCE_ADAPTER in student.peft_config:
         save_without_reference(student)
     _warn_of_dropout(args, student)
+    warn_of_a_gate_without_drift(args)
 
 
 def _check_student(model: Any) -> None:
@@ -225,6 +226,19 @@ def _warn_of_inexact_resume(args: Any) -> None:
             args.save_steps,
             args.steps_per_generation,
             args.num_iterations,
+        )
+
+
+def warn_of_a_gate_without_drift(args: Any) -> None:
+    """Where each generation batch is used up in one update, the policy is still the one that wrote it."""
+    block = args.steps_per_generation * args.num_iterations
+    if args.drift_gate_tau is not None and args.gradient_accumulation_steps % block == 0:
+        logger.warning(
+            "`drift_gate_tau=%s` does nothing with num_iterations=%d and steps_per_generation=%d: each rollout is "
+            "used in one update, before the policy could drift. Set num_iterations=2.",
+            args.drift_gate_tau,
+            args.num_iterations,
+            args.steps_per_generation,
         )
 
 

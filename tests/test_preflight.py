@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from sg_opd_trl import DataError, SGOPDConfigError, TeacherAnchorCallback, TeacherError
 from sg_opd_trl.cli.parsing import build_settings, read_command_line
-from sg_opd_trl.preflight import check_prompt_room, check_rollout_engine
+from sg_opd_trl.preflight import check_prompt_room, check_rollout_engine, warn_of_a_gate_without_drift
 
 OFF = {"teacher_sampling_enable": False}
 
@@ -288,6 +288,35 @@ def test_dropout_under_the_gate_is_warned_about(
     with caplog.at_level(logging.WARNING, logger="sg_opd_trl"):
         tiny_trainer(tmp_path, settings=OFF | settings, model=tiny_model(0, attention_dropout=dropout))
     assert ("The student has dropout of up to 0.25" in caplog.text) is warned
+
+
+UPDATES = [
+    ({}, True),
+    ({"num_iterations": 2}, False),
+    ({"gradient_accumulation_steps": 2}, True),
+    ({"gradient_accumulation_steps": 2, "num_iterations": 2}, False),
+    ({"gradient_accumulation_steps": 2, "steps_per_generation": 4}, False),
+    ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, True),
+    ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, True),
+]
+
+
+@pytest.mark.parametrize(("settings", "idle"), UPDATES, ids=str)
+def test_a_drift_gate_that_can_do_nothing_is_warned_about(
+    tmp_path: Path, settings: dict, idle: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "sg_opd_trl"):
+        warn_of_a_gate_without_drift(tiny_config(tmp_path, drift_gate_tau=1.0, **settings))
+    assert any("`drift_gate_tau=1.0` does nothing" in record.getMessage() for record in caplog.records) == idle
+    caplog.clear()
+    warn_of_a_gate_without_drift(tiny_config(tmp_path, **settings))
+    assert not caplog.records
+
+
+def test_a_run_warns_of_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sg_opd_trl"):
+        tiny_trainer(tmp_path, settings=OFF | {"drift_gate_tau": 1.0})
+    assert caplog.text.count("does nothing with num_iterations=1") == 1
 
 
 # --- the engine that writes the student's rollouts -------------------------------------------------------------------
