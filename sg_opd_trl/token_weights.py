@@ -65,8 +65,6 @@ class TokenWeights:
         self._special_ids = special_token_ids(tokenizer, args.special_token_mask or [])
         by_line = args.drift_gate_tau is not None and args.drift_block_size is None
         self._newline_ids = newline_token_ids(tokenizer) if by_line else []
-        if args.drift_gate_tau is not None:
-            _warn_without_drift(args)
 
     # --- rollouts ------------------------------------------------------------------------------------------------
     def prepare(self, rollouts: dict, run: MeasuredRun) -> dict:
@@ -146,18 +144,6 @@ class TokenWeights:
         if self._args.wrong_rollout_advantage is None or value is None:
             return values
         return core.fixed_on_rows(values, ~self.taught(inputs["verdicts"]), value)
-
-
-def _warn_without_drift(args: Any) -> None:
-    """Where each generation batch is used up in one update, the policy is still the one that wrote it."""
-    if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
-        logger.warning(
-            "`drift_gate_tau=%s` does nothing with num_iterations=%d and steps_per_generation=%d: each rollout is "
-            "used in one update, before the policy could drift. Set num_iterations=2.",
-            args.drift_gate_tau,
-            args.num_iterations,
-            args.steps_per_generation,
-        )
 
 
 def _random_numbers(completion_ids: Tensor, key: str) -> Tensor:

@@ -1,6 +1,5 @@
 """Weights and controls of a run: what they need at construction, and what they hand on."""
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,29 +27,6 @@ def prepared(ids: list[list[int]], *, step: int = 0, rank: int = 0, **settings: 
 
 
 # --- construction ----------------------------------------------------------------------------------------------------
-UPDATES = [
-    ({}, True),
-    ({"num_iterations": 2}, False),
-    ({"gradient_accumulation_steps": 2}, True),
-    ({"gradient_accumulation_steps": 2, "num_iterations": 2}, False),
-    ({"gradient_accumulation_steps": 2, "steps_per_generation": 4}, False),
-    ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, True),
-    ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, True),
-]
-
-
-@pytest.mark.parametrize(("settings", "idle"), UPDATES, ids=str)
-def test_a_drift_gate_that_can_do_nothing_is_warned_about(
-    settings: dict, idle: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "sg_opd_trl"):
-        weights(drift_gate_tau=1.0, **settings)
-    assert any("`drift_gate_tau=1.0` does nothing" in record.getMessage() for record in caplog.records) == idle
-    caplog.clear()
-    weights(**settings)
-    assert not caplog.records
-
-
 def test_what_the_tokenizer_lacks_is_refused_at_construction(tmp_path: Path) -> None:
     with pytest.raises(SGOPDConfigError, match=r"`special_token_mask` must hold strings .* got '<think>'"):
         tiny_trainer(tmp_path, settings={"special_token_mask": ["<think>"]})
