@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SGOPDConfigError
-from ..teacher_sampling.stored.location import is_hub_id, push_store
+from ..teacher_sampling.stored.store import is_hub_id, push_store
 from .command import CommandParser, say
 from .launching import check_world_size, launch, wants_launch
 from .parsing import TrainSettings, build_settings, read_command_line

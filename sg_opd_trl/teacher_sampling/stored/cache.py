@@ -13,8 +13,7 @@ from ...teachers.routed import teacher_of
 from ..prompts import occurrences
 from .identity import teacher_facts
 from .keys import context_facts, differences, digest, tokenizer_facts
-from .location import open_store
-from .store import Key, RolloutStore, StoredRollout
+from .store import Key, RolloutStore, StoredRollout, open_store
 
 logger = logging.getLogger(__name__)
 

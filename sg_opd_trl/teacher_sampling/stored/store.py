@@ -1,5 +1,6 @@
 """Teacher rollouts in a folder that `datasets.load_dataset` reads: JSON Lines, one file per process that wrote.
 
+`teacher_rollouts_path` names it: a local folder, which is created and filled, or a data set on the Hub, which is read.
 A process appends to a file of its own, whole lines at a time, and reads everybody's when it starts. A killed process
 leaves at most one line without an end, which the next reader passes over.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
+from ...errors import DataError, SGOPDConfigError
 from .keys import DIGEST_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 ROLLOUT_FILES = "rollouts-*.jsonl"
 CONTEXT_FOLDER = "contexts"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_UPLOADED = [ROLLOUT_FILES, f"{CONTEXT_FOLDER}/*.json", CARD_FILE]
+
 Key = tuple[str, tuple[int, ...], int]
 """What a rollout is found by: context, prompt ids, sample index."""
 _START = re.compile(rb'\{"context": "([0-9a-f]{%d})", ' % DIGEST_LENGTH)
@@ -169,6 +173,75 @@ class RolloutStore:
             partial.replace(path)
 
 
+# --- where it is -----------------------------------------------------------------------------------------------------
+def open_store(path: str) -> RolloutStore:
+    """The store of a `teacher_rollouts_path`.
+
+    Raises:
+        SGOPDConfigError: a file, a folder that cannot be made, or no such data set.
+    """
+    if is_hub_id(path):
+        return RolloutStore(_download(path), writable=False, name=path)
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SGOPDConfigError(
+            f"`teacher_rollouts_path` must be a folder or a data set on the Hub, got {path!r}: {error.strerror}. "
+            "Teacher rollouts are read there and written there. Choose another folder."
+        ) from error
+    return RolloutStore(folder, name=path)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path means a data set on the Hub: `user/name` or `user/name@revision`, and no such folder exists."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def push_store(folder: Path, repo_id: str, *, private: bool | None, token: str | None) -> str:
+    """Upload a store as a data set; files of other processes' rollouts that are there stay.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    commit = api.upload_folder(
+        folder_path=folder,
+        repo_id=repo_id,
+        repo_type="dataset",
+        allow_patterns=_UPLOADED,
+        commit_message="Teacher rollouts",
+    )
+    return str(commit.commit_url)
+
+
+def _download(path: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo_id, _, revision = path.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(repo_id, repo_type="dataset", revision=revision or None, allow_patterns=_UPLOADED)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise SGOPDConfigError(
+            f"`teacher_rollouts_path` must be a folder or a data set on the Hub, got {path!r}, which is neither a "
+            f"folder here nor a data set that can be read ({type(error).__name__}). Nothing can be read there. To "
+            f"have a folder made, write ./{path}; otherwise check the name and the connection."
+        ) from error
+    if not any(folder.glob(ROLLOUT_FILES)):
+        raise SGOPDConfigError(
+            f"`teacher_rollouts_path` must hold files {ROLLOUT_FILES}, got the data set {path!r} without any. It is "
+            "not a store of teacher rollouts. Push one with `sg-opd teacher-rollouts --push_to_hub`."
+        )
+    return folder
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
 def _rollouts_of(path: Path, contexts: Collection[str]) -> Iterator[StoredRollout]:
     bad: list[int] = []
     with path.open("rb") as file:

@@ -189,7 +189,7 @@ def test_a_data_set_on_the_hub_is_only_read(
 ) -> None:
     run(tmp_path, tmp_path / "cache", settings={"max_steps": 1})
     store = lines(tmp_path / "cache")
-    monkeypatch.setattr("sg_opd_trl.teacher_sampling.stored.location._download", lambda path: tmp_path / "cache")
+    monkeypatch.setattr("sg_opd_trl.teacher_sampling.stored.store._download", lambda path: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     trainer = run(tmp_path, Path("user/rollouts"))
     assert logged(trainer, "anchor/cache_hits") == [2.0, 0.0, 0.0]

@@ -96,6 +96,12 @@ def test_another_format_is_another_context(monkeypatch: pytest.MonkeyPatch) -> N
     assert context() != before
 
 
+def test_digests_stay_as_they_are(tmp_path: Path) -> None:
+    """Another digest would have every stored rollout written again."""
+    assert context() == "6d3f59fa23cc32b280186568"
+    assert folder_digest(model_folder(tmp_path / "a", MODEL)) == "fcac31d289f587c97cad43ad"
+
+
 def test_facts_survive_a_file() -> None:
     facts = context_facts(TEACHER, tokenizer_facts(Tokens()), SAMPLING | {"generation_kwargs": {"watermark": object}})
     assert json.loads(json.dumps(facts)) == facts

@@ -10,8 +10,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sg_opd_trl.errors import SGOPDConfigError
-from sg_opd_trl.teacher_sampling.stored.location import is_hub_id, open_store, push_store
-from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout
+from sg_opd_trl.teacher_sampling.stored.store import RolloutStore, StoredRollout, is_hub_id, open_store, push_store
 
 A = "a" * 24
 

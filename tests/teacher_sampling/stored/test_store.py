@@ -119,6 +119,19 @@ def test_a_damaged_line_is_passed_over_and_its_file_is_named(
     assert "1 of its lines cannot be read" in message
 
 
+# A line as the first version wrote it, letter by letter. Stores are kept for years.
+LINE = (
+    b'{"context": "aaaaaaaaaaaaaaaaaaaaaaaa", "sample": 4294967296, "prompt_ids": [3, 4], "completion_ids": [5, 6, 1],'
+    b' "completion": "5\\u00e9", "verdict": 1.0, "checksum": "2f2d44ac"}\n'
+)
+
+
+def test_the_format_of_a_line_stays(tmp_path: Path) -> None:
+    assert StoredRollout(A, (3, 4), 1 << 32, [5, 6, 1], "5é", 1.0).line() == LINE
+    (tmp_path / "rollouts-old.jsonl").write_bytes(LINE)
+    assert reading(tmp_path).get(A, (3, 4), 1 << 32) == [5, 6, 1]
+
+
 def test_a_whole_store_is_read_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     reading(tmp_path, A, B).add([rollout(), rollout(context=B)])
     with caplog.at_level(logging.WARNING):
@@ -226,7 +239,7 @@ def test_datasets_reads_a_store_with_and_without_verdicts(tmp_path: Path) -> Non
 
 def test_the_store_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom sg_opd_trl.teacher_sampling.stored import keys, location, store\n"
+        "import sys\nfrom sg_opd_trl.teacher_sampling.stored import keys, store\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENCE)
