@@ -1,4 +1,4 @@
-"""A worker that dies, and a test that never ends, end the run and leave their name.
+"""How the tests run: slow files first, and a worker that dies, or a test that never ends, ends the run by name.
 
 pytest-timeout ends a test by ending its process. pytest-xdist then starts another worker, which meets the same test,
 four times for each process that was asked for: a run that stands at 99% for hours. So a dead worker is not replaced.
@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,16 @@ TIMES_THE_TIMEOUT = 2
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("xdist") and config.option.maxworkerrestart is None:
-        config.option.maxworkerrestart = "0"
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.maxworkerrestart = config.option.maxworkerrestart or "0"
+        # pytest-xdist would begin with the files that have the most tests.
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: what begins last has to be short, or one process works while others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -31,6 +40,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         limit = TIMES_THE_TIMEOUT * float(config.getoption("timeout", None) or config.getini("timeout") or 0)
         if limit > 0:
             config.pluginmanager.register(Watchdog(config, limit), "watchdog")
+
+
+@pytest.fixture(scope="session")
+def shipped_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the built-in models as they are shipped, for all processes of the run: training takes minutes."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shipped"
 
 
 class Watchdog:

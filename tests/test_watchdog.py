@@ -53,6 +53,15 @@ def test_a_test_that_does_not_end_ends_the_run_with_its_name(tmp_path: Path, bad
 
 
 @pytest.mark.slow
+def test_files_with_slow_tests_come_first(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(f"{GOOD}def test_another():\n    pass\n", encoding="utf-8")
+    (tmp_path / "test_b.py").write_text(f"import pytest\n\n\n@pytest.mark.slow\n{GOOD}", encoding="utf-8")
+    done = run_pytest(tmp_path, "-n", "1", "-v", "--timeout", "100", "-W", "ignore")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"PASSED (\S+)", done.stdout)[0] == "test_b.py::test_good"
+
+
+@pytest.mark.slow
 def test_a_run_without_such_a_test_passes(tmp_path: Path) -> None:
     (tmp_path / "test_other.py").write_text(GOOD, encoding="utf-8")
     done = run_pytest(tmp_path, "--timeout", "100")

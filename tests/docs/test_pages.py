@@ -16,6 +16,7 @@ from repository import PAGES, PATIENCE, ROOT, check_none, code_blocks, name_of, 
 
 import sg_opd_trl
 from sg_opd_trl import core
+from sg_opd_trl.tasks import resolve
 
 
 def heading_anchors(text: str) -> set[str]:
@@ -159,10 +160,14 @@ def test_table_of_overridable_methods_is_true() -> None:
 
 
 @pytest.mark.slow
-def test_python_example_of_the_readme_trains(tmp_path: Path) -> None:
+def test_python_example_of_the_readme_trains(
+    tmp_path: Path, shipped_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SG_OPD_CACHE", str(shipped_cache))
+    for role in ("teacher", "student"):
+        resolve(f"builtin/arithmetic-{role}")
     example = code_blocks(read("README.md"), "python")[0]
     assert len(example.splitlines()) <= 10
-    subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", example]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     assert (tmp_path / "outputs" / "first-run" / "model.safetensors").is_file()

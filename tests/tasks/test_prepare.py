@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sg_opd_trl.tasks import chains, prepare
+from sg_opd_trl.tasks import chains, prepare, resolve
 from sg_opd_trl.tasks.arithmetic import TASK, Problem, worked_solution
 from sg_opd_trl.tasks.models import build_model, build_tokenizer
 from sg_opd_trl.tasks.problems import Task
@@ -199,7 +199,6 @@ def test_training_problems_avoid_the_held_out_ones(tiny: ArithmeticSettings, mon
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("task", "settings", "greedy", "sampled", "weak"),
     [
@@ -215,16 +214,14 @@ def test_shipped_teacher_and_student(
     greedy: float,
     sampled: tuple[float, float],
     weak: tuple[float, float],
-    tmp_path: Path,
+    shipped_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SG_OPD_CACHE", str(shipped_cache))
     problems = task.draw_splits(settings.data).test
-    for role in ("teacher", "student"):
-        folder = tmp_path / role
-        folder.mkdir()
-        shape, training = getattr(settings, f"{role}_model"), getattr(settings, f"{role}_training")
-        prepare.prepare_model(folder, task, f"{task.name}-{role}", 0, settings.data, shape, training)
-    teacher, student = (AutoModelForCausalLM.from_pretrained(tmp_path / role) for role in ("teacher", "student"))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    folders = [resolve(f"builtin/{task.name}-{role}", settings) for role in ("teacher", "student")]
+    teacher, student = map(AutoModelForCausalLM.from_pretrained, folders)
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
     with prepare.isolated_cpu_generator(0):
         assert prepare.sampled_accuracy(teacher, tokenizer, problems, 1, do_sample=False) >= greedy
         assert sampled[0] <= prepare.sampled_accuracy(teacher, tokenizer, problems, 4) <= sampled[1]
