@@ -12,7 +12,7 @@ from ..errors import SGOPDConfigError
 _TOKENIZED = "Rows are token ids before TRL's trainer sees them, it would have no effect or change them."
 ORDER = "Rows come in the order in which SG-OPD visits their prompts."
 
-# name -> why a baseline leaves it at its default
+# Settings that TRL has and a baseline leaves at their default, each with the reason that the error gives.
 FIXED = {
     "assistant_only_loss": _TOKENIZED,
     "chat_template_path": _TOKENIZED,

@@ -68,6 +68,7 @@ def load_teacher(args: Any, tokenizer: Any, prompts: list) -> Any:
     check_chat_templates(chats, rendered, other, "teacher", template_kwargs=kwargs)
     # Each process has a whole copy: device maps are for one process.
     model = create_model_from_path(name, **options | {"device_map": None})
+    # More ids than the tokenizer has are padding of the embedding; fewer leave tokens that cannot be scored.
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise TeacherError(
             f"The teacher must have all {len(tokenizer)} ids of the student's tokenizer, got a vocabulary of "

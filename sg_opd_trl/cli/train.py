@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from .launching import check_world_size, launch, wants_launch
 from .methods import METHODS
 from .parsing import TrainSettings, build_settings, read_command_line
 from .rewards import load_reward_funcs
-
-logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str], *, debug: bool = False) -> int:
@@ -51,7 +48,7 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     """
     from .cost import RunCost, describe_cost
 
-    dataset_name = settings.script.dataset_name
+    dataset_name = settings.script.dataset_name  # before it becomes a folder of this machine: the card names it
     resolve_names(settings)
     reward_funcs = load_reward_funcs(settings.script.reward_funcs)
     with settings.training.main_process_first(desc="data set"):
@@ -63,7 +60,7 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     trainer.train(resume_from_checkpoint=checkpoint)
 
     trainer.save_model(str(settings.output_dir))
-    cost = run_cost.write(settings.output_dir)
+    cost = run_cost.write(settings.output_dir)  # on every process: their counts are gathered
     if trainer.accelerator.is_main_process:
         say(f"Student saved to {settings.output_dir}\n{describe_cost(cost)}")
         evaluations = measure(settings.output_dir) if measure is not None else {}
