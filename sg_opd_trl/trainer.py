@@ -171,7 +171,7 @@ class SGOPDTrainer(GRPOSeam):
         check_arguments(
             args, teacher_model, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset
         )
-        # Before the parent wraps the student or gives it adapters: the reference is its state as it is now (D14).
+        # Before the parent wraps the student or gives it adapters: the reference is its state as it is now.
         initial_student = prepare_student(model, args, reference_model, peft_config)
         self.metrics = TrainingMetrics()
         self.anchor: AnchorStep | None = None
@@ -200,7 +200,7 @@ class SGOPDTrainer(GRPOSeam):
         self.token_weights = TokenWeights(args, self.tokenizer)
         self.verifier = self._build_verifier()
         self.teacher: Teacher | RoutedTeacher = build_teacher(self, teacher_model, teacher_processing_class)
-        # With a KL penalty to the initial student TRL has its log-probs already (D11).
+        # With a KL penalty to the initial student TRL has its log-probs already.
         initial = default_reference(args, reference_model)
         self.reuses_trl_reference = initial and args.beta != 0.0 and not args.sync_ref_model
         self.reference: Reference | None = build_reference(self, reference_model, initial_student)
@@ -350,7 +350,7 @@ class SGOPDTrainer(GRPOSeam):
         return rollouts
 
     def _scores(self, rollouts: dict) -> dict:
-        """What teacher and reference say of the rollouts; rows that count for nothing are not asked about (D11)."""
+        """What teacher and reference say of the rollouts; rows that count for nothing are not asked about."""
         args = self.args
         batch = self.vocabulary.cut(token_batch(rollouts, self.width_multiple), self.tokenizer.pad_token_id)
         counted = loss_mask(rollouts).any(dim=1) & self.token_weights.taught(rollouts["verdicts"])
@@ -378,7 +378,7 @@ class SGOPDTrainer(GRPOSeam):
         return core.mean_of(self.accelerator.reduce(core.masked_sum_and_count(phi, mask), reduction="sum"))
 
     def on_slices(self, slices: list[dict]) -> list[dict]:
-        """Order rows by length inside each optimizer step, where that leaves the update as it is (D10)."""
+        """Order rows by length inside each optimizer step, where that leaves the update as it is."""
         accumulation, generation = self.args.gradient_accumulation_steps, len(slices)
         aligned = generation % accumulation == 0 or accumulation % generation == 0
         if not aligned or self.depends_on_micro_batches:
@@ -423,7 +423,7 @@ class SGOPDTrainer(GRPOSeam):
         return loss
 
     def policy_forward(self, model: Any, batch: dict) -> PolicyOutput:
-        """The micro-batch's only policy forward, over the student's rows and the anchor's (D6)."""
+        """The micro-batch's only policy forward, over the student's rows and the anchor's."""
         if "teacher_logps" not in batch:
             return super().policy_forward(model, batch)
         student, anchor = token_batch(batch, self.width_multiple), batch["anchor"]
@@ -453,7 +453,7 @@ class SGOPDTrainer(GRPOSeam):
         args, mask, verdicts = self.args, loss_mask(batch), batch["verdicts"]
         a1 = batch["verifier_advantages"]
         teacher_logps, reference_logps = batch["teacher_logps"], batch.get("reference_logps")
-        # Over the inner updates of a generation batch a2 and the gate stay those of the policy that wrote it (D2).
+        # Over the inner updates of a generation batch a2 and the gate stay those of the policy that wrote it.
         behavior_logps = batch.get("old_per_token_logps", student_logps)
 
         a2 = core.reverse_kl_advantage(behavior_logps, teacher_logps)  # Eq. 1
@@ -570,9 +570,10 @@ class SGOPDTrainer(GRPOSeam):
         # One exchange and one wait for the device per micro-batch, whatever is reported.
         statistics, (anchor_sum, bad, *matching) = reduce_over_ranks(self.accelerator, statistics, sums)
         check_step_is_finite(int(bad), self.state.global_step + 1)
-        self.metrics.add_tokens(self.mode, statistics)
-        self.metrics.add(self.mode, "teacher/matching_loss", *matching)
-        if self.mode == "train" and self.anchor is not None:
+        mode = self.mode
+        self.metrics.add_tokens(mode, statistics)
+        self.metrics.add(mode, "teacher/matching_loss", *matching)
+        if mode == "train" and self.anchor is not None:
             self._report_anchor(anchor_sum)
 
     # === the anchor: verified teacher rollouts, Eq. 2-3 ==========================================================
@@ -719,7 +720,7 @@ class SGOPDTrainer(GRPOSeam):
             check_grad_norm(grad_norm, self.state.global_step + 1, self.accelerator)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; the training run's random state is left as it was (D15)."""
+        """Evaluate; the training run's random state is left as it was."""
         with forked_random_state(self.accelerator.device), self._unchanged_times():
             return super().evaluate(*args, **kwargs)
 
