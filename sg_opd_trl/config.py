@@ -490,7 +490,7 @@ class SGOPDConfig(GRPOConfig):
 
     @property
     def open_routes(self) -> RouteReferences:
-        """Whether consensus, conflict and neutral tokens use the reference (design: only used forwards)."""
+        """Whether consensus, conflict and neutral tokens use the reference."""
         return routes_need_reference(sign_gated=self.sign_gated_extrapolation, **self.route_settings)
 
     @property
