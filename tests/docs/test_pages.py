@@ -53,6 +53,14 @@ def test_equation_table_names_functions_where_they_are() -> None:
         assert Path(inspect.getfile(inspect.unwrap(attrgetter(name)(owner)))).resolve() == (ROOT / link).resolve()
 
 
+def test_places_for_new_things_exist() -> None:
+    rows = tables(read("CONTRIBUTING.md"), "a new")
+    assert len(rows) >= 6
+    places = re.findall(r"`([\w/]+(?:/|\.py))`", " ".join(" ".join(row.values()) for row in rows))
+    assert {"config.py", "objectives.py"} <= set(places)
+    check_none([place for place in places if not any((base / place).exists() for base in (ROOT, ROOT / "sg_opd_trl"))])
+
+
 def test_performance_page_names_functions_where_they_are() -> None:
     found = re.findall(r"\[[\w./]+\]\(([\w./]+\.py)\), `(\w+)`", read("docs/performance.md"))
     assert len(found) >= 5

@@ -62,9 +62,7 @@ def test_a_row_without_tokens_stays_finite(model: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["sampled_token", "topk_logits"])
 @pytest.mark.parametrize("name", [None, *ANCHORS])
-def test_one_forward_gives_both_and_what_the_loss_reads_next(
-    tmp_path: Path, name: str | None, mode: str
-) -> None:
+def test_one_forward_gives_both_and_what_the_loss_reads_next(tmp_path: Path, name: str | None, mode: str) -> None:
     """The trainer's own forward: log-probs and gradients of both sets of rows are those of plain forwards."""
     settings = {"distillation_mode": mode, "teacher_sampling_enable": False, "lambda_high": 1.0}
     trainer = tiny_trainer(tmp_path, settings=settings | ({"distillation_topk": 4} if mode == "topk_logits" else {}))
