@@ -1,10 +1,23 @@
 """The arrows between the modules of the package go one way: no circle, and none that points up."""
 
+import ast
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
-from architecture import LAYERS, Arrow, between_rooms, circles, import_graph, main, modules_of, upward, without_layer
+from architecture import (
+    LAYERS,
+    Arrow,
+    between_rooms,
+    circles,
+    import_graph,
+    layer_of,
+    main,
+    modules_of,
+    upward,
+    without_layer,
+)
 from repository import ROOT, check_none, code_blocks, read
 
 
@@ -22,7 +35,39 @@ def test_no_arrow_points_up() -> None:
 
 
 def test_every_module_has_a_layer() -> None:
-    check_none([f"{module}: add it to LAYERS in tests/architecture.py" for module in without_layer(modules_of(ROOT))])
+    modules = modules_of(ROOT)
+    check_none([f"{module}: add it to LAYERS in tests/architecture.py" for module in without_layer(modules)])
+    rooms = {module.split(".")[0] for module in modules}
+    check_none([f"{room}: gone from the package, not from LAYERS" for room in {*chain(*LAYERS)} - rooms])
+
+
+def test_parts_take_a_protocol_and_not_the_trainer() -> None:
+    """What stands below the trainer says what it needs of a run; it does not take all of it as `Any`."""
+    top = layer_of("trainer") or 0
+    below = {name: path for name, path in modules_of(ROOT).items() if (layer_of(name) or 0) < top}
+    check_none([f"{name}:{line}" for name, path in below.items() for line in taking_the_trainer(path.read_text())])
+
+
+@pytest.mark.parametrize(
+    ("signature", "taken"),
+    [
+        ("trainer: Any", True),
+        ("x: int, *, trainer: 'SGOPDTrainer | None' = None", True),
+        ("trainer", True),
+        ("trainer: AnchorRun", False),
+        ("run: Any", False),
+    ],
+)
+def test_what_taking_the_trainer_means(signature: str, taken: bool) -> None:
+    assert taking_the_trainer(f"def f({signature}):\n    pass") == [1] * taken
+
+
+def taking_the_trainer(text: str) -> list[int]:
+    """Lines of arguments that are the trainer, or anything."""
+    signatures = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.arguments)]
+    given = [arg for node in signatures for arg in (*node.posonlyargs, *node.args, *node.kwonlyargs)]
+    kinds = {arg: ast.unparse(arg.annotation) if arg.annotation else "Any" for arg in given if arg.arg == "trainer"}
+    return [arg.lineno for arg, kind in kinds.items() if kind == "Any" or "SGOPDTrainer" in kind]
 
 
 def test_the_map_for_developers_has_the_same_layers() -> None:

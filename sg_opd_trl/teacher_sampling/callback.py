@@ -5,7 +5,7 @@ it had never stopped.
 """
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -321,16 +321,26 @@ def is_anchor_callback(callback: Any) -> bool:
     return issubclass(kind, TeacherAnchorCallback)
 
 
-class AnchorBinding(TrainerCallback):
-    """Binds every anchor callback to the trainer when training starts, those restored from a checkpoint too."""
+class CallingRun(AnchorRun, Protocol):
+    """A run that tells which callbacks it has.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    Attributes:
+        callback_handler: of transformers.
+    """
+
+    callback_handler: Any
+
+
+class AnchorBinding(TrainerCallback):
+    """Binds every anchor callback to the run when training starts, those restored from a checkpoint too."""
+
+    def __init__(self, run: CallingRun) -> None:
+        self._run = run
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bind."""
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self._run.callback_handler.callbacks:
             if isinstance(callback, TeacherAnchorCallback):
-                callback.bind(self.trainer)
+                callback.bind(self._run)
