@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import SGOPDConfigError, TeacherError
+from ..run import Run
 from ..trl_seam import get_config_model_id
 from .local import LocalTeacher, fingerprint
 from .reference import REFERENCE_ADAPTER, adapter_switched, evaluating
@@ -18,6 +19,16 @@ from .reference import REFERENCE_ADAPTER, adapter_switched, evaluating
 logger = logging.getLogger(__name__)
 
 _NAME = "teacher"
+
+
+class LendingRun(Run, Protocol):
+    """A run whose student can be the base of a teacher.
+
+    Attributes:
+        model_wrapped: the student with all wrappers of the training loop, as `generate` takes it.
+    """
+
+    model_wrapped: Any
 
 
 class AdapterTeacher(LocalTeacher):
@@ -42,16 +53,16 @@ class AdapterTeacher(LocalTeacher):
         self.model = None
         self.vocab_size = 0
         self.identity = {"name": path, "fingerprint": None}
-        self._trainer: Any = None
+        self._lender: Any = None  # the run that `bind` was given
 
-    def bind(self, trainer: Any) -> None:
-        """Load the adapter, frozen, into the trainer's student.
+    def bind(self, run: LendingRun) -> None:
+        """Load the adapter, frozen, into the run's student.
 
         Raises:
             SGOPDConfigError: a student without a frozen base, or with another one.
             TeacherError: an adapter that does not fit.
         """
-        student = trainer.accelerator.unwrap_model(trainer.model)
+        student = run.accelerator.unwrap_model(run.model)
         reason = self._obstacle(student)
         if reason is not None:
             raise SGOPDConfigError(
@@ -59,14 +70,14 @@ class AdapterTeacher(LocalTeacher):
                 "adapter's path as `teacher_model` to have it loaded with a base of its own, or train the student "
                 "with LoRA on the adapter's base (`peft_config`; use_peft: true in a recipe)."
             )
-        device = trainer.accelerator.device
+        device = run.accelerator.device
         # Of several processes on a CPU the device is "cpu:0", which safetensors refuses.
         place = "cpu" if device.type == "cpu" else str(device)
         self.adapter_name = _load_into_student(student, self.path, self.revision, place)
         self.vocab_size = student.config.get_text_config().vocab_size
         self.identity = {"name": self.path, "fingerprint": fingerprint(student, adapter=self.adapter_name)}
-        self.accelerator = trainer.accelerator
-        self._trainer = trainer
+        self.accelerator = run.accelerator
+        self._lender = run
 
     def _obstacle(self, student: Any) -> str | None:
         """Why the student cannot lend its base, or None."""
@@ -85,7 +96,7 @@ class AdapterTeacher(LocalTeacher):
     def lent(self) -> Iterator[None]:
         """The student as the teacher for the block: its adapter active, dropout off, no gradient."""
         with (
-            self._trainer.student_scoring() as student,
+            self._lender.student_scoring() as student,
             evaluating(student),
             adapter_switched(student, self.adapter_name),
         ):
@@ -98,9 +109,10 @@ class AdapterTeacher(LocalTeacher):
     @contextmanager
     def _generation(self, seed: int) -> Iterator[Any]:
         with self.lent():
-            base = self._trainer.accelerator.unwrap_model(self.model).get_base_model()
+            base = self.accelerator.unwrap_model(self.model).get_base_model()
             own_config = base.generation_config
-            self.model = self._trainer.model_wrapped
+            # Generation unwraps the model itself, and gathers its shards.
+            self.model = self._lender.model_wrapped
             try:
                 with super()._generation(seed) as model:
                     yield model

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SGOPDConfigError
 from ..trl_seam import get_config_model_id
-from .adapter import AdapterTeacher, adapter_config, fits_student, is_adapter, load_with_base
+from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, is_adapter, load_with_base
 from .base import Teacher
 from .fit import RenderingRun, check_fits_student, check_vocabulary_sizes
 from .local import FrozenModel, LocalTeacher
@@ -30,7 +30,7 @@ _SERVED_OPTIONS = {"dtype"}
 _TEACHER_NAMES = (*Teacher.__annotations__, "score", "generate", "stop_generating")
 
 
-class BuildingRun(RenderingRun, Protocol):
+class BuildingRun(RenderingRun, LendingRun, Protocol):
     """A run whose teacher and reference are being built.
 
     Attributes:
