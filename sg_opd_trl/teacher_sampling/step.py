@@ -72,7 +72,7 @@ class StepPlan:
     Attributes:
         step: 1-based optimizer step.
         examples: rows of the data set.
-        prompt_ids: the prompts as the student reads them, in whose place the rollout is learnt.
+        prompt_ids: the prompts as the student reads them; what the teacher writes is learnt after these.
         teacher_prompt_ids: the prompts as the teacher reads them.
         samples: sample indices, which tell stored rollouts of one prompt apart.
         seed: of the teacher's random numbers, another one on every rank.

@@ -20,7 +20,7 @@ SETTINGS = ANCHOR | {
 }
 
 
-def verifier(completion_ids: list[list[int]], log_metric: Any, trainer_state: Any, **_: Any) -> list[float | None]:
+def verifier(completion_ids: list[list[int]], log_metric: Any, **_: Any) -> list[float | None]:
     """Of teacher rollouts all are right on the first rank; none has a verdict on the second, which logs so."""
     if all(ids[0] != 6 for ids in completion_ids):
         return [1.0] * len(completion_ids)

@@ -19,7 +19,9 @@ from ...teachers import AdapterTeacher, LocalTeacher, ServerTeacher, Teacher
 from ...trl_seam import get_config_model_id, is_sharded
 from .keys import digest, folder_digest
 
+# Fields of a model's configuration that say nothing of what it computes.
 _NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version", "attn_implementation", "dtype")
+# Options of `from_pretrained` that say nothing of which weights are loaded.
 _NOT_OF_THE_WEIGHTS = (
     *("trust_remote_code", "device_map", "attn_implementation"),
     *("max_memory", "offload_folder", "low_cpu_mem_usage"),
@@ -29,6 +31,7 @@ _NOT_OF_THE_WEIGHTS = (
     *("dtype", "torch_dtype"),
 )
 _SECRETS = ("token", "use_auth_token")
+# Options that finding a model's files on the Hub needs again.
 _LOOK_UP = ("token", "cache_dir", "proxies", "local_files_only")
 _WRAPPERS = ("base_layer", "original_module")
 """What PEFT puts into the names of weights it wraps, which depends on the student's own adapter."""
@@ -87,7 +90,7 @@ def source_facts(
     file = adapter or cached_file(name, gguf_file or "config.json", revision=revision, **where)
     commit = extract_commit_hash(file, None)
     if commit is None:
-        raise _not_to_be_told(f"{name!r}, whose commit is not known", "Give the teacher as a local folder")
+        raise _indistinguishable(f"{name!r}, whose commit is not known", "Give the teacher as a local folder")
     return {"adapter" if adapter else "model": {"id": name, "commit": commit}}
 
 
@@ -122,7 +125,7 @@ def _of_adapter(teacher: AdapterTeacher, student: Any) -> dict[str, Any]:
     base = student.get_base_model()
     source = source_facts(teacher.path, teacher.revision)
     if source is None:
-        raise _not_to_be_told(f"{teacher.path!r}, where no weights are found", "Give the adapter with its weights")
+        raise _indistinguishable(f"{teacher.path!r}, where no weights are found", "Give the adapter with its weights")
     facts = {"dtype": str(base.dtype)} | source
     # The student's own adapter and others of its kind are no part of the teacher.
     return facts | {"base": _of_weights(base, sharded=is_sharded(teacher.accelerator), left_out=student.peft_config)}
@@ -132,7 +135,7 @@ def _of_weights(model: Any, *, sharded: bool, left_out: Collection[str] = ()) ->
     """Hash of all weights and of the configuration, the adapters of some names left out."""
     if sharded:
         name = get_config_model_id(model.config) or type(model).__name__
-        raise _not_to_be_told(
+        raise _indistinguishable(
             f"the sharded weights of {name!r}, of which no process has all",
             "Give the teacher as a path with weights of its own",
         )
@@ -148,7 +151,7 @@ def _of_weights(model: Any, *, sharded: bool, left_out: Collection[str] = ()) ->
     return {"weights": total.hexdigest()[:32], "config": config}
 
 
-def _not_to_be_told(got: str, way_out: str) -> SGOPDConfigError:
+def _indistinguishable(got: str, way_out: str) -> SGOPDConfigError:
     return SGOPDConfigError(
         f"`teacher_rollouts_path` must go with a teacher that can be told from others, got {got}. Its rollouts could "
         f"be taken for another's. {way_out}, or leave teacher_rollouts_path out."
