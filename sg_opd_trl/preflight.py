@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from datasets import IterableDataset
 from torch import nn
-from transformers import PreTrainedModel
 
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
@@ -22,7 +21,7 @@ from .run import Run
 from .teacher_sampling.callback import is_anchor_callback
 from .teachers.build import check_given_models, default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
-from .trl_seam import get_config_model_id
+from .trl_seam import get_config_model_id, has_adapters_inside
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +184,7 @@ def _check_student(model: Any) -> None:
     Raises:
         SGOPDConfigError: learned absolute positions, or an adapter loaded into a plain model.
     """
-    if isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters_inside(model):
         raise SGOPDConfigError(
             f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
             "into it. They cannot be switched off for the reference. Load it with "

@@ -178,6 +178,11 @@ def compact_head(device: torch.device) -> Iterator[None]:
         trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = original
 
 
+def has_adapters_inside(model: nn.Module) -> bool:
+    """Whether transformers has loaded adapters into a plain model, without PEFT's wrapper that can switch them."""
+    return isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded
+
+
 def is_sharded(accelerator: Any) -> bool:
     """Whether a forward of a prepared frozen model is a collective operation."""
     backend = DistributedBackend(accelerator)

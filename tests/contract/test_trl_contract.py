@@ -18,7 +18,7 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from sg_opd_trl import SGOPDConfig, SGOPDTrainer
-from sg_opd_trl.trl_seam import GRPOSeam
+from sg_opd_trl.trl_seam import GRPOSeam, has_adapters_inside
 
 SEAM = PACKAGE / "trl_seam.py"
 OTHERS = [path for path in MODULES if path != SEAM]
@@ -348,3 +348,12 @@ def test_fields_of_the_configuration_hide_none_of_trls() -> None:
         "vllm_importance_sampling_mode",
         "vllm_importance_sampling_clip_max",
     }
+
+
+def test_adapters_loaded_into_a_plain_model_are_told() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model(0)
+    assert not has_adapters_inside(model)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    assert has_adapters_inside(model)
+    assert not has_adapters_inside(torch.nn.Linear(1, 1))
