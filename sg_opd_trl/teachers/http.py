@@ -157,7 +157,7 @@ class RequestPool:
         self._wait(self._prefetched[queue].cancel())
 
     def close(self) -> None:
-        """Close the connections of replicas that have no request; a later one opens new ones."""
+        """Close idle connections; a later request opens new ones."""
         for replica in self._replicas:
             self._wait(replica.close())
 
@@ -300,14 +300,9 @@ class _Replica:
         fields = {"Accept-Encoding": "identity", "Content-Type": "application/json", **headers}
         self._headers = [(name.encode(), value.strip(" ").encode("latin-1")) for name, value in fields.items()]
         self._turns = asyncio.Semaphore(concurrency)
-        self._at_work = 0
-        # A transport and not a client: that follows redirects, uses proxies and .netrc, keeps cookies and logs URLs.
-        self._transport = httpx2.AsyncHTTPTransport(
-            verify=_tls(),
-            trust_env=False,
-            limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
-            socket_options=_socket_options(),
-        )
+        # One connection each: httpx2 looks at all idle connections of a transport for every request, and where there
+        # are many that takes as long as the request.
+        self._idle: list[httpx2.AsyncHTTPTransport] = []
 
     async def ask(self, request: Request, seconds: float) -> Any:
         """One try.
@@ -323,7 +318,6 @@ class _Replica:
         except TimeoutError:
             # No failure of the server: others keep it busy.
             raise Outage("no connection became free in time") from None
-        self._at_work += 1
         started = time.monotonic()
         try:
             answer = await self._answer(request, deadline)
@@ -331,33 +325,45 @@ class _Replica:
             self.health.failed(outage.reason, started)
             raise
         finally:
-            self._at_work -= 1
             self._turns.release()
         self.health.answered(started)
         return answer
 
     async def close(self) -> None:
-        if not self._at_work:
-            await self._transport.aclose()
+        while self._idle:
+            await self._idle.pop().aclose()
 
     async def _answer(self, request: Request, deadline: float) -> Any:
         sent = httpx2.Request(request.method, self._url + request.path, headers=self._headers, content=request.payload)
         sent.extensions["timeout"] = {"connect": _CONNECT_TIMEOUT}
+        transport = self._idle.pop() if self._idle else _transport()
         try:
             # Of the whole: httpx2's own limits are of single waits, and a server that trickles meets each of them.
             async with asyncio.timeout_at(deadline):
-                response = await self._transport.handle_async_request(sent)
+                response = await transport.handle_async_request(sent)
                 try:
                     body = await _body(response, request.largest)
                 finally:
                     await response.aclose()
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             raise Outage(_reason(error)) from None
+        finally:
+            self._idle.append(transport)
         if response.status_code >= 500 or response.status_code in _RETRIED:
             raise Outage(status_text(response.status_code))
         if response.status_code != 200:
             raise refused(self.address, response.status_code, body)
         return request.read(body, self.address)
+
+
+def _transport() -> httpx2.AsyncHTTPTransport:
+    # No client: that follows redirects, uses proxies and .netrc, keeps cookies and logs URLs.
+    return httpx2.AsyncHTTPTransport(
+        verify=_tls(),
+        trust_env=False,
+        limits=httpx2.Limits(max_connections=1, keepalive_expiry=_IDLE_SECONDS),
+        socket_options=_socket_options(),
+    )
 
 
 async def _body(response: httpx2.Response, largest: int) -> bytes:
@@ -463,6 +469,6 @@ def _is_of_others(record: logging.LogRecord) -> bool:
     return threading.current_thread().name != THREAD_NAME
 
 
-# At the level DEBUG these two write down what a server sent. Other users of the library in this process keep theirs.
+# At the level DEBUG these two loggers write down what a server sent. Other users of the library in this process keep theirs.
 for _name in ("httpcore2.connection", "httpcore2.http11"):
     logging.getLogger(_name).addFilter(_is_of_others)
