@@ -361,7 +361,7 @@ def _transport() -> httpx2.AsyncHTTPTransport:
     return httpx2.AsyncHTTPTransport(
         verify=_tls(),
         trust_env=False,
-        limits=httpx2.Limits(max_connections=1, keepalive_expiry=_IDLE_SECONDS),
+        limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
         socket_options=_socket_options(),
     )
 
@@ -469,6 +469,6 @@ def _is_of_others(record: logging.LogRecord) -> bool:
     return threading.current_thread().name != THREAD_NAME
 
 
-# At the level DEBUG these two loggers write down what a server sent. Other users of the library in this process keep theirs.
+# At the level DEBUG these two loggers write down what a server sent. Other users of the library keep what they have.
 for _name in ("httpcore2.connection", "httpcore2.http11"):
     logging.getLogger(_name).addFilter(_is_of_others)
