@@ -1,4 +1,4 @@
-"""Token batches: sort by length, trim, score in batches under a token budget, scatter back.
+"""Token batches: trim them, sort them, and score them in groups under a token budget.
 
 A model is never run on columns that are padding for a whole batch, nor on rows whose scores nobody uses.
 """
@@ -9,11 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-ScoreFunction = Callable[[Tensor, Tensor, int], Tensor]
-"""`(input_ids, attention_mask, completion_length) -> log-probs` of the last `completion_length` tokens."""
-PartScore = Callable[["TokenBatch", Tensor], tuple[Tensor, ...]]
-"""`(batch, numbers of its rows (n,)) -> scores (n, T, ...)` of its completions."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +94,13 @@ def longest(mask: Tensor, multiple: int = 1) -> int:
     return round_up(max(1, int(mask.sum(1).max())) if mask.numel() else 1, multiple)
 
 
-def plan_batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group row indices by length so that rows times longest row stays within `max_tokens`.
-
-    Longest rows come first: running out of memory shows at once. A row longer than the budget is a batch of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = max(1, max_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
+# --- scoring in groups -----------------------------------------------------------------------------------------------
+ScoreFunction = Callable[[Tensor, Tensor, int], Tensor]
+"""`(input_ids, attention_mask, completion_length) -> log-probs` of the last `completion_length` tokens."""
+PartScore = Callable[[TokenBatch, Tensor], tuple[Tensor, ...]]
+"""`(batch, numbers of its rows (n,)) -> scores (n, T, ...)` of its completions."""
+Kind = tuple[Sequence[int], torch.dtype]
+"""Sizes of a token's scores, `()` for a number, and their dtype."""
 
 
 def score_rows(
@@ -124,61 +115,80 @@ def score_rows(
     Args:
         score: the model's forward on one trimmed batch.
         batch: all rows.
-        rows: as in `score_parts`, as for the arguments that follow.
-        max_tokens: as there.
-        agree_on_calls: as there.
+        rows: `(B,)` bool, the rows whose scores are used.
+        max_tokens: budget of one forward, padding included.
+        agree_on_calls: number of forwards over all ranks, see `score_parts`.
 
     Returns:
         `(B, T)` float32; 0 in rows and at positions that were not scored.
     """
-    result = torch.zeros(batch.completion_ids.shape, dtype=torch.float32, device=batch.completion_ids.device)
 
-    def score_part(part: TokenBatch, chosen: Tensor) -> tuple[Tensor, ...]:
+    def score_part(part: TokenBatch, numbers: Tensor) -> tuple[Tensor, ...]:
         return (score(*part.joined(), part.completion_ids.size(1)),)
 
-    score_parts(score_part, (result,), batch, rows, max_tokens, agree_on_calls)
-    return result
+    return score_parts(score_part, [((), torch.float32)], batch, rows, max_tokens, agree_on_calls)[0]
 
 
 def score_parts(
     score: PartScore,
-    results: Sequence[Tensor],
+    kinds: Sequence[Kind],
     batch: TokenBatch,
     rows: Tensor,
     max_tokens: int,
     agree_on_calls: Callable[[int], int] = lambda calls: calls,
-) -> None:
-    """Fill in the scores of some rows, where the completion mask is 1.
+) -> list[Tensor]:
+    """Scores of any kind of the completions of some rows, from as few forwards as the budget allows.
 
     Args:
         score: scores of one trimmed batch.
-        results: `(B, T, ...)` each, what `score` returns, for all rows; changed in place.
+        kinds: of each tensor that `score` returns: they are known before any forward, and without one.
         batch: all rows.
         rows: `(B,)` bool, the rows whose scores are used.
         max_tokens: budget of one forward, padding included.
         agree_on_calls: number of forwards over all ranks, for a model whose shards must run the same number of times.
             The missing calls are run on one token, and their result is dropped.
+
+    Returns:
+        `(B, T, ...)` of each kind; 0 in rows and at positions that were not scored.
     """
+    shape, device = batch.completion_ids.shape, batch.completion_ids.device
+    results = [torch.zeros(*shape, *sizes, dtype=dtype, device=device) for sizes, dtype in kinds]
     indices = rows.nonzero().flatten()
     lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum(1))[indices].tolist()
     groups = list(plan_batches(lengths, max_tokens))
     for group in groups:
-        chosen = indices[group]
-        part = batch.select(chosen)
+        numbers = indices[group]
+        part = batch.select(numbers)
         counted = part.completion_mask != 0
-        for result, scores in zip(results, score(part, chosen), strict=True):
+        for result, scores in zip(results, score(part, numbers), strict=True):
             kept = counted.view(*counted.shape, *[1] * (scores.dim() - 2))
-            result[chosen, : counted.size(1)] = scores.to(result.dtype).masked_fill(~kept, 0)
+            result[numbers, : counted.size(1)] = scores.to(result.dtype).masked_fill(~kept, 0)
     for _ in range(agree_on_calls(len(groups)) - len(groups)):
         score(_one_token(batch), indices.new_zeros(1))
+    return results
+
+
+def plan_batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Group row indices by length so that rows times longest row stays within `max_tokens`.
+
+    Longest rows come first: running out of memory shows at once. A row longer than the budget is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
 
 
 def _one_token(batch: TokenBatch) -> TokenBatch:
-    input_ids = batch.prompt_ids[:1, -1:], batch.completion_ids[:1, :1]
-    one = torch.ones_like(input_ids[0])
-    return TokenBatch(input_ids[0], one, input_ids[1], one)
+    """A prompt of one token and a completion of one: the cheapest forward there is."""
+    prompt_ids, completion_ids = batch.prompt_ids[:1, -1:], batch.completion_ids[:1, :1]
+    one = torch.ones_like(prompt_ids)
+    return TokenBatch(prompt_ids, one, completion_ids, one)
 
 
+# --- TRL's generation batches and micro-batches ----------------------------------------------------------------------
 def token_batch(rollouts: dict, multiple: int) -> TokenBatch:
     """The token ids and masks of TRL's rollouts."""
     return TokenBatch(

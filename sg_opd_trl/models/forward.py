@@ -1,6 +1,9 @@
-"""Forwards without padding: the rows of a batch behind one another in one row.
+"""One forward of a causal LM on prompts and completions, padded or packed, with a second output if one is requested.
 
-Exact for models whose tokens meet in attention alone. Attention is a variable-length kernel, or SDPA row by row.
+`padded_forward` takes rows as they are. `packed_forward` puts them behind one another without their padding, which is
+exact where tokens meet in attention alone (`should_pack`): attention is then a variable-length kernel, or SDPA row by
+row (`rows_apart`). Both run a model with TRL's fused head, which gives log-probs and never builds logits;
+`trl_seam.fused_forward` picks one of them.
 """
 
 import itertools
@@ -18,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .head import OutputHead
+from .internals import attention_implementation, attention_is_looked_up, attention_switched, is_recurrent
 
 Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
 """`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens in row-major order.
@@ -84,7 +88,7 @@ def packed_forward(
     """One forward without padding, for arguments as in `pack`, of a model that `should_pack` allows."""
     packed = pack(input_ids, attention_mask, completion_length)
     with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
-        # Experts are balanced over the rows of a batch, which are one row here.
+        # A model may be set to balance its experts in every forward; nobody asked for that here.
         return _forward(model, packed, request, {})._replace(auxiliary_loss=None)
 
 
@@ -95,7 +99,7 @@ def _forward(
     if request is not None:
         inputs["head_output"] = _bound(request, rows)
         if not request.needs_logps:
-            # Positions without a label are not projected to the vocabulary.
+            # The fused head projects positions with a label only.
             inputs |= {name: torch.full_like(inputs[name], _IGNORED) for name in _LABELS if name in inputs}
     outputs = model(**inputs, fused_lm_head=True)
     return ForwardOutput(
@@ -121,123 +125,18 @@ def _bound(request: HeadRequest, rows: "PaddedRows | PackedRows") -> Compute:
 
 
 def scattered(values: Tensor, chosen: Tensor) -> Tensor:
-    """Values `(N, ...)` of the chosen tokens back to `(B, T, ...)`, 0 elsewhere; connected without a token too."""
+    """Values `(N, ...)` of the chosen tokens back to `(B, T, ...)`, 0 elsewhere: the inverse of `values[chosen]`."""
     if values.dim() == 1:
+        # Not an indexed assignment: without any token the result stays connected to the model.
         return values.new_zeros(chosen.shape).masked_scatter(chosen, values)
     result = values.new_zeros(*chosen.shape, *values.shape[1:])
     result[chosen] = values
     return result
 
 
-IMPLEMENTATION = "sg_opd_rows"
-# Not every architecture hands the bounds that its forward is given through to its attention (Nemotron does not).
-_bounds: ContextVar[tuple[int, ...]] = ContextVar("bounds of packed rows")
-# Rows share a call down to this share of its longest row: fewer calls for little padding, in attention alone.
-_LIKE_LENGTH = 0.8
-
-
-class _Plan(NamedTuple):
-    """How packed tokens go into padded calls and back; None where the order stays as it is.
-
-    `calls` are `(rows, longest row)`; `into` is the packed position of every padded one, `back` the padded position of
-    every packed one.
-    """
-
-    calls: tuple[tuple[int, int], ...]
-    into: Tensor | None
-    back: Tensor | None
-
-
-@lru_cache(maxsize=8)
-def _plan(bounds: tuple[int, ...]) -> _Plan:
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    calls: list[list[int]] = []
-    for row in order:
-        if not calls or lengths[row] < _LIKE_LENGTH * lengths[calls[-1][0]]:
-            calls.append([])
-        calls[-1].append(row)
-    into, back, padded = [], torch.empty(bounds[-1], dtype=torch.long), 0
-    for rows in calls:
-        width = lengths[rows[0]]
-        for row in rows:
-            # Padding repeats the row's last token: it stands behind all others, where causal attention ignores it.
-            into.append(torch.arange(width).clamp(max=lengths[row] - 1) + bounds[row])
-            back[bounds[row] : bounds[row + 1]] = torch.arange(lengths[row]) + padded
-            padded += width
-    sizes = tuple((len(rows), lengths[rows[0]]) for rows in calls)
-    if padded == bounds[-1] and order == sorted(order):
-        return _Plan(sizes, None, None)
-    return _Plan(sizes, torch.cat(into), back)
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """As transformers' attention functions: `(1, heads, N, size)` each -> `(1, N, heads, size)`."""
-    plan = _plan(_bounds.get())
-    padded = [_take(states[0].transpose(0, 1), plan.into) for states in (query, key, value)]
-    results, start = [], 0
-    for rows, width in plan.calls:
-        call = slice(start, start + rows * width)
-        queries, keys, values = (states[call].unflatten(0, (rows, width)).transpose(1, 2) for states in padded)
-        band = _band(width, sliding_window, query.device)
-        options["is_causal"] = band is None
-        results.append(sdpa_attention_forward(module, queries, keys, values, band, **options)[0].flatten(0, 1))
-        start += rows * width
-    return _take(torch.cat(results), plan.back).unsqueeze(0), None
-
-
-def _take(states: Tensor, positions: Tensor | None) -> Tensor:
-    return states if positions is None else states.index_select(0, positions.to(states.device))
-
-
-def _band(width: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Mask of a sliding window that is shorter than the rows, else None."""
-    if window is None or width <= window:
-        return None
-    back = torch.arange(width, device=device).unsqueeze(1) - torch.arange(width, device=device)
-    return ((back >= 0) & (back < window)).expand(1, 1, width, width)
-
-
-@contextmanager
-def rows_apart(model: PreTrainedModel, bounds: Tensor) -> Iterator[None]:
-    """Have an SDPA model attend inside packed rows only; the model is as before afterwards.
-
-    Not for gradient checkpointing, whose second forward runs after the block.
-
-    Args:
-        model: whose attention goes through transformers' `AttentionInterface`.
-        bounds: `(rows + 1,)`, where the rows begin and the last one ends.
-    """
-    config = model.config
-    before, token = config._attn_implementation, _bounds.set(tuple(bounds.tolist()))
-    config._attn_implementation = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        _bounds.reset(token)
-
-
-# Without a mask function of that name transformers builds no mask, and hands the rows' bounds through.
-AttentionInterface.register(IMPLEMENTATION, _attend)
-
-
-_IGNORED = -100  # the label of a position that predicts nothing, as transformers has it
+# --- the two layouts -------------------------------------------------------------------------------------------------
+_IGNORED = -100  # label of a position that predicts nothing, as transformers has it
 _LABELS = ("labels", "shift_labels")
-# Share of padding from which packing on the CPU pays for its bookkeeping.
-_WORTHWHILE = 0.05
-_NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
-_HUB_KERNELS = ("flash-attn", "flash_attn")
-_ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -253,10 +152,8 @@ class PaddedRows:
     shape: tuple[int, int]
 
     def unpack(self, values: Tensor) -> Tensor:
-        """`(B, T)` of one value per position that predicts another, `(B, P + T - 1)`.
-
-        From the right: virtual tokens of an adapter add positions in front.
-        """
+        """`(B, T)` from one value per position that predicts another, `(B, P + T - 1)`."""
+        # From the right: virtual tokens of an adapter add positions in front.
         return values[:, -self.shape[1] :]
 
     def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
@@ -265,7 +162,7 @@ class PaddedRows:
 
 
 def pad(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PaddedRows:
-    """Rows as they are, with labels for their completions; arguments as in `pack`."""
+    """Rows as they are, their completions labelled; arguments as in `pack`."""
     labels = input_ids.masked_fill(attention_mask == 0, _IGNORED)
     labels[:, :-completion_length] = _IGNORED
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -274,7 +171,7 @@ def pad(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Pa
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows without their padding, `N` tokens in all.
+    """Rows behind one another without their padding, `N` tokens in all.
 
     Attributes:
         model_inputs: arguments of the model: `input_ids`, `position_ids` (from 0 in each row) and `shift_labels` (the
@@ -294,8 +191,7 @@ class PackedRows:
 
     def unpack(self, values: Tensor) -> Tensor:
         """Back to `(B, T)` from one value per packed position, `(1, N)`; 0 where nothing was predicted."""
-        # Not an indexed assignment: without any target the result stays connected to the model.
-        return values.new_zeros(self.targets.shape).masked_scatter(self.targets, values[0, self.scored])
+        return scattered(values[0, self.scored], self.targets)
 
     def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
         """`(N, ...)` values `(1, W, ...)` of the positions that predict the chosen tokens, `(B, T)` bool.
@@ -303,7 +199,7 @@ class PackedRows:
         A token that nothing predicts, the first one without a prompt, gets those of position 0.
         """
         scored = self.scored.nonzero().flatten()
-        positions = scored.new_zeros(self.targets.shape).masked_scatter(self.targets, scored)
+        positions = scattered(scored, self.targets)
         return values[0, positions[chosen]]
 
 
@@ -341,6 +237,14 @@ def _row_bounds(lengths: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
+# --- where packing is exact and worth it -----------------------------------------------------------------------------
+# Share of padding from which packing on the CPU pays for its bookkeeping; a kernel has none to pay for.
+_WORTHWHILE = 0.05
+_NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
+_HUB_KERNELS = ("flash-attn", "flash_attn")
+_ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
 def should_pack(model: nn.Module, attention_mask: Tensor) -> bool:
     """Whether packed rows cannot see one another in this model, and packing these rows saves work.
 
@@ -373,31 +277,135 @@ def _base(model: nn.Module) -> PreTrainedModel | None:
     return None
 
 
-def _attends_by_rows(base: PreTrainedModel, device: torch.device) -> bool:
-    if device.type != "cpu" or base.config._attn_implementation != "sdpa" or not base._supports_attention_backend:
-        return False
-    checkpointing = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
-    return not (torch.is_grad_enabled() and any(checkpointing))
-
-
-def _attention(model: nn.Module, bounds: Tensor) -> AbstractContextManager[None]:
-    base = _base(model)
-    return rows_apart(base, bounds) if base is not None and _attends_by_rows(base, bounds.device) else nullcontext()
-
-
 def _adds_virtual_tokens(module: Any) -> bool:
     return hasattr(module, "peft_config") and any(c.is_prompt_learning for c in module.peft_config.values())
 
 
+def _mixes_within_rows(model: PreTrainedModel) -> bool:
+    config: Any = model.config
+    if is_recurrent(model) or config.get_text_config() is not config:
+        return False
+    return not hasattr(config, "layer_types") or set(config.layer_types or ()) <= _ROW_LOCAL_LAYERS
+
+
 def _has_variable_length_kernel(model: PreTrainedModel) -> bool:
+    name = attention_implementation(model.config) or ""
     # Not the `paged|...` names, under which transformers generates.
-    name = model.config._attn_implementation or ""
     from_hub = any(kernel in name for kernel in _HUB_KERNELS) and "|" not in name
     return name in _NATIVE_KERNELS or from_hub
 
 
-def _mixes_within_rows(model: PreTrainedModel) -> bool:
-    config: Any = model.config
-    if model._is_stateful or config.get_text_config() is not config:
+def _attends_by_rows(base: PreTrainedModel, device: torch.device) -> bool:
+    if device.type != "cpu" or attention_implementation(base.config) != "sdpa" or not attention_is_looked_up(base):
         return False
-    return not hasattr(config, "layer_types") or set(config.layer_types or ()) <= _ROW_LOCAL_LAYERS
+    # The second forward of checkpointing runs in the backward, after `rows_apart`: packed rows would see one another.
+    checkpointing = (m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
+    return not (torch.is_grad_enabled() and any(checkpointing))
+
+
+# --- SDPA that keeps packed rows apart -------------------------------------------------------------------------------
+IMPLEMENTATION = "sg_opd_rows"
+"""Name of our attention in transformers' `AttentionInterface`."""
+# Not every architecture hands the bounds that its forward is given through to its attention (Nemotron does not).
+_bounds: ContextVar[tuple[int, ...]] = ContextVar("bounds of packed rows")
+# Rows share a call down to this share of its longest row: fewer calls for little padding, in attention alone.
+_LIKE_LENGTH = 0.8
+
+
+def _attention(model: nn.Module, bounds: Tensor) -> AbstractContextManager[None]:
+    """What a packed forward needs around it: nothing where a variable-length kernel takes the bounds itself."""
+    base = _base(model)
+    return rows_apart(base, bounds) if base is not None and _attends_by_rows(base, bounds.device) else nullcontext()
+
+
+@contextmanager
+def rows_apart(model: PreTrainedModel, bounds: Tensor) -> Iterator[None]:
+    """Have an SDPA model attend inside packed rows only; the model is as before afterwards.
+
+    Not for gradient checkpointing, whose second forward runs after the block.
+
+    Args:
+        model: whose attention goes through transformers' `AttentionInterface`.
+        bounds: `(rows + 1,)`, where the rows begin and the last one ends.
+    """
+    token = _bounds.set(tuple(bounds.tolist()))
+    try:
+        with attention_switched(model.config, IMPLEMENTATION):
+            yield
+    finally:
+        _bounds.reset(token)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' attention functions: `(1, heads, N, size)` each -> `(1, N, heads, size)`."""
+    plan = _plan(_bounds.get())
+    padded = [_take(states[0].transpose(0, 1), plan.into) for states in (query, key, value)]
+    results, start = [], 0
+    for rows, width in plan.calls:
+        call = slice(start, start + rows * width)
+        queries, keys, values = (states[call].unflatten(0, (rows, width)).transpose(1, 2) for states in padded)
+        band = _band(width, sliding_window, query.device)
+        options["is_causal"] = band is None
+        results.append(sdpa_attention_forward(module, queries, keys, values, band, **options)[0].flatten(0, 1))
+        start += rows * width
+    return _take(torch.cat(results), plan.back).unsqueeze(0), None
+
+
+# Without a mask function of that name transformers builds no mask, and hands the rows' bounds through.
+AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+class _Plan(NamedTuple):
+    """How packed tokens go into padded calls and back; None where the order stays as it is.
+
+    `calls` are `(rows, longest row)`; `into` is the packed position of every padded one, `back` the padded position of
+    every packed one.
+    """
+
+    calls: tuple[tuple[int, int], ...]
+    into: Tensor | None
+    back: Tensor | None
+
+
+@lru_cache(maxsize=8)  # every layer of a forward has the same rows
+def _plan(bounds: tuple[int, ...]) -> _Plan:
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    calls: list[list[int]] = []
+    for row in order:
+        if not calls or lengths[row] < _LIKE_LENGTH * lengths[calls[-1][0]]:
+            calls.append([])
+        calls[-1].append(row)
+    into, back, padded = [], torch.empty(bounds[-1], dtype=torch.long), 0
+    for rows in calls:
+        width = lengths[rows[0]]
+        for row in rows:
+            # Padding repeats the row's last token: it stands behind all others, where causal attention ignores it.
+            into.append(torch.arange(width).clamp(max=lengths[row] - 1) + bounds[row])
+            back[bounds[row] : bounds[row + 1]] = torch.arange(lengths[row]) + padded
+            padded += width
+    sizes = tuple((len(rows), lengths[rows[0]]) for rows in calls)
+    if padded == bounds[-1] and order == sorted(order):
+        return _Plan(sizes, None, None)
+    return _Plan(sizes, torch.cat(into), back)
+
+
+def _take(states: Tensor, positions: Tensor | None) -> Tensor:
+    return states if positions is None else states.index_select(0, positions.to(states.device))
+
+
+def _band(width: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Mask of a sliding window that is shorter than the rows, else None."""
+    if window is None or width <= window:
+        return None
+    back = torch.arange(width, device=device).unsqueeze(1) - torch.arange(width, device=device)
+    return ((back >= 0) & (back < window)).expand(1, 1, width, width)

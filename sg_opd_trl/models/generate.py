@@ -1,59 +1,119 @@
-"""Completions of a causal language model in this process, for rollouts and for evaluation."""
+"""Completions of a causal LM in this process: a prompt is prefilled once, and a finished row costs nothing.
+
+`generate_completions` runs `generate` of transformers with a decoding loop of our own (`decode_live_rows`), and leaves
+to the loop of transformers what ours would have to ignore.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EosTokenCriteria, GenerationConfig, MaxLengthCriteria, generation
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
 
 from ..errors import NonFiniteError
 from .batch import pad_rows
+from .internals import (
+    can_select_rows,
+    give_room,
+    select_rows,
+    select_rows_of_processors,
+    switches_kernel_to_decode,
+)
 
-DROP_SHARE = 1 / 8
-"""Ended rows leave once they are this share of the batch: it copies the key-value cache of all the others."""
-
-_VOCABULARY_BLOCK = 128
-_ROOM = 32  # tokens by which a key-value buffer grows at least
-_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-
-#: Processors that look at nothing but a row's own tokens and scores, so that other rows may leave the batch.
-_ROW_WISE = {
-    generation.EpsilonLogitsWarper,
-    generation.EtaLogitsWarper,
-    generation.ExponentialDecayLengthPenalty,
-    generation.ForcedBOSTokenLogitsProcessor,
-    generation.ForcedEOSTokenLogitsProcessor,
-    generation.InfNanRemoveLogitsProcessor,
-    generation.LogitNormalization,
-    generation.MinLengthLogitsProcessor,
-    generation.MinNewTokensLengthLogitsProcessor,
-    generation.MinPLogitsWarper,
-    generation.NoBadWordsLogitsProcessor,
-    generation.NoRepeatNGramLogitsProcessor,
-    generation.RepetitionPenaltyLogitsProcessor,
-    generation.SequenceBiasLogitsProcessor,
-    generation.SuppressTokensAtBeginLogitsProcessor,
-    generation.SuppressTokensLogitsProcessor,
-    generation.TemperatureLogitsWarper,
-    generation.TopKLogitsWarper,
-    generation.TopPLogitsWarper,
-    generation.TypicalLogitsWarper,
-}
-
+logger = logging.getLogger(__name__)
 
 OnEnded = Callable[[list[int], list[list[int]]], None]
 """`(numbers of rows that have just ended, their completions with the end token)`, called while others go on."""
 
+#: Ended rows leave once they are this share of the batch: it copies the key-value cache of all the others.
+DROP_SHARE = 1 / 8
 
-class UnsupportedDecoding(Exception):
-    """What `decode_live_rows` would have to ignore, raised before any forward and any random number."""
+
+def generate_completions(
+    model: Any,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    *,
+    role: str = "student",
+    synced_gpus: bool = False,
+    on_ended: OnEnded | None = None,
+) -> list[list[int]]:
+    """One completion per prompt; equal prompts should follow one another, so that they share a prefill.
+
+    What our decoding loop does not support (beams, stop strings, static caches, ...) runs in that of `generate`.
+
+    Args:
+        model: unwrapped model, with or without a PEFT adapter.
+        prompts: token ids of each prompt.
+        config: how to sample, with `eos_token_id` and `pad_token_id`; the model's own fills what is left open.
+        role: what an error calls the model.
+        synced_gpus: whether the model is sharded, so that all ranks must run the same number of forwards.
+        on_ended: is told of rows that end with an end token while others go on; only our loop can tell.
+
+    Returns:
+        Token ids of each completion, up to and including its first end token.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite.
+    """
+    if not prompts:
+        return []
+    ids, mask = (x.to(model.device) for x in pad_rows(list(prompts), config.pad_token_id or 0, left=True))
+    arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
+    try:
+        output = _generate(model, arguments, synced_gpus, on_ended)
+    except RuntimeError as error:
+        # The sampler's own words for logits that are NaN or infinite.
+        if "probability tensor" not in str(error):
+            raise
+        raise NonFiniteError(
+            f"The {role}'s logits are not finite while it writes a completion. Nothing was updated. Check the "
+            f"{role}'s weights, or load it in float32 or bfloat16."
+        ) from error
+    return [cut_after_eos(row, config.eos_token_id) for row in output[:, ids.size(1) :].tolist()]
 
 
+def cut_after_eos(ids: list[int], eos_token_ids: int | Sequence[int] | None) -> list[int]:
+    """The completion up to and including its first end token."""
+    ends = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids or ())
+    length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:length]
+
+
+def _generate(model: Any, arguments: dict[str, Any], synced_gpus: bool, on_ended: OnEnded | None) -> Tensor:
+    if synced_gpus:
+        reason = "the model is sharded, and all ranks must run the same number of forwards"
+    elif _has_adapter_of_rows(model):
+        reason = "an adapter prepares inputs for every row before the first forward"
+    else:
+        try:
+            return model.generate(**arguments, custom_generate=partial(decode_live_rows, on_ended=on_ended))
+        except UnsupportedDecoding as error:
+            reason = str(error)
+    _warn_of_slow_loop(reason)
+    return model.generate(**arguments, synced_gpus=synced_gpus or None)
+
+
+def _has_adapter_of_rows(model: Any) -> bool:
+    """Whether an adapter prepares inputs for all rows before the first forward, each prompt as often as it occurs."""
+    configs = model.peft_config.values() if hasattr(model, "peft_config") else ()
+    return any(config.is_prompt_learning or config.to_dict().get("alora_invocation_tokens") for config in configs)
+
+
+@cache  # once per reason
+def _warn_of_slow_loop(reason: str) -> None:
+    logger.warning(
+        "Completions are left to the decoding loop of `generate`: %s. That changes no probability, but a prompt is "
+        "run as often as it occurs, and a finished row as long as any other.",
+        reason,
+    )
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
 def decode_live_rows(
     model: Any,
     input_ids: Tensor,
@@ -94,7 +154,7 @@ def decode_live_rows(
         if live == 0 or rows.length == generation_config.max_length:
             return rows.everything()
         if len(tokens) - live >= DROP_SHARE * len(tokens):
-            _select_rows(logits_processor, rows.drop_ended())
+            select_rows_of_processors(logits_processor, rows.drop_ended())
         logits = rows.forward(model)
 
 
@@ -108,23 +168,25 @@ class _LiveRows:
         self.result = input_ids.new_full((batch, limit), self.padding)
         self.tokens: Any = self.result.clone()  # (L, limit)
         self.tokens[:, : self.length] = input_ids
-        self.places = torch.arange(batch, device=input_ids.device)  # (L,) rows of the result
+        self.numbers = torch.arange(batch, device=input_ids.device)  # (L,) rows of the result
         self.ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # (L,)
         self.told = 0  # of the ended rows that are still here, those that `newly_ended` has returned
         self._told = self.ended.clone()  # (L,)
         self.inputs = inputs
         self.cache: DynamicCache = inputs["past_key_values"]
-        self.cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        give_room(self.cache)
 
     def prefill(self, model: Any) -> Tensor:
         """Run every prompt once and repeat what came of it; logits of the first tokens, `(B, V)` float32."""
         prompts, mask = self.tokens[:, : self.length], self.inputs.get("attention_mask")
+        # With the mask: a prompt may begin with the id that pads another one.
         first, run = _runs(prompts if mask is None else torch.cat([prompts, mask], dim=1))
         once = _rows_of(self.inputs, first, len(prompts))
         prepared = model.prepare_inputs_for_generation(prompts[first], is_first_iteration=True, **once)
         logits = model(**prepared, return_dict=True).logits[:, -1]
-        self.cache.batch_select_indices(run)
+        select_rows(self.cache, run)
         if mask is not None:
+            # As wide as the longest completion from the start: each step takes a view of it.
             self.inputs["attention_mask"] = torch.ones_like(self.tokens)
             self.inputs["attention_mask"][:, : self.length] = mask
         if self.inputs.get("position_ids") is not None:
@@ -154,58 +216,41 @@ class _LiveRows:
         """Rows of the result that have ended since this was called last, and their completions."""
         new = (self.ended & ~self._told).nonzero().flatten()
         self._told, self.told = self.ended.clone(), self.told + len(new)
-        return self.places[new].tolist(), self.tokens[new, self.start : self.length].tolist()
+        return self.numbers[new].tolist(), self.tokens[new, self.start : self.length].tolist()
 
     def drop_ended(self) -> Tensor:
         """Take ended rows out; the indices of those kept, `(L,)` of the new `L`."""
-        self.result[self.places[self.ended]] = self.tokens[self.ended]
+        self.result[self.numbers[self.ended]] = self.tokens[self.ended]
         kept = (~self.ended).nonzero().flatten()
-        self.cache.batch_select_indices(kept)
+        select_rows(self.cache, kept)
         self.inputs = _rows_of(self.inputs, kept, len(self.tokens))
-        self.tokens, self.places, self.ended = self.tokens[kept], self.places[kept], self.ended[kept]
+        self.tokens, self.numbers, self.ended = self.tokens[kept], self.numbers[kept], self.ended[kept]
         self.told, self._told = 0, self.ended.clone()
         return kept
 
     def everything(self) -> Tensor:
         """All rows, `(B, length)`."""
-        self.result[self.places] = self.tokens
+        self.result[self.numbers] = self.tokens
         return self.result[:, : self.length]
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values in buffers with room to grow: a new token is written, instead of all of them being copied."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the states of new tokens, `(L, heads, tokens, dim)` each; all keys and values so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.size(-2)
-        if self._buffers is None or self._buffers[0].size(-2) < end:
-            room = end + max(_ROOM, end // 4)
-            self._buffers = _grown(self.keys, key_states, room), _grown(self.values, value_states, room)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:end, :] = states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows, in their order; a row may be named more than once."""
-        if self._buffers is not None:
-            length = self.get_seq_length()
-            self._buffers = self._buffers[0][indices], self._buffers[1][indices]
-            self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of every run of equal rows, and the number of its run for each row."""
+    starts = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    starts[1:] = (rows[1:] != rows[:-1]).any(dim=1)
+    return starts.nonzero().flatten(), starts.cumsum(0) - 1
 
 
-def _grown(old: Tensor | None, states: Tensor, room: int) -> Tensor:
-    buffer = states.new_empty(*states.shape[:-2], room, states.size(-1))
-    if old is not None and old.numel():
-        buffer[..., : old.size(-2), :] = old
-    return buffer
+def _rows_of(inputs: dict[str, Any], chosen: Tensor, rows: int) -> dict[str, Any]:
+    """The inputs of some rows; what all rows share (positions without padding, say) stays as it is."""
+    return {
+        name: value[chosen] if isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows else value
+        for name, value in inputs.items()
+    }
+
+
+# --- one token per row -----------------------------------------------------------------------------------------------
+_VOCABULARY_BLOCK = 128
 
 
 def draw_tokens(probabilities: Tensor) -> Tensor:
@@ -229,6 +274,7 @@ def draw_tokens(probabilities: Tensor) -> Tensor:
 
 def _draw(weights: Tensor) -> Tensor:
     """An index per row, in proportion to the weights `(L, N)`; never one of weight 0."""
+    # In float64: a float32 sum over a large vocabulary would lose its rarest tokens.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     if not bool(torch.isfinite(total).all()):
@@ -238,27 +284,36 @@ def _draw(weights: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, point, right=True).squeeze(1)
 
 
-def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of every run of equal rows, and the number of its run for each row."""
-    starts = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    starts[1:] = (rows[1:] != rows[:-1]).any(dim=1)
-    return starts.nonzero().flatten(), starts.cumsum(0) - 1
+# --- what the loop can do --------------------------------------------------------------------------------------------
+class UnsupportedDecoding(Exception):
+    """What `decode_live_rows` would have to ignore, raised before any forward and any random number."""
 
 
-def _rows_of(inputs: dict[str, Any], chosen: Tensor, rows: int) -> dict[str, Any]:
-    """The inputs of some rows; what all rows share (positions without padding, say) stays as it is."""
-    return {
-        name: value[chosen] if isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows else value
-        for name, value in inputs.items()
-    }
-
-
-def _select_rows(processors: LogitsProcessorList, kept: Tensor) -> None:
-    """The repetition penalty alone knows something about each row: where its prompt begins."""
-    for processor in processors:
-        if isinstance(processor, generation.RepetitionPenaltyLogitsProcessor):
-            begins = processor.prompt_ignore_length
-            processor.prompt_ignore_length = begins.to(kept.device)[kept] if isinstance(begins, Tensor) else begins
+#: Processors that look at nothing but a row's own tokens and scores, so that other rows may leave the batch.
+_ROW_WISE = {
+    generation.EpsilonLogitsWarper,
+    generation.EtaLogitsWarper,
+    generation.ExponentialDecayLengthPenalty,
+    generation.ForcedBOSTokenLogitsProcessor,
+    generation.ForcedEOSTokenLogitsProcessor,
+    generation.InfNanRemoveLogitsProcessor,
+    generation.LogitNormalization,
+    generation.MinLengthLogitsProcessor,
+    generation.MinNewTokensLengthLogitsProcessor,
+    generation.MinPLogitsWarper,
+    generation.NoBadWordsLogitsProcessor,
+    generation.NoRepeatNGramLogitsProcessor,
+    generation.RepetitionPenaltyLogitsProcessor,
+    generation.SequenceBiasLogitsProcessor,
+    generation.SuppressTokensAtBeginLogitsProcessor,
+    generation.SuppressTokensLogitsProcessor,
+    generation.TemperatureLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
+    generation.TypicalLogitsWarper,
+}
+#: Inputs of the model that the loop carries on from token to token.
+_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
 def _check_support(
@@ -268,93 +323,22 @@ def _check_support(
     config: GenerationConfig,
     inputs: dict[str, Any],
 ) -> None:
-    mode, cache, device = config.get_generation_mode(), inputs.get("past_key_values"), model.device.type
-    layers = {type(x) for x in cache.layers} if type(cache) is DynamicCache and not cache.offloading else set()
+    mode, positions = config.get_generation_mode(), inputs.get("position_ids")
     options = [x for x in processors if type(x) not in _ROW_WISE]
     options += [x for x in criteria if type(x) not in (MaxLengthCriteria, EosTokenCriteria)]
-    positions = inputs.get("position_ids")
     reasons = {
         f"generation mode {mode}": mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH),
         "several completions per row": config.num_return_sequences not in (None, 1),
         "more than token ids to return": bool(config.return_dict_in_generate),
         "prefill in chunks": config.prefill_chunk_size is not None,
-        "key-value cache": not layers or bool(layers - {DynamicLayer, DynamicSlidingWindowLayer}),
+        "key-value cache": not can_select_rows(inputs.get("past_key_values")),
         f"options {[type(x).__name__ for x in options]}": bool(options),
         f"inputs {sorted(inputs.keys() - _INPUTS)}": bool(inputs.keys() - _INPUTS),
         "positions of several dimensions": positions is not None and positions.dim() != 2,
-        "no float64 on this device": device == "mps",
-        # `generate` switches a mixture of experts to another kernel while it decodes.
-        "mixture of experts": device != "cpu" and "grouped_mm" in model.get_experts_implementation().values(),
+        # `draw_tokens` adds in it.
+        "no float64 on this device": model.device.type == "mps",
+        "mixture of experts": switches_kernel_to_decode(model),
     }
     refused = [reason for reason, applies in reasons.items() if applies]
     if refused:
         raise UnsupportedDecoding(", ".join(refused))
-
-
-_LOGGER = logging.getLogger(__name__)
-
-
-def generate_completions(
-    model: Any,
-    prompts: Sequence[list[int]],
-    config: GenerationConfig,
-    *,
-    role: str = "student",
-    synced_gpus: bool = False,
-    on_ended: OnEnded | None = None,
-) -> list[list[int]]:
-    """One completion per prompt; equal prompts should follow one another, so that they share a prefill.
-
-    What the own decoding loop does not support (beams, stop strings, static caches, ...) runs in that of `generate`.
-
-    Args:
-        model: unwrapped model, with or without a PEFT adapter.
-        prompts: token ids of each prompt.
-        config: how to sample, with `eos_token_id` and `pad_token_id`; the model's own fills what is left open.
-        role: what an error calls the model.
-        synced_gpus: whether the model is sharded, so that all ranks must run the same number of forwards.
-        on_ended: is told of rows that end with an end token while others go on; only the own loop can tell.
-
-    Returns:
-        Token ids of each completion, up to and including its first end token.
-
-    Raises:
-        NonFiniteError: logits that are NaN or infinite.
-    """
-    if not prompts:
-        return []
-    ids, mask = (x.to(model.device) for x in pad_rows(list(prompts), config.pad_token_id or 0, left=True))
-    arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
-    try:
-        output = _generate(model, arguments, synced_gpus, on_ended)
-    except RuntimeError as error:
-        # The sampler's own words for logits that are NaN or infinite.
-        if "probability tensor" not in str(error):
-            raise
-        raise NonFiniteError(
-            f"The {role}'s logits are not finite while it writes a completion. Nothing was updated. Check the "
-            f"{role}'s weights, or load it in float32 or bfloat16."
-        ) from error
-    return [cut_after_eos(row, config.eos_token_id) for row in output[:, ids.size(1) :].tolist()]
-
-
-def cut_after_eos(ids: list[int], eos_token_ids: int | Sequence[int] | None) -> list[int]:
-    """The completion up to and including its first end token."""
-    ends = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids or ())
-    length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:length]
-
-
-def _generate(model: Any, arguments: dict[str, Any], synced_gpus: bool, on_ended: OnEnded | None) -> Tensor:
-    if not synced_gpus and not _has_adapter_of_rows(model):
-        try:
-            return model.generate(**arguments, custom_generate=partial(decode_live_rows, on_ended=on_ended))
-        except UnsupportedDecoding as reason:
-            _LOGGER.info("Completions are left to the decoding loop of `generate`: %s.", reason)
-    return model.generate(**arguments, synced_gpus=synced_gpus or None)
-
-
-def _has_adapter_of_rows(model: Any) -> bool:
-    """Whether an adapter prepares inputs for all rows before the first forward, each prompt as often as it occurs."""
-    configs = model.peft_config.values() if hasattr(model, "peft_config") else ()
-    return any(config.is_prompt_learning or config.to_dict().get("alora_invocation_tokens") for config in configs)

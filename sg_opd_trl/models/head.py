@@ -1,4 +1,8 @@
-"""The output head of a language model outside of it: logits of chosen tokens, or of all tokens tile by tile."""
+"""The output head of a causal LM outside of its forward: logits of chosen tokens, or of all of them tile by tile.
+
+Logits of all positions and all tokens never exist at once. Gradients of the head are summed in float32, whatever the
+dtype of its weights: many small terms would be lost in a bfloat16 sum.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -65,8 +69,11 @@ class OutputHead:
         return logits / self.temperature
 
 
+# --- chosen tokens ---------------------------------------------------------------------------------------------------
 def support_logits(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> Tensor:
     """Logits of chosen tokens at each position, without those of all others.
+
+        z_v = softcap(scale * (h . W[v] + b[v])) / temperature
 
     Args:
         hidden_states: `(N, H)`, with gradient.
@@ -80,54 +87,30 @@ def support_logits(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> Tens
     return head.logits(_ChosenProducts.apply(hidden_states, head.weight, head.bias, ids, head))
 
 
-def tiled_token_losses(
-    hidden_states: Tensor,
-    head: OutputHead,
-    vocab_size: int,
-    token_loss: LossOfLogits,
-    tile_elements: int | None = None,
-) -> Tensor:
-    """Losses of the distributions over the whole vocabulary, which exist for one tile of positions at a time.
+def support_log_probs(hidden_states: Tensor, head: OutputHead, ids: Tensor, token: Tensor, logps: Tensor) -> Tensor:
+    """Log-probs of chosen tokens under the whole vocabulary, from one token whose log-prob is known.
 
-    The backward computes each tile anew.
+        log p(v) = z_v - z_y + log p(y)
 
     Args:
         hidden_states: `(N, H)`, with gradient.
         head: of the same model, with gradient.
-        vocab_size: V, the first ids, those that take part.
-        token_loss: loss of each position of a tile from its logits `(n, V)`; differentiated through the logits alone.
-        tile_elements: largest `n * V`.
+        ids: `(N, K)` int64, the chosen tokens.
+        token: `(N,)` int64, y.
+        logps: `(N,)` log p(y), with gradient.
 
     Returns:
-        `(N,)` float32 with gradient to hidden states and head; no tensor of `N * V` numbers is built.
+        `(N, K)` float32, with gradient.
     """
-    head = head.resolved(hidden_states)
-    rows = max(1, (tile_elements or TILE_ELEMENTS) // vocab_size)
-    return _TiledLosses.apply(hidden_states, head.weight, head.bias, head, vocab_size, token_loss, rows)
-
-
-@torch.no_grad()
-def project(hidden_states: Tensor, head: OutputHead, vocab_size: int) -> Tensor:
-    """Float32 logits `(n, V)` of the first V ids without gradient, for one tile of a frozen model."""
-    head = head.resolved(hidden_states)
-    with head.gathered(head.weight, head.bias):
-        bias = None if head.bias is None else head.bias[:vocab_size]
-        return head.logits(_products(hidden_states, head.weight[:vocab_size], bias, head.dtype))
-
-
-def tiles(count: int, rows: int) -> list[slice]:
-    """Positions `0 .. count - 1` in tiles of at most `rows`."""
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-
-
-def _products(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, dtype: Any) -> Tensor:
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        hidden_states = hidden_states.to(weight.device, dtype)
-        return functional.linear(hidden_states, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = support_logits(hidden_states, head, torch.cat([ids, token.unsqueeze(1)], dim=1))
+    return logits[:, :-1] - logits[:, -1:] + logps.unsqueeze(1)
 
 
 class _ChosenProducts(torch.autograd.Function):
-    """`h . W[id] + b[id]` for some ids of each position."""
+    """`h . W[id] + b[id]` for some ids of each position.
+
+    Autograd would keep a vector of the head for every token, `(N, S, H)`; the backward looks them up anew instead.
+    """
 
     @staticmethod
     def forward(
@@ -157,8 +140,41 @@ class _ChosenProducts(torch.autograd.Function):
                     to_hidden[tile] = torch.bmm(gradient[tile].unsqueeze(1), vectors).squeeze(1).to(hidden.dtype)
                 if to_weight is not None:
                     vectors = flat[tile].unsqueeze(2) * hidden[tile].to(dtype).unsqueeze(1)
+                    # Adds up: the same token stands at many positions.
                     to_weight.index_add_(0, ids[tile].flatten(), vectors.flatten(0, 1))
         return to_hidden, _like(to_weight, weight), _like(to_bias, bias), None, None
+
+
+def _rows_of_vectors(ids: Tensor, hidden: Tensor) -> tuple[int, int]:
+    """Number of positions, and how many of them one tile of `(n, S, H)` holds."""
+    return ids.size(0), max(1, TILE_ELEMENTS // max(1, ids.size(1) * hidden.size(1)))
+
+
+# --- whole distributions ---------------------------------------------------------------------------------------------
+def tiled_token_losses(
+    hidden_states: Tensor,
+    head: OutputHead,
+    vocab_size: int,
+    token_loss: LossOfLogits,
+    tile_elements: int | None = None,
+) -> Tensor:
+    """Losses of the distributions over the whole vocabulary, which exist for one tile of positions at a time.
+
+    The backward computes each tile anew: one more projection instead of `N * V` numbers in memory.
+
+    Args:
+        hidden_states: `(N, H)`, with gradient.
+        head: of the same model, with gradient.
+        vocab_size: V, the first ids, those that take part.
+        token_loss: loss of each position of a tile from its logits `(n, V)`; differentiated through the logits alone.
+        tile_elements: largest `n * V`.
+
+    Returns:
+        `(N,)` float32 with gradient to hidden states and head; no tensor of `N * V` numbers is built.
+    """
+    head = head.resolved(hidden_states)
+    rows = max(1, (tile_elements or TILE_ELEMENTS) // vocab_size)
+    return _TiledLosses.apply(hidden_states, head.weight, head.bias, head, vocab_size, token_loss, rows)
 
 
 class _TiledLosses(torch.autograd.Function):
@@ -179,7 +195,7 @@ class _TiledLosses(torch.autograd.Function):
         ctx.head, ctx.vocab_size, ctx.token_loss, ctx.rows = head, vocab_size, token_loss, rows
         losses = hidden.new_zeros(hidden.size(0), dtype=torch.float32)
         with head.gathered(weight, bias):
-            whole = head.cast()
+            whole = head.cast()  # once, not in every tile
             for tile in tiles(hidden.size(0), rows):
                 losses[tile] = token_loss(project(hidden[tile], whole, vocab_size), tile)
         return losses
@@ -210,6 +226,7 @@ class _TiledLosses(torch.autograd.Function):
 def _gradient_of_products(
     products: Tensor, head: OutputHead, token_loss: LossOfLogits, tile: slice, gradient: Tensor
 ) -> Tensor:
+    """Autograd of one tile, from the loss to what the projection gave; a backward runs without gradient otherwise."""
     with torch.enable_grad():
         products = products.detach().requires_grad_()
         losses = token_loss(head.logits(products), tile)
@@ -224,18 +241,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float(), right.float())
 
 
-def _rows_of_vectors(ids: Tensor, hidden: Tensor) -> tuple[int, int]:
-    """Number of positions, and how many of them one tile of `(n, S, H)` holds."""
-    return ids.size(0), max(1, TILE_ELEMENTS // max(1, ids.size(1) * hidden.size(1)))
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    """A float32 buffer for a gradient that many tiles add to."""
-    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-
-
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+# --- without gradient ------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def project(hidden_states: Tensor, head: OutputHead, vocab_size: int) -> Tensor:
+    """Float32 logits `(n, V)` of the first V ids without gradient, for one tile of a frozen model."""
+    head = head.resolved(hidden_states)
+    with head.gathered(head.weight, head.bias):
+        bias = None if head.bias is None else head.bias[:vocab_size]
+        return head.logits(_products(hidden_states, head.weight[:vocab_size], bias, head.dtype))
 
 
 def likeliest_tokens(
@@ -268,20 +281,22 @@ def likeliest_tokens(
     return logps, support_ids, support
 
 
-def support_log_probs(hidden_states: Tensor, head: OutputHead, ids: Tensor, token: Tensor, logps: Tensor) -> Tensor:
-    """Log-probs of chosen tokens under the whole vocabulary, from one token whose log-prob is known.
+# --- tiles and dtypes ------------------------------------------------------------------------------------------------
+def tiles(count: int, rows: int) -> list[slice]:
+    """Positions `0 .. count - 1` in tiles of at most `rows`."""
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
-        log p(v) = z_v - z_y + log p(y)
 
-    Args:
-        hidden_states: `(N, H)`, with gradient.
-        head: of the same model, with gradient.
-        ids: `(N, K)` int64, the chosen tokens.
-        token: `(N,)` int64, y.
-        logps: `(N,)` log p(y), with gradient.
+def _products(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, dtype: Any) -> Tensor:
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        hidden_states = hidden_states.to(weight.device, dtype)
+        return functional.linear(hidden_states, weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    Returns:
-        `(N, K)` float32, with gradient.
-    """
-    logits = support_logits(hidden_states, head, torch.cat([ids, token.unsqueeze(1)], dim=1))
-    return logits[:, :-1] - logits[:, -1:] + logps.unsqueeze(1)
+
+def _zeros(parameter: Tensor) -> Tensor:
+    """A float32 buffer for a gradient that many tiles add to."""
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)

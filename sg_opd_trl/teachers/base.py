@@ -1,4 +1,7 @@
-"""The two verbs of every teacher."""
+"""What a teacher is: it scores completions and writes rollouts.
+
+All scores are log-probs in nats at the temperature of the run, of tokens of the student's vocabulary.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,9 +118,9 @@ class Teacher(Protocol):
         """Log-probs of the completions' own tokens and of the likeliest tokens at their positions.
 
         Args:
-            batch: as in `score`, as for `rows` and `max_tokens`.
-            rows: as there.
-            max_tokens: as there.
+            batch: token ids, `(B, P)` prompts and `(B, T)` completions.
+            rows: `(B,)` bool, rows that are scored.
+            max_tokens: budget of one forward, padding included.
             size: K, number of tokens at each position.
             vocab_size: ids from here on are not chosen (another model lacks them).
 
@@ -125,18 +128,41 @@ class Teacher(Protocol):
             The K likeliest tokens of each position, see `SupportScores`.
 
         Raises:
-            TeacherError: as in `score`.
-            NonFiniteError: as there.
+            TeacherError: an id the teacher lacks.
+            NonFiniteError: a score that is NaN, infinite or positive.
         """
 
     def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
-        """Log-probs of the completions' own tokens and the hidden states that predict them, see `score`."""
+        """Log-probs of the completions' own tokens and the hidden states that predict them.
+
+        Args:
+            batch: token ids, `(B, P)` prompts and `(B, T)` completions.
+            rows: `(B,)` bool, rows that are scored.
+            max_tokens: budget of one forward, padding included.
+
+        Returns:
+            Hidden states for `output_heads`, see `HiddenScores`.
+
+        Raises:
+            TeacherError: an id the teacher lacks.
+            NonFiniteError: a log-prob that is NaN, infinite or positive.
+        """
 
     def output_heads(self) -> list[OutputHead]:
-        """The heads that turn the hidden states of `score_hidden` into logits."""
+        """The heads that turn the hidden states of `score_hidden` into logits; each has a number, its place here."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> list[list[int]]:
-        """One completion per prompt, as token ids; the caller's random state is left alone."""
+        """One completion per prompt; the caller's random state is left alone.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: how to sample.
+            seed: of the draws.
+            max_tokens: budget of one batch, longest completions included.
+
+        Returns:
+            Token ids of each completion, up to and including its first end token.
+        """
 
     def stop_generating(self) -> None:
         """Called once no rollout will be asked for any more; frees what only generation needs."""
@@ -144,10 +170,11 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class PrefetchingTeacher(Protocol):
-    """What a teacher has besides, if it can work on what it will be asked for while the student works.
+    """A teacher that can work ahead while the student works: a server, say.
 
-    Nothing that it returns depends on what was begun: an answer is used for exactly the question that was begun, and
-    the rest is asked when it is asked for. Tokens are counted, and errors raised, by the call that needs the answer.
+    Prefetching changes when work is done, never its result. A prefetched result is used by a call with exactly the
+    arguments that it was begun for; any other call does its own work. Tokens are counted, and errors raised, by the
+    call that needs the result.
     """
 
     def prefetch_rollouts(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> None:
@@ -165,12 +192,12 @@ class PrefetchingTeacher(Protocol):
         Args:
             prompt_ids: token ids of each row's prompt, without padding.
             completion_ids: of each row's completion.
-            size: as in `Teacher.score_support`; 0 for `Teacher.score`.
-            vocab_size: as there.
+            size: K of `Teacher.score_support`; 0 begins what `Teacher.score` needs.
+            vocab_size: ids from here on are not chosen; None with a size of 0.
         """
 
     def drop_prefetched_scores(self) -> None:
-        """Stop scores that nobody has asked for."""
+        """Stop the scores that were begun and that no call has needed yet."""
 
     def drop_prefetched(self) -> None:
-        """Stop everything that nobody has asked for."""
+        """Stop everything that was begun and that no call has needed yet."""

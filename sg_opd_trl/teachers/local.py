@@ -1,7 +1,11 @@
-"""A teacher in this process."""
+"""Models in this process that score completions, and the teacher among them that writes rollouts too.
+
+`ModelScorer` is how any of them scores; `LocalTeacher` is a model with weights of its own. `teachers.reference` and
+`teachers.adapter` borrow the student instead.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,10 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import NonFiniteError, TeacherError
-from ..models.batch import PartScore, TokenBatch, plan_batches, score_parts, score_rows
+from ..models.batch import Kind, TokenBatch, plan_batches, score_parts, score_rows
 from ..models.forward import ForwardOutput, HeadRequest, scattered
 from ..models.generate import generate_completions
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
+from ..models.internals import attention_implementation
 from ..trl_seam import (
     add_fused_head,
     create_model_from_path,
@@ -26,17 +31,19 @@ from ..trl_seam import (
 )
 from .base import HiddenScores, Sampling, SupportScores
 
-# Rounding of a log-softmax can end a hair above 0; more than this is a broken score.
-_POSITIVE_TOLERANCE = 1e-3
+_NUMBER: Kind = ((), torch.float32)  # one log-prob per token
 
 
 class ModelScorer:
-    """Scores of completions under a model with a fused head that answers a `HeadRequest`.
+    """How a model in this process scores completions.
+
+    Every method runs the model's own forward on groups of rows (`_log_probs`, `_run`). What needs more than log-probs
+    is computed from the hidden states inside that forward, so that shards and wrappers see one ordinary call.
 
     A subclass sets the attributes; one without a model of its own borrows it in `lent`.
 
     Attributes:
-        model: plain or wrapped; only inside of `lent` where it is borrowed.
+        model: plain or wrapped, with a fused head; only inside of `lent` where it is borrowed.
         role: what messages call it.
         vocab_size: rows of its embedding.
         accelerator: of the trainer.
@@ -66,34 +73,34 @@ class ModelScorer:
         check_ids(batch, rows, self.vocab_size, self.role)
         with self.lent():
             logps = score_rows(self._log_probs, batch, rows, max_tokens, self._agree_on_calls)
-        return self._checked(batch, rows, logps)
+        return self._counted(batch, rows, logps)
 
     def score_support(
         self, batch: TokenBatch, rows: Tensor, max_tokens: int, size: int, vocab_size: int
     ) -> SupportScores:
-        """The likeliest tokens of each position and their log-probs, see `Teacher.score_support`."""
+        """The K = `size` likeliest tokens of each position and their log-probs, see `Teacher.score_support`."""
 
-        def request(part: TokenBatch, chosen: Tensor) -> HeadRequest:
+        def request(part: TokenBatch, numbers: Tensor) -> HeadRequest:
             counted = part.completion_mask != 0
             ids = part.completion_ids[counted]
 
             def compute(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
                 return likeliest_tokens(hidden_states, head, ids, size, vocab_size)
 
+            # The log-probs of the completions' own tokens fall out of the same softmax.
             return HeadRequest(counted, compute, needs_logps=False)
 
-        logps = _empty(batch, dtype=torch.float32)
-        results = (logps, _empty(batch, size, dtype=torch.long), _empty(batch, size, dtype=torch.float32))
-        self._answer(request, results, batch, rows, max_tokens)
-        self._checked(batch, rows, results[2])
-        return SupportScores(self._checked(batch, rows, logps), *results[1:])
+        kinds = [_NUMBER, ((size,), torch.long), ((size,), torch.float32)]
+        logps, ids, support = self._run(request, kinds, batch, rows, max_tokens)
+        check_scores(support, self.role)
+        return SupportScores(self._counted(batch, rows, logps), ids, support)
 
     def score_on_support(self, batch: TokenBatch, rows: Tensor, max_tokens: int, support_ids: Tensor) -> SupportScores:
         """Log-probs of the completions' own tokens and of given ones, `support_ids` `(B, T, K)`."""
 
-        def request(part: TokenBatch, chosen: Tensor) -> HeadRequest:
+        def request(part: TokenBatch, numbers: Tensor) -> HeadRequest:
             counted = part.completion_mask != 0
-            ids = support_ids[chosen][:, : counted.size(1)][counted]
+            ids = support_ids[numbers][:, : counted.size(1)][counted]
             tokens = part.completion_ids[counted]
 
             def compute(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
@@ -101,48 +108,52 @@ class ModelScorer:
 
             return HeadRequest(counted, compute)
 
-        results = (
-            _empty(batch, dtype=torch.float32),
-            _empty(batch, support_ids.size(2), dtype=torch.float32),
-        )
-        self._answer(request, results, batch, rows, max_tokens)
-        self._checked(batch, rows, results[1])
-        return SupportScores(self._checked(batch, rows, results[0]), support_ids, results[1])
+        kinds = [_NUMBER, ((support_ids.size(2),), torch.float32)]
+        logps, support = self._run(request, kinds, batch, rows, max_tokens)
+        check_scores(support, self.role)
+        return SupportScores(self._counted(batch, rows, logps), support_ids, support)
 
     def score_hidden(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> HiddenScores:
         """The hidden states that predict the completions, see `Teacher.score_hidden`."""
 
-        def request(part: TokenBatch, chosen: Tensor) -> HeadRequest:
+        def request(part: TokenBatch, numbers: Tensor) -> HeadRequest:
             def compute(hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor, ...]:
                 return logps, hidden_states
 
             return HeadRequest(part.completion_mask != 0, compute)
 
         weight = self.output_heads()[0].weight
-        results = _empty(batch, dtype=torch.float32), _empty(batch, weight.size(1), dtype=weight.dtype)
-        self._answer(request, results, batch, rows, max_tokens)
+        kinds = [_NUMBER, ((weight.size(1),), weight.dtype)]
+        logps, hidden_states = self._run(request, kinds, batch, rows, max_tokens)
         heads = torch.zeros(len(batch), dtype=torch.long, device=rows.device)
-        return HiddenScores(self._checked(batch, rows, results[0]), results[1], heads)
+        return HiddenScores(self._counted(batch, rows, logps), hidden_states, heads)
 
     def output_heads(self) -> list[OutputHead]:
-        """The one head of the model; frozen, so that it is the same at any time."""
+        """The one head of the model; its weights never change, so that it is the same at any time."""
         if self._head is None:
             with self.lent():
                 self._head = output_head(self.model)
         return [self._head]
 
     @torch.no_grad()
-    def _answer(
+    def _run(
         self,
-        request: Callable[[TokenBatch, Tensor], HeadRequest],
-        results: tuple[Tensor, ...],
+        request_for: Callable[[TokenBatch, Tensor], HeadRequest],
+        kinds: Sequence[Kind],
         batch: TokenBatch,
         rows: Tensor,
         max_tokens: int,
-    ) -> None:
+    ) -> list[Tensor]:
+        """`(B, T, ...)` of every tensor that a request computes, see `score_parts`."""
+
+        def score(part: TokenBatch, numbers: Tensor) -> tuple[Tensor, ...]:
+            request = request_for(part, numbers)
+            output = self._forward(*part.joined(), part.completion_ids.size(1), request)
+            return tuple(scattered(values, request.chosen) for values in output.answer or ())
+
         check_ids(batch, rows, self.vocab_size, self.role)
         with self.lent():
-            score_parts(_part_score(self._forward, request), results, batch, rows, max_tokens, self._agree_on_calls)
+            return score_parts(score, kinds, batch, rows, max_tokens, self._agree_on_calls)
 
     def _log_probs(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
         return self._forward(input_ids, attention_mask, completion_length).logps
@@ -153,69 +164,17 @@ class ModelScorer:
         with self.accelerator.autocast():
             return fused_forward(self.model, input_ids, attention_mask, completion_length, request)
 
-    def _checked(self, batch: TokenBatch, rows: Tensor, logps: Tensor) -> Tensor:
+    def _counted(self, batch: TokenBatch, rows: Tensor, logps: Tensor) -> Tensor:
+        """The log-probs, checked, their tokens added to `tokens_scored`."""
         check_scores(logps, self.role)
-        if logps.dim() == 2:
-            self.tokens_scored += int(batch.completion_mask[rows].sum())
+        self.tokens_scored += int(batch.completion_mask[rows].sum())
         return logps
 
     def _agree_on_calls(self, calls: int) -> int:
+        """The largest number of forwards over all ranks, where a forward is a collective operation."""
         if not is_sharded(self.accelerator):
             return calls
         return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
-
-
-def check_ids(batch: TokenBatch, rows: Tensor, vocab_size: int, role: str) -> None:
-    """Refuse token ids that a model has no embedding for.
-
-    Raises:
-        TeacherError: names the id, its row and position.
-    """
-    for part, ids, mask in (
-        ("prompt", batch.prompt_ids, batch.prompt_mask),
-        ("completion", batch.completion_ids, batch.completion_mask),
-    ):
-        lacking = (ids >= vocab_size) & (mask != 0) & rows.unsqueeze(1)
-        if lacking.any():
-            row, position = lacking.nonzero()[0].tolist()
-            raise TeacherError(
-                f"Token id {int(ids[row, position])} at position {position} of the {part} in row {row} does not exist "
-                f"in the {role}, whose vocabulary has {vocab_size} entries. It cannot be scored, and nothing was "
-                "updated. Use a teacher and a reference with the student's tokenizer, or suppress the id with "
-                "generation_kwargs={'suppress_tokens': [...]}."
-            )
-
-
-def check_scores(logps: Tensor, role: str) -> None:
-    """Refuse log-probs, `(B, T)` or `(B, T, K)`, that are NaN, infinite or positive.
-
-    Raises:
-        NonFiniteError: names the first bad value with its row and position.
-    """
-    bad = ~torch.isfinite(logps) | (logps > _POSITIVE_TOLERANCE)
-    if bad.any():
-        first = bad.nonzero()[0].tolist()
-        row, position = first[:2]
-        raise NonFiniteError(
-            f"The {role} gave {int(bad.sum())} log-probs that are not finite or above 0, the first "
-            f"{float(logps[tuple(first)])} in row {row} at completion token {position}. Nothing was updated. Check "
-            f"the {role}'s weights, or load it in float32 or bfloat16."
-        )
-
-
-def _part_score(
-    forward: Callable[..., ForwardOutput], request_for: Callable[[TokenBatch, Tensor], HeadRequest]
-) -> PartScore:
-    def score(part: TokenBatch, chosen: Tensor) -> tuple[Tensor, ...]:
-        request = request_for(part, chosen)
-        output = forward(*part.joined(), part.completion_ids.size(1), request)
-        return tuple(scattered(values, request.chosen) for values in output.answer or ())
-
-    return score
-
-
-def _empty(batch: TokenBatch, *sizes: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(*batch.completion_ids.shape, *sizes, dtype=dtype, device=batch.completion_ids.device)
 
 
 class FrozenModel(ModelScorer):
@@ -250,12 +209,22 @@ class FrozenModel(ModelScorer):
         init_kwargs: dict | None,
         **extra: Any,
     ) -> "FrozenModel":
-        """Load a model with the dtype and attention implementation of `like`, unless `init_kwargs` says otherwise."""
+        """Load a model with the dtype and attention implementation of `like`, unless `init_kwargs` says otherwise.
+
+        Args:
+            name: path or Hub id.
+            role: what messages call it.
+            like: the student.
+            revision: branch, tag or commit of a Hub id.
+            init_kwargs: for `from_pretrained` of transformers.
+            extra: further arguments of the class.
+        """
         options = dict(init_kwargs or {})
         options.setdefault("dtype", like.dtype)
-        options.setdefault("attn_implementation", like.config._attn_implementation)
+        options.setdefault("attn_implementation", attention_implementation(like.config))
         if revision is not None:
             options["revision"] = revision
+        # Ranks hold a whole model each; `device_map` would spread the one of every rank over all devices.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             options["device_map"] = None
         loaded = cls(create_model_from_path(name, **options), role=role, name=name, **extra)
@@ -267,28 +236,6 @@ class FrozenModel(ModelScorer):
         add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
         self.accelerator = accelerator
         self.model = prepare_frozen_model(self.model, accelerator)
-
-
-def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str | None:
-    """Short hash of names, shapes and a few values of all weights; None where this rank holds only shards.
-
-    It tells another set of weights from this one, it does not prove equality.
-
-    Args:
-        model: with or without adapters.
-        adapter: hash the weights of this adapter alone; its own name does not count.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if adapter is not None and adapter not in name.split("."):
-            continue
-        if parameter.numel() == 0 or parameter.is_meta:
-            return None
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, values.numel() // 16)].to("cpu", torch.float64)
-        label = name.replace(f".{adapter}.", ".")
-        digest.update(f"{label}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class LocalTeacher(FrozenModel):
@@ -317,9 +264,8 @@ class LocalTeacher(FrozenModel):
         completions: list[list[int]] = [[] for _ in prompts]
         with self._generation(seed) as model:
             for group in groups:
-                for i, ids in zip(
-                    group, self._generate_batch(model, [prompts[i] for i in group], sampling), strict=True
-                ):
+                written = self._generate_batch(model, [prompts[i] for i in group], sampling)
+                for i, ids in zip(group, written, strict=True):
                     completions[i] = ids
             for _ in range(self._agree_on_calls(len(groups)) - len(groups)):
                 self._generate_batch(model, [[sampling.pad_token_id]], sampling)
@@ -333,6 +279,7 @@ class LocalTeacher(FrozenModel):
 
     @contextmanager
     def _generation(self, seed: int) -> Iterator[Any]:
+        """The model as `generate` needs it, drawing from this seed; the caller's random state is left alone."""
         device = self.accelerator.device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), model_for_generation(self.model, self.accelerator) as model:
@@ -355,6 +302,7 @@ class LocalTeacher(FrozenModel):
             "repetition_penalty": sampling.repetition_penalty,
             "eos_token_id": list(sampling.eos_token_ids),
             "pad_token_id": sampling.pad_token_id,
+            # Batches differ in shape, and each would be compiled anew.
             "disable_compile": True,
         }
         config = GenerationConfig(**(settings | dict(sampling.generation_kwargs)))
@@ -362,3 +310,68 @@ class LocalTeacher(FrozenModel):
             return generate_completions(
                 model, prompts, config, role=self.role, synced_gpus=is_sharded(self.accelerator)
             )
+
+
+# --- what a score and a fingerprint stand on -------------------------------------------------------------------------
+def check_ids(batch: TokenBatch, rows: Tensor, vocab_size: int, role: str) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Raises:
+        TeacherError: names the id, its row and position.
+    """
+    for part, ids, mask in (
+        ("prompt", batch.prompt_ids, batch.prompt_mask),
+        ("completion", batch.completion_ids, batch.completion_mask),
+    ):
+        lacking = (ids >= vocab_size) & (mask != 0) & rows.unsqueeze(1)
+        if lacking.any():
+            row, position = lacking.nonzero()[0].tolist()
+            raise TeacherError(
+                f"Token id {int(ids[row, position])} at position {position} of the {part} in row {row} does not exist "
+                f"in the {role}, whose vocabulary has {vocab_size} entries. It cannot be scored, and nothing was "
+                "updated. Use a teacher and a reference with the student's tokenizer, or suppress the id with "
+                "generation_kwargs={'suppress_tokens': [...]}."
+            )
+
+
+# Rounding of a log-softmax can end a hair above 0; more than this is a broken score.
+_POSITIVE_TOLERANCE = 1e-3
+
+
+def check_scores(logps: Tensor, role: str) -> None:
+    """Refuse log-probs, `(B, T)` or `(B, T, K)`, that are NaN, infinite or positive.
+
+    Raises:
+        NonFiniteError: names the first bad value with its row and position.
+    """
+    bad = ~torch.isfinite(logps) | (logps > _POSITIVE_TOLERANCE)
+    if bad.any():
+        first = bad.nonzero()[0].tolist()
+        row, position = first[:2]
+        raise NonFiniteError(
+            f"The {role} gave {int(bad.sum())} log-probs that are not finite or above 0, the first "
+            f"{float(logps[tuple(first)])} in row {row} at completion token {position}. Nothing was updated. Check "
+            f"the {role}'s weights, or load it in float32 or bfloat16."
+        )
+
+
+def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str | None:
+    """Short hash of names, shapes and a few values of all weights; None where this rank holds only shards.
+
+    It tells another set of weights from this one, it does not prove equality.
+
+    Args:
+        model: with or without adapters.
+        adapter: hash the weights of this adapter alone; its own name does not count.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if adapter is not None and adapter not in name.split("."):
+            continue
+        if parameter.numel() == 0 or parameter.is_meta:
+            return None
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, values.numel() // 16)].to("cpu", torch.float64)
+        label = name.replace(f".{adapter}.", ".")
+        digest.update(f"{label}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,4 +1,8 @@
-"""The reference as the student's own first adapter state: no second copy of the student in memory."""
+"""The reference: what the trainer needs of one, and the student's own first adapter state as one.
+
+The latter takes no second copy of the student in memory. The reference is the zero of the extrapolation (lR in
+A(lambda) = lT - lS + (lambda - 1)(lT - lR)), so that it must be free of noise and of the student's updates.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +22,12 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference(Protocol):
-    """What the trainer asks of a reference."""
+    """What the trainer asks of a reference: scores alone, of the same kinds as the teacher's.
+
+    Attributes:
+        identity: JSON-ready facts that tell this reference from another.
+        vocab_size: rows of its embedding; it cannot score ids from there on.
+    """
 
     identity: dict
     vocab_size: int
@@ -28,7 +37,7 @@ class Reference(Protocol):
         """The values of `distillation_mode` that it can serve, see `Teacher.distillation_modes`."""
 
     def score(self, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Tensor:
-        """`(B, T)` float32 log-probs of the chosen rows, see `Teacher.score`."""
+        """Log-probs `(B, T)` float32 of the completions of the chosen rows, see `Teacher.score`."""
 
     def score_on_support(self, batch: TokenBatch, rows: Tensor, max_tokens: int, support_ids: Tensor) -> SupportScores:
         """Log-probs of the completions' own tokens, and of the teacher's `support_ids` `(B, T, K)`."""
@@ -37,7 +46,7 @@ class Reference(Protocol):
         """The hidden states that predict the completions, see `Teacher.score_hidden`."""
 
     def output_heads(self) -> list[OutputHead]:
-        """The head that turns them into logits."""
+        """The one head that turns the hidden states of `score_hidden` into logits."""
 
 
 class AdapterReference(ModelScorer):
@@ -67,7 +76,7 @@ class AdapterReference(ModelScorer):
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """The initial student for the block."""
+        """The initial student for the block: adapters switched, dropout off, no gradient."""
         with self.student_scoring() as model, evaluating(model), adapter_switched(model, self.adapter_name):
             self.model = model
             try:
@@ -134,8 +143,10 @@ def add_reference_adapter(model: Any) -> None:
         )
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    # Also where the copy was there: a second trainer on the same student takes its present state.
     state = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, state, adapter_name=REFERENCE_ADAPTER)
+    # PEFT adds adapters trainable.
     for name, parameter in model.named_parameters():
         if REFERENCE_ADAPTER in name.split("."):
             parameter.requires_grad_(False)

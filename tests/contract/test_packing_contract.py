@@ -34,7 +34,7 @@ def test_positions_that_start_again_keep_rows_apart() -> None:
 
 
 def test_what_the_policy_forward_may_be_asked_for() -> None:
-    """All but the entropies keep it from being packed, and none of them is set for plain text."""
+    """Entropies and the auxiliary loss are ours too; anything else is for images, and is not set for plain text."""
     parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
     optional = list(parameters.values())[5:]  # self, model, ids, mask, width
     assert {"compute_entropy", "compute_aux_loss", "pixel_values"} <= {parameter.name for parameter in optional}

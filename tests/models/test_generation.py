@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sg_opd_trl import NonFiniteError
+from sg_opd_trl.models import generate as decoding
 from sg_opd_trl.models.generate import cut_after_eos, generate_completions
 
 VOCABULARY, END = 26, 1
@@ -56,10 +57,15 @@ def plain(model: Any, prompts: list[list[int]], config: GenerationConfig) -> lis
     return [cut_after_eos(row, config.eos_token_id) for row in output[:, width:].tolist()]
 
 
+@pytest.fixture(autouse=True)
+def no_warning_yet() -> None:
+    """Every reason warns once in a process."""
+    decoding._warn_of_slow_loop.cache_clear()
+
+
 @pytest.fixture
 def own_loop(caplog: pytest.LogCaptureFixture) -> Any:
     """The test fails if anything was left to the loop of transformers."""
-    caplog.set_level(logging.INFO, "sg_opd_trl")
     yield
     assert LEFT not in caplog.text
 
@@ -180,11 +186,22 @@ def test_under_autocast_and_in_training_mode() -> None:
     ids=lambda option: next(iter(option)),
 )
 def test_other_options_are_left_to_transformers(option: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "sg_opd_trl")
     config = settings(disable_compile=True, **option)
     wanted = plain(tiny_model(2), PROMPTS, config)
     assert generate_completions(tiny_model(2), PROMPTS, config) == wanted
-    assert LEFT in caplog.text
+    assert warnings_of(caplog) == 1
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.levelno == logging.WARNING and LEFT in record.getMessage() for record in caplog.records)
+
+
+def test_each_reason_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    for options in ({"max_time": 60.0}, {"max_time": 60.0}, {"num_beams": 3}, {"max_time": 60.0}):
+        generate_completions(tiny_model(2), [SHORT], settings(**options))
+    assert warnings_of(caplog) == 2
+    assert "options ['MaxTimeCriteria']" in caplog.text
+    assert "BEAM_SEARCH" in caplog.text
 
 
 def test_what_is_left_to_transformers_starts_from_an_untouched_random_state() -> None:
@@ -196,7 +213,9 @@ def test_what_is_left_to_transformers_starts_from_an_untouched_random_state() ->
     assert generate_completions(model, PROMPTS, config) == wanted
 
 
-def test_a_sharded_model_keeps_the_loop_that_ranks_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_model_keeps_the_loop_that_ranks_agree_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model(0)
     seen: list[dict[str, Any]] = []
 
@@ -207,6 +226,7 @@ def test_a_sharded_model_keeps_the_loop_that_ranks_agree_on(monkeypatch: pytest.
     monkeypatch.setattr(model, "generate", generate)
     assert generate_completions(model, PROMPTS, settings(), synced_gpus=True) == [[prompt[-1]] for prompt in PROMPTS]
     assert [(x["synced_gpus"], "custom_generate" in x) for x in seen] == [(True, False)]
+    assert "the model is sharded" in caplog.text
 
 
 # --- adapters and errors ---------------------------------------------------------------------------------------------
@@ -232,11 +252,14 @@ def test_a_lora_student() -> None:
     ],
     ids=["prompt", "prefix", "activated LoRA"],
 )
-def test_adapters_that_prepare_every_row_are_left_to_transformers(config: PeftConfig) -> None:
+def test_adapters_that_prepare_every_row_are_left_to_transformers(
+    config: PeftConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(0), config).eval()
     wanted = plain(model, PROMPTS, settings())
     assert generate_completions(model, PROMPTS, settings()) == wanted
+    assert "an adapter prepares inputs" in caplog.text
     assert wanted != [greedy_oracle(tiny_model(0), prompt, 12) for prompt in PROMPTS]
 
 
