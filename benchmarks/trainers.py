@@ -28,7 +28,7 @@ from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from sg_opd_trl import SGOPDConfig, SGOPDTrainer
 from sg_opd_trl.baselines.gkd import PromptCollator
 from sg_opd_trl.models.batch import pad_rows
-from sg_opd_trl.trl_seam import add_fused_head, fused_log_probs
+from sg_opd_trl.trl_seam import add_fused_head, fused_forward
 
 PAD = 0
 
@@ -223,7 +223,7 @@ def bare_scoring(stepper: Stepper, setup: Setup) -> Callable[[], float]:
         for model, batch in itertools.product(models, trainer._buffered_inputs):
             ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
             mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-            fused_log_probs(model, ids, mask, batch["completion_ids"].size(1))
+            fused_forward(model, ids, mask, batch["completion_ids"].size(1))
 
     return lambda: stepper() + timed(score)
 

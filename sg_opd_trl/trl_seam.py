@@ -35,21 +35,78 @@ from .models.forward import ForwardOutput, HeadRequest, packed_forward, padded_f
 from .models.generate import generate_completions
 from .models.head import OutputHead
 
+
+# --- one forward -----------------------------------------------------------------------------------------------------
+def fused_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    request: HeadRequest | None = None,
+    *,
+    auxiliary_loss: bool = False,
+) -> ForwardOutput:
+    """One forward of a model with TRL's fused head: what every log-prob of this package comes from.
+
+    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work. Gradient
+    and autocast are the caller's.
+
+    Args:
+        model: plain or wrapped, prepared by `add_fused_head` or by TRL; with `add_head_output` where it is to answer a
+            request.
+        input_ids: `(B, P + T)` token ids; the tokens of a row have no padding between them.
+        attention_mask: `(B, P + T)`, 1 = token, 0 = padding.
+        completion_length: T, the columns at the end whose tokens are scored.
+        request: what to compute from the hidden states in the same forward.
+        auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
+    """
+    with compact_head(input_ids.device):
+        if not auxiliary_loss and should_pack(model, attention_mask):
+            return packed_forward(model, input_ids, attention_mask, completion_length, request)
+        return padded_forward(
+            model, input_ids, attention_mask, completion_length, request, auxiliary_loss=auxiliary_loss
+        )
+
+
 # Columns of the vocabulary that are projected at once on the CPU.
 _CPU_TILE_WIDTH = 1024
 
 
-@dataclass
-class HeadCausalLMOutput(FusedCausalLMOutput):
-    """What a model with a fused head returns, and what was computed from its hidden states beside that."""
+@contextmanager
+def compact_head(device: torch.device) -> Iterator[None]:
+    """Have TRL's fused head project only the positions that count on the CPU too, in tiles that fit its caches.
 
-    head_output: tuple[Tensor, ...] | None = None
+    TRL asks one function whether the device runs Triton, and projects fewer positions only there, because some other
+    devices compile anew for every shape. The CPU does not. Its tiles are as wide as a GPU likes them; the CPU runs the
+    same sums about twice as fast, and in a thirtieth of the memory, when a tile stays in the cache.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    original = trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_utils._use_triton = lambda device: device.type == "cpu" or original[0](device)
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = _CPU_TILE_WIDTH
+    try:
+        yield
+    finally:
+        trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = original
 
 
+# --- a head that answers requests ------------------------------------------------------------------------------------
 def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> None:
     """Give a frozen model TRL's fused head: log-probs at the student's temperature, logits never built."""
     add_fused_lm_head(_base(model), temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
     add_head_output(model)
+
+
+#: Read from the closure of TRL's fused forward: what it made of the model's configuration.
+_HEAD_SETTINGS = (
+    "backbone_attr",
+    "temperature",
+    "cast_lm_head_to_fp32",
+    "logit_scale",
+    "final_logit_softcapping",
+)
 
 
 def add_head_output(model: nn.Module) -> None:
@@ -59,9 +116,9 @@ def add_head_output(model: nn.Module) -> None:
     """
     base = _base(model)
     fused: Any = base.forward.__func__
+    # On the function, not on the model: whoever gives the model a fused head anew also drops ours.
     if hasattr(fused, "answers_requests"):
         return
-    # What TRL made of the model's configuration; its names and rules are not repeated here.
     base.sg_opd_head = {name: inspect.getclosurevars(fused).nonlocals[name] for name in _HEAD_SETTINGS}
 
     # The original signature: `generate` validates its arguments against it.
@@ -72,7 +129,7 @@ def add_head_output(model: nn.Module) -> None:
         with _last_hidden_state(getattr(self, self.sg_opd_head["backbone_attr"])) as states:
             outputs = fused(self, *args, **kwargs)
         head = output_head(self)
-        # Labels that TRL shifts itself leave the last position without one.
+        # The head projects what predicts something. Labels that TRL shifts itself leave the last position without one.
         hidden_states = states[0] if "shift_labels" in kwargs else states[0][:, :-1]
         with head.gathered(head.weight, head.bias):
             answer = head_output(hidden_states.to(head.weight.device), head, outputs.log_probs)
@@ -82,13 +139,11 @@ def add_head_output(model: nn.Module) -> None:
     base.forward = types.MethodType(forward, base)
 
 
-_HEAD_SETTINGS = (
-    "backbone_attr",
-    "temperature",
-    "cast_lm_head_to_fp32",
-    "logit_scale",
-    "final_logit_softcapping",
-)
+@dataclass
+class HeadCausalLMOutput(FusedCausalLMOutput):
+    """What a model with a fused head returns, and what was computed from its hidden states beside that."""
+
+    head_output: tuple[Tensor, ...] | None = None
 
 
 def output_head(model: nn.Module) -> OutputHead:
@@ -122,67 +177,12 @@ def _last_hidden_state(backbone: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def fused_forward(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    completion_length: int,
-    request: HeadRequest | None = None,
-    *,
-    auxiliary_loss: bool = False,
-) -> ForwardOutput:
-    """One forward of a model with TRL's fused head: what every log-prob of this package comes from.
-
-    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work. Gradient
-    and autocast are the caller's.
-
-    Args:
-        model: plain or wrapped, prepared by `add_fused_head` or by TRL; with `add_head_output` where it is to answer a
-            request.
-        input_ids: `(B, P + T)` token ids; the tokens of a row have no padding between them.
-        attention_mask: `(B, P + T)`, 1 = token, 0 = padding.
-        completion_length: T, the columns at the end whose tokens are scored.
-        request: what to compute from the hidden states in the same forward.
-        auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
-    """
-    with compact_head(input_ids.device):
-        if not auxiliary_loss and should_pack(model, attention_mask):
-            return packed_forward(model, input_ids, attention_mask, completion_length, request)
-        return padded_forward(
-            model, input_ids, attention_mask, completion_length, request, auxiliary_loss=auxiliary_loss
-        )
-
-
-def fused_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-    """The log-probs of `fused_forward` alone."""
-    return fused_forward(model, input_ids, attention_mask, completion_length).logps
-
-
-@contextmanager
-def compact_head(device: torch.device) -> Iterator[None]:
-    """Have TRL's fused head project only the positions that count on the CPU too, in tiles that fit its caches.
-
-    TRL asks one function whether the device runs Triton, and projects fewer positions only there, because some other
-    devices compile anew for every shape. The CPU does not. Its tiles are as wide as a GPU likes them; the CPU runs the
-    same sums about twice as fast, and in a thirtieth of the memory, when a tile stays in the cache.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    original = trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    trl_utils._use_triton = lambda device: device.type == "cpu" or original[0](device)
-    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = _CPU_TILE_WIDTH
-    try:
-        yield
-    finally:
-        trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = original
-
-
 def has_adapters_inside(model: nn.Module) -> bool:
     """Whether transformers has loaded adapters into a plain model, without PEFT's wrapper that can switch them."""
     return isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded
 
 
+# --- models whose weights never change -------------------------------------------------------------------------------
 def is_sharded(accelerator: Any) -> bool:
     """Whether a forward of a prepared frozen model is a collective operation."""
     backend = DistributedBackend(accelerator)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from architectures import EXPERTS, SIZES
 from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -25,12 +26,6 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 COMPLETIONS = [[20, 1], [21, 22, 23, 24, 25, 6, 7], [5], []]
 BATCH = TokenBatch.from_lists(PROMPTS, COMPLETIONS, 0, CPU)
 WIDTH = 7
-SIZES = {
-    "vocab_size": 26, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
-    "eos_token_id": 1, "tie_word_embeddings": False, "initializer_range": 0.15,
-}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: dict[str, Any] = {
     "dense": lambda: tiny_model(0),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),

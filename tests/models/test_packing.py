@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import EXPERTS, SIZES
 from tiny import tiny_model
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
@@ -149,12 +150,6 @@ def test_virtual_tokens_are_not_packed() -> None:
     assert not packs_exactly(peft.get_peft_model(with_kernel(tiny_model(0)), settings))
 
 
-SIZES = {
-    "vocab_size": 26, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
-    "eos_token_id": 1, "tie_word_embeddings": False, "initializer_range": 0.15,
-}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 RECURRENT = {
     "linear_attention": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **EXPERTS)),
     "mamba": lambda: FalconH1ForCausalLM(FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import EXPERTS, SIZES
 from tiny import relative_difference, tiny_model
 from torch import Tensor
 from transformers import (
@@ -35,13 +36,7 @@ from sg_opd_trl.models.forward import pack, packed_forward, should_pack
 from sg_opd_trl.trl_seam import compact_head, fused_forward
 
 CPU = torch.device("cpu")
-SIZES = {
-    "vocab_size": 26, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
-    "eos_token_id": 1, "tie_word_embeddings": False, "initializer_range": 0.15,
-}  # fmt: skip
 GEMMA = {"sliding_window": 3, "query_pre_attn_scalar": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ARCHITECTURES: dict[str, Any] = {
     "qwen3": lambda: tiny_model(0),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS)),
