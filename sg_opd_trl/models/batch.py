@@ -41,11 +41,13 @@ class TokenBatch:
         """Pad lists of token ids; every width is at least 1."""
         prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, left=True, multiple=multiple)
         completion_ids, completion_mask = pad_rows(completions, pad_token_id, left=False, multiple=multiple)
-        left, right = (
-            (prompt_ids.to(device), prompt_mask.to(device)),
-            (completion_ids.to(device), completion_mask.to(device)),
+        return cls(
+            prompt_ids=prompt_ids.to(device),
+            prompt_mask=prompt_mask.to(device),
+            completion_ids=completion_ids.to(device),
+            completion_mask=completion_mask.to(device),
+            multiple=multiple,
         )
-        return cls(*left, *right, multiple=multiple)
 
     def __len__(self) -> int:
         return self.prompt_ids.size(0)
