@@ -48,7 +48,7 @@ class Positions(NamedTuple):
 
 
 class Objective:
-    """`sampled_token`: the policy gradient of SG-OPD (arXiv:2606.09304, Eq. 10); the others replace its parts.
+    """What every objective has: the sampled token's log-probs are asked for, and no distribution is matched.
 
     Args:
         args: the configuration.
@@ -95,12 +95,16 @@ class Objective:
         return {"reference_logps": torch.where(rows.unsqueeze(1), logps, inputs["teacher_logps"])}
 
     def matched(self, behavior_logps: Tensor, inputs: dict) -> Tensor:
-        """Tokens `(B, T)` bool whose distribution is matched, among those that count."""
+        """Tokens `(B, T)` bool whose distribution is matched in place of their policy gradient; here none."""
         return torch.zeros_like(behavior_logps, dtype=torch.bool)
 
     def losses(self, positions: Positions) -> Tensor:
-        """Matching loss `(N,)` of those tokens, with gradient to the student."""
+        """Matching loss `(N,)` of those tokens, with gradient to the student; here of none."""
         return positions.logps.new_zeros(positions.logps.shape)
+
+
+class SampledToken(Objective):
+    """`sampled_token`: the policy gradient of SG-OPD (arXiv:2606.09304, Eq. 10) at every token, nothing else."""
 
 
 class SupportObjective(Objective):
@@ -284,7 +288,7 @@ def _expected(scores: Any, kind: type, method: str) -> Any:
 
 # --- `distillation_mode` -> its objective ----------------------------------------------------------------------------
 OBJECTIVES: dict[str, type[Objective]] = {
-    "sampled_token": Objective,
+    "sampled_token": SampledToken,
     "topk_logits": TopKLogits,
     "full_logits": FullLogits,
     "asymmetric": Asymmetric,

@@ -1,7 +1,20 @@
 """`SGOPDTrainer`: Algorithm 1 of SG-OPD (arXiv:2606.09304), read downwards.
 
-The trainer is built; the decisions that a notebook overrides; rollouts and their scores; the loss, Eq. 4-12; the
-anchor; and last what surrounds a step. Arithmetic is in `core`, one function per equation.
+TRL's `GRPOTrainer` drives it, through the hooks that `GRPOSeam` lists; this is the order in which they are called:
+
+    every optimizer step      TeacherAnchorCallback   teacher rollouts, judged and kept -> `anchor`       Eq. 2-3
+    every generation batch    making_rollouts         the student writes
+                              on_rewards              verdicts -> a1
+                              on_rollouts             the scores of teacher and reference, attached to the rollouts
+                              on_slices               split into micro-batches, ordered by length
+    every micro-batch         on_micro_batch          trimmed to its own rows
+                              compute_loss            TRL's loss and the anchor                           Eq. 10-12
+                                policy_forward          inside TRL's loss: the student's log-probs
+                                  _token_signals          a2, gate, route, weights                        Eq. 1, 4-9
+                                  _write_advantages       what TRL's loss reads next
+
+The page has them in this order, after the building of the trainer and the decisions that a notebook overrides.
+Arithmetic is in `core`, one function per equation.
 """
 
 import textwrap
@@ -314,7 +327,10 @@ class SGOPDTrainer(GRPOSeam):
         return self.mode == "eval" or self.anchor is None or not self.anchor.alone
 
     def making_rollouts(self, examples: list[dict]) -> AbstractContextManager[None]:
-        """Have the teacher score rollouts as they end, unless a subclass decides what it is asked."""
+        """Have a teacher on a server score rollouts as they end, unless a subclass decides what it is asked.
+
+        That saves time and changes nothing: `_scores` asks for all of them. A local teacher only answers there.
+        """
         return prefetched_scores(self, examples, inherits(type(self), SGOPDTrainer, "score_with_teacher"))
 
     def on_rewards(self, rewards: Tensor) -> None:
@@ -342,7 +358,7 @@ class SGOPDTrainer(GRPOSeam):
         return rollouts | self._scores(rollouts | {"examples": examples})
 
     def _usable(self, rollouts: dict) -> dict:
-        """The rollouts without the ids that some model lacks, which are counted."""
+        """The rollouts with ids that some model lacks masked out of the loss, and counted."""
         if not self.vocabulary.unusable:
             return rollouts
         rollouts, left_out = self.vocabulary.leave_out(rollouts, self.accelerator.gather)
@@ -350,21 +366,25 @@ class SGOPDTrainer(GRPOSeam):
         return rollouts
 
     def _scores(self, rollouts: dict) -> dict:
-        """What teacher and reference say of the rollouts; rows that count for nothing are not asked about."""
+        """What teacher and reference say of the rollouts.
+
+        Rows that count for nothing are not asked about. Their scores are 0, which is also the log of 1: only the
+        masks tell the two apart.
+        """
         args = self.args
         batch = self.vocabulary.cut(token_batch(rollouts, self.width_multiple), self.tokenizer.pad_token_id)
-        counted = loss_mask(rollouts).any(dim=1) & self.token_weights.taught(rollouts["verdicts"])
+        asked = loss_mask(rollouts).any(dim=1) & self.token_weights.taught(rollouts["verdicts"])  # (B,)
         with self.timed("teacher"):
             as_taught = teacher_batch(batch, rollouts["examples"], self.tokenize_prompts)
-            scores = self.objective.teacher_entries(self.score_with_teacher(as_taught, counted, rollouts))
+            scores = self.objective.teacher_entries(self.score_with_teacher(as_taught, asked, rollouts))
         if args.needs_reference:
             with self.timed("reference"):
-                rows = counted & self.reference_rows(rollouts["verifier_advantages"])
+                rows = asked & self.reference_rows(rollouts["verifier_advantages"])
                 answer = self.score_with_reference(batch, rows, rollouts | scores)
                 scores |= self.objective.reference_entries(answer, rows, rollouts | scores)
         if args.stability_tau is not None and args.stability_norm == "batch":
             scores["stability_denominator"] = self._stability_denominator(
-                rollouts, batch, counted, scores["teacher_logps"]
+                rollouts, batch, asked, scores["teacher_logps"]
             )
         return scores
 
@@ -410,10 +430,11 @@ class SGOPDTrainer(GRPOSeam):
             return self._anchor_only_loss(model, step)
         if "teacher_logps" not in inputs:  # an evaluation without the teacher
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Inner updates read a buffered micro-batch again: what follows is written into a copy.
-        batch = dict(inputs)
+        # Inner updates read a buffered micro-batch again: what follows is written into a copy. TRL's own advantages
+        # are taken out, so that a loss that read them before `policy_forward` has written ours would fail.
+        batch = {name: value for name, value in inputs.items() if name != "advantages"}
         batch["anchor"] = None if step is None else self._anchor_rows(step)
-        # TRL's loss (Eq. 10) calls `policy_forward`, which writes the advantages that it reads next.
+        # Eq. 10: TRL's loss calls `policy_forward`, which writes the advantages that it reads next.
         loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
         anchor = loss.new_zeros(())
         if step is not None and batch["anchor"] is not None:
@@ -423,25 +444,33 @@ class SGOPDTrainer(GRPOSeam):
         return loss
 
     def policy_forward(self, model: Any, batch: dict) -> PolicyOutput:
-        """The micro-batch's only policy forward, over the student's rows and the anchor's."""
+        """The micro-batch's only policy forward, in the middle of TRL's loss; then the advantages for what follows.
+
+        The student's rows and the anchor's are the rows of one forward. TRL's loss goes on with the log-probs that
+        are returned, and reads `batch["advantages"]` only after this call.
+        """
         if "teacher_logps" not in batch:
             return super().policy_forward(model, batch)
-        student, anchor = token_batch(batch, self.width_multiple), batch["anchor"]
-        rows, width = student.completion_ids.shape
+        student_rows, anchor_rows = token_batch(batch, self.width_multiple), batch["anchor"]
+        rows, width = student_rows.completion_ids.shape
         request = None
         if self.objective.matches:
             # Inside the forward: where weights are sharded, head and hidden states are whole nowhere else.
             request = HeadRequest(loss_mask(batch) != 0, partial(self._matching_losses, batch))
-        ids, mask, joint_width = joined_rows(student, anchor)
+        ids, mask, joint_width = joined_rows(student_rows, anchor_rows)
         output = self.run_policy(model, ids, mask, joint_width, request, auxiliary_loss=self.aux_loss_enabled)
         logps, entropies = output.logps, output.entropies
-        if anchor is not None:
-            batch["anchor_logps"] = logps[rows:, : anchor.completion_ids.size(1)]
+        if anchor_rows is not None:
+            batch["anchor_logps"] = logps[rows:, : anchor_rows.completion_ids.size(1)]
             logps = logps[:rows, :width]
             entropies = None if entropies is None else entropies[:rows, :width]
         if request is None:
+            # With a request `_matching_losses` has needed, and written, them already.
             batch["signals"] = self._token_signals(logps.detach(), batch)
-        return self._advantages_for_trl(logps, output.answer, batch), entropies, output.auxiliary_loss
+        self._write_advantages(batch, logps, output.answer)
+        if output.answer is not None:
+            logps = self._without_ratio(logps, batch)
+        return logps, entropies, output.auxiliary_loss
 
     def _token_signals(self, student_logps: Tensor, batch: dict) -> TokenSignals:
         """From log-probs and verdicts to weighted advantages: Eq. 1 and 4-9.
@@ -464,7 +493,7 @@ class SGOPDTrainer(GRPOSeam):
         phi = self.compute_token_weights(a2, mask, batch)  # Eq. 9
         weights = self.token_weights.factors(phi, a2, (behavior_logps, student_logps), mask, batch)
 
-        # Objectives over distributions: which tokens are matched, and to what. Nothing of this under `sampled_token`.
+        # Objectives over distributions: which tokens are matched, and to what. None and neutral with `sampled_token`.
         one = torch.ones_like(a2)
         targets = core.RoutedLambdas(one, one)
         if self.objective.routes_targets:
@@ -496,39 +525,33 @@ class SGOPDTrainer(GRPOSeam):
         lambdas = signals.targets.lambdas[signals.matched]
         return (self.objective.losses(Positions(hidden_states, head, logps, lambdas, entry)),)
 
-    def _advantages_for_trl(self, logps: Tensor, answer: tuple[Tensor, ...] | None, batch: dict) -> Tensor:
-        """Write the entries of the batch that TRL's loss reads next.
+    def _write_advantages(self, batch: dict, logps: Tensor, answer: tuple[Tensor, ...] | None) -> None:
+        """Write the advantages that TRL's loss reads next.
 
         That loss of a token, Eq. 10, is linear in its advantage where the probability ratio is 1. So a token whose
-        distribution is matched gets a ratio of 1 and the advantage `-loss`, with the gradient of that loss; every
-        reduction, mask and normaliser stays TRL's.
+        distribution is matched gets the advantage `-loss`, with the gradient of that loss, and by `_without_ratio` a
+        ratio of 1; every reduction, mask and normaliser stays TRL's.
 
         Args:
-            logps: `(B, T)` with gradient.
+            batch: the micro-batch with its signals.
+            logps: `(B, T)` of the student, with gradient.
             answer: what `_matching_losses` returned, None without.
-            batch: the micro-batch.
-
-        Returns:
-            The log-probs that TRL's loss goes on with: constant where distributions are matched.
         """
         signals: TokenSignals = batch["signals"]
         weights, mask = signals.weights.applied, loss_mask(batch)
-        batch["advantages"] = core.weighted_advantages(signals.advantages, *weights)
+        advantages = core.weighted_advantages(signals.advantages, *weights)
         batch["matching"] = mask.new_zeros(2, dtype=torch.float32)
         if answer is not None:
             losses, scales = scattered(answer[0], signals.matched), signals.targets.scales
-            batch["advantages"] = core.matched_advantages(
-                batch["advantages"], losses, signals.matched, scales, *weights
-            )
+            advantages = core.matched_advantages(advantages, losses, signals.matched, scales, *weights)
             batch["matching"] = core.masked_sum_and_count(losses * scales, signals.matched)
-            logps = self._without_ratio(logps, batch, signals.matched)
-        known = (logps + batch["advantages"]).detach()
-        batch["not_finite"] = ((~torch.isfinite(known)) & (mask != 0)).sum()
-        return logps
+        batch["advantages"] = advantages
+        finite = torch.isfinite((logps + advantages).detach())
+        batch["not_finite"] = (~finite & (mask != 0)).sum()
 
-    def _without_ratio(self, logps: Tensor, batch: dict, matched: Tensor) -> Tensor:
+    def _without_ratio(self, logps: Tensor, batch: dict) -> Tensor:
         """A probability ratio of 1 at matched tokens, in the inner updates and in vLLM's correction too."""
-        constant = logps.detach()
+        constant, matched = logps.detach(), batch["signals"].matched
         if "old_per_token_logps" in batch:
             batch["old_per_token_logps"] = torch.where(matched, constant, batch["old_per_token_logps"])
         if "importance_sampling_ratio" in batch:
