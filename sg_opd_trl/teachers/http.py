@@ -334,10 +334,12 @@ class _Replica:
             await self._idle.pop().aclose()
 
     async def _answer(self, request: Request, deadline: float) -> Any:
-        sent = httpx2.Request(request.method, self._url + request.path, headers=self._headers, content=request.payload)
-        sent.extensions["timeout"] = {"connect": _CONNECT_TIMEOUT}
         transport = self._idle.pop() if self._idle else _transport()
         try:
+            sent = httpx2.Request(
+                request.method, self._url + request.path, headers=self._headers, content=request.payload
+            )
+            sent.extensions["timeout"] = {"connect": _CONNECT_TIMEOUT}
             # Of the whole: httpx2's own limits are of single waits, and a server that trickles meets each of them.
             async with asyncio.timeout_at(deadline):
                 response = await transport.handle_async_request(sent)

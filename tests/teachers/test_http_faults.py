@@ -168,6 +168,8 @@ def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     client = CompletionsClient(["http://no-such-host.invalid:8000"], LIMITS)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror()))
     assert "the host name is not known" in failure(lambda: client.connect(None))
+    for odd in ("http://999.1.1.1:8000", "http://\u2024.example"):
+        assert "the host name is not known" in failure(lambda odd=odd: CompletionsClient([odd], LIMITS).connect(None))
 
 
 WRONG = {
