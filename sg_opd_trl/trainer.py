@@ -71,7 +71,7 @@ from .teachers.fit import SharedVocabulary
 from .teachers.reference import Reference, evaluating
 from .teachers.routed import RoutedTeacher, drop_prefetched, teacher_batch, teacher_of
 from .token_weights import TokenFactors, TokenWeights
-from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, is_conversational
+from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, agree_on_calls, is_conversational
 from .verifiers.verdicts import RunVerifier
 
 
@@ -672,9 +672,7 @@ class SGOPDTrainer(GRPOSeam):
 
     def agree_on_calls(self, calls: int) -> int:
         """The largest number of forwards over all ranks, where a forward is a collective operation."""
-        if not self.sharded:
-            return calls
-        return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
+        return agree_on_calls(self.accelerator, calls)
 
     def scoring_budget(self, batch: TokenBatch) -> int:
         """Tokens of one scoring forward: what a training micro-batch of full length holds, unless set."""

@@ -189,6 +189,17 @@ def is_sharded(accelerator: Any) -> bool:
     return backend.is_fsdp or backend.is_zero3
 
 
+def agree_on_calls(accelerator: Any, calls: int) -> int:
+    """How often every rank must run a frozen model: the largest number of forwards that any of them needs.
+
+    A forward of a sharded model is a collective operation, so that ranks with fewer forwards of their own must add
+    some; elsewhere each rank runs its own, and nobody is asked.
+    """
+    if not is_sharded(accelerator):
+        return calls
+    return int(accelerator.gather(torch.tensor([calls], device=accelerator.device)).max())
+
+
 def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:
     """Place a frozen model as TRL places its own reference model: DeepSpeed, FSDP or plain."""
     backend = DistributedBackend(accelerator)

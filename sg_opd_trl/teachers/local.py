@@ -21,6 +21,7 @@ from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..models.internals import attention_implementation
 from ..trl_seam import (
     add_fused_head,
+    agree_on_calls,
     create_model_from_path,
     fused_forward,
     get_config_model_id,
@@ -171,10 +172,7 @@ class ModelScorer:
         return logps
 
     def _agree_on_calls(self, calls: int) -> int:
-        """The largest number of forwards over all ranks, where a forward is a collective operation."""
-        if not is_sharded(self.accelerator):
-            return calls
-        return int(self.accelerator.gather(torch.tensor([calls], device=self.accelerator.device)).max())
+        return agree_on_calls(self.accelerator, calls)
 
 
 class FrozenModel(ModelScorer):
