@@ -156,7 +156,9 @@ class SGOPDConfig(GRPOConfig):
             {"disagree_mode": disagree_modes_using("lambda_base")},
             {"neutral_mode": ("base",)},
         ),
-        help="Extrapolation on neutral tokens, and on all tokens without the gate (paper, Algorithm 1).",
+        help="Extrapolation on neutral tokens (unless `neutral_mode` is 'conflict'), on conflict tokens with "
+        f"`disagree_mode` {' or '.join(map(repr, disagree_modes_using('lambda_base')))}, and on all tokens without "
+        "the gate (paper, Algorithm 1).",
     )
     disagree_mode: str = setting(
         "interp",
@@ -453,7 +455,7 @@ class SGOPDConfig(GRPOConfig):
     )
     weight_decay: float = setting(0.01, help="Weight decay of AdamW. Paper, appendix C: 0.01.")
     loss_type: str = setting(
-        "grpo",  # TRL has more of them: `_refused` says why they are not here
+        "grpo",  # TRL has more of them: `_refused_of_trl` says why they are not here
         help="Reduction of the per-token loss: 'grpo' (mean over sequences of the mean over tokens; paper, Eq. 10), "
         "'bnpo', 'dr_grpo' or 'dapo'.",
     )
@@ -737,11 +739,12 @@ def _refused_modes(config: SGOPDConfig) -> Iterator[str]:
 
 def _unmatched_route(disagree_mode: str, distillation_mode: str) -> str:
     """Why a loss over distributions cannot follow the routes of a mode; empty where it can."""
-    if distillation_mode != "asymmetric" and disagree_mode in modes_without_distribution():
+    if distillation_mode == "asymmetric":
+        # Its policy gradient takes the advantage of any route, also the verifier's; its forward KL reads no route.
+        if disagree_mode in modes_without_forward_kl():
+            return "its forward KL matches conflict tokens to the teacher in full, whatever their route is"
+    elif disagree_mode in modes_without_distribution():
         return "the verifier's advantage is of one token, it names no distribution to match"
-    # Its policy gradient takes any route, its forward KL reads none.
-    if distillation_mode == "asymmetric" and disagree_mode in modes_without_forward_kl():
-        return "its forward KL matches conflict tokens to the teacher in full, whatever their route is"
     return ""
 
 

@@ -352,7 +352,7 @@ def _check_routes(trainer_class: type, kind: type[Objective], mode: str) -> None
     passed_over = passed_over and issubclass(author("route_advantages"), author("route_lambdas"))
     if kind.routes_targets and passed_over:
         raise SGOPDConfigError(
-            f"`{trainer_class.__name__}.route_advantages` is not used under distillation_mode={mode!r}: the routes "
-            "pick the target of whole distributions there. Override `route_lambdas` (too), or set "
+            f"`{trainer_class.__name__}.route_advantages` is not what is trained on under distillation_mode={mode!r}: "
+            "the routes pick the target of whole distributions there. Override `route_lambdas` (too), or set "
             "distillation_mode='sampled_token'."
         )

@@ -122,11 +122,6 @@ def require_shape(name: str, tensor: Tensor, other: str, shape: tuple[int, ...])
         )
 
 
-def detached(tensor: Tensor) -> Tensor:
-    """Cut the gradient and widen to float32 at least (float64 stays): half precision loses small ratios."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 # --- tensors ---------------------------------------------------------------------------------------------------------
 class _Tensor(NamedTuple):
     """One declared tensor.

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import checked, detached, number, one_of
+from sg_opd_trl.core._checks import checked, number, one_of
+from sg_opd_trl.core._numerics import detached
 
 #: What every lambda and beta has to be.
 FACTOR = number(reason="It multiplies log-probs. Set it to 1 for plain distillation.")
@@ -77,7 +78,7 @@ def reverse_kl_advantage(student_logps: Tensor, teacher_logps: Tensor) -> Tensor
         TypeError: An argument is not a floating tensor.
         ValueError: The shapes differ or are not `(B, T)`.
     """
-    return log_ratio(teacher_logps, student_logps)
+    return log_ratio(of=teacher_logps, over=student_logps)
 
 
 @checked(
@@ -113,13 +114,16 @@ def extrapolated_advantage(
     """
     if not isinstance(lam, Tensor):
         FACTOR("lam", lam)
-    gain = None if reference_logps is None else log_ratio(teacher_logps, reference_logps)
-    return extrapolated(log_ratio(teacher_logps, student_logps), gain, lam)
+    gain = None if reference_logps is None else log_ratio(of=teacher_logps, over=reference_logps)
+    return extrapolated(log_ratio(of=teacher_logps, over=student_logps), gain, lam)
 
 
-def log_ratio(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """Difference of two log-probs: a2 for teacher and student, lT - lR for teacher and reference."""
-    return detached(logps) - detached(other_logps)
+def log_ratio(*, of: Tensor, over: Tensor) -> Tensor:
+    """log(p_of / p_over) from log-probs: a2 is the teacher's over the student's, lT - lR over the reference's.
+
+    By keyword alone: swapped, it would have the other sign and nothing would fail.
+    """
+    return detached(of) - detached(over)
 
 
 def extrapolated(a2: Tensor, gain: Tensor | None, lam: float | Tensor) -> Tensor:

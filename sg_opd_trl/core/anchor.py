@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import checked, detached, number, one_of, positive
+from sg_opd_trl.core._checks import checked, number, one_of, positive
+from sg_opd_trl.core._numerics import detached
 
 ANCHOR_WEIGHTS = ("none", "chord", "dft")
 ANCHOR_REDUCTIONS = ("token_mean", "seq_mean", "sum")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import checked, detached, require_shape
+from sg_opd_trl.core._checks import checked, require_shape
+from sg_opd_trl.core._numerics import detached
 
 #: Suffixes of the row groups: all rows, rows judged right, rows judged wrong.
 ROW_GROUPS = ("", "/right", "/wrong")

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import checked, detached, number
+from sg_opd_trl.core._checks import checked, number
+from sg_opd_trl.core._numerics import detached
 
 
 @checked(

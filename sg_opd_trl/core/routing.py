@@ -1,16 +1,19 @@
 """The sign-consistency gate, and the one table that says where the tokens of each class go.
 
-Advantages, targets of distributions and "who needs the reference" are three readings of `DISAGREE_ROUTES`.
+Whatever depends on a `disagree_mode` asks `DISAGREE_ROUTES`: the advantages, the targets of distributions, who needs
+the reference, which settings are used, what their help says, and what is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import checked, detached, number, one_of
+from sg_opd_trl.core._checks import Check, checked, number, one_of
+from sg_opd_trl.core._numerics import detached
 from sg_opd_trl.core.advantage import FACTOR, extrapolated, log_ratio, reverse_kl_advantage
 
 #: |a1| up to here is a group without variance: (r - mu) / (sigma + epsilon) of equal rewards is rounding noise.
@@ -22,10 +25,95 @@ ROUTE_NUMBERS = (
 )
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- what a route is -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class RouteSettings:
+    """The settings of the routes. The public functions take them one by one and hand on this; packing checks them."""
+
+    lambda_high: float
+    lambda_base: float
+    disagree_mode: str
+    disagree_interp_beta: float
+    neutral_mode: str
+    cell_lambdas: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name, check in _SETTING_CHECKS.items():
+            check(name, getattr(self, name))
+
+    def value_of(self, part: float | str) -> float:
+        """A part of a route as a number: the one that it is, or that of the setting which it names."""
+        if not isinstance(part, str):
+            return part
+        name, _, cell = part.partition("[")
+        value = getattr(self, name)
+        return value[int(cell.rstrip("]"))] if cell else value
+
+
+class TokenSignals(NamedTuple):
+    """What the routes read of the tokens, `(B, T)` each.
+
+    Attributes:
+        a1: the verifier's advantage, 0 where it abstained.
+        a2: the teacher's advantage over the student.
+        gain: lT - lR; None where no lambda differs from 1, and for targets, which do not read it.
+    """
+
+    a1: Tensor
+    a2: Tensor
+    gain: Tensor | None
+
+
+class RoutedLambdas(NamedTuple):
+    """Which target a token is matched to, and how much that counts.
+
+    Attributes:
+        lambdas: `(B, T)` extrapolation factors of the target.
+        scales: `(B, T)` factors of the loss.
+    """
+
+    lambdas: Tensor
+    scales: Tensor
+
+
 @dataclass(frozen=True)
-class Route:
-    """A way through the gate: `scale * A(lambda)`. Each part is a number, or the setting that holds it.
+class Route(ABC):
+    """Where the tokens of a class go. Each field is a number, or the name of the setting that holds it.
+
+    All that is asked of a route is a method here, so that a further kind of route answers it all or fails when the
+    table is imported.
+    """
+
+    def __post_init__(self) -> None:
+        for part in astuple(self):
+            if isinstance(part, str) and part not in ROUTE_NUMBERS:
+                raise ValueError(f"A route names {part!r}, which is no setting of the routes: {ROUTE_NUMBERS}.")
+
+    def settings(self) -> set[str]:
+        """Names of the settings that it reads."""
+        return {part.partition("[")[0] for part in astuple(self) if isinstance(part, str)}
+
+    @property
+    @abstractmethod
+    def has_distribution(self) -> bool:
+        """Whether it names a target for the distribution at the token's position, and not only an advantage."""
+
+    @abstractmethod
+    def lambdas(self, settings: RouteSettings) -> dict[str, float]:
+        """The lambdas that it may use, under the name of their setting or as the number that they are."""
+
+    @abstractmethod
+    def advantage(self, tokens: TokenSignals, settings: RouteSettings) -> Tensor:
+        """The advantage of every token that goes this way, `(B, T)`."""
+
+    @abstractmethod
+    def target(self, tokens: TokenSignals, settings: RouteSettings) -> RoutedLambdas:
+        """The target of every token's distribution; only asked where `has_distribution`."""
+
+
+@dataclass(frozen=True)
+class TeacherRoute(Route):
+    """`scale * A(lambda)`: towards the teacher, extrapolated.
 
     Attributes:
         lambda_up: of tokens that the teacher likes more than the student does, a2 > 0.
@@ -37,44 +125,107 @@ class Route:
     lambda_down: float | str
     scale: float | str
 
-    def __post_init__(self) -> None:
-        for part in astuple(self):
-            if isinstance(part, str) and part not in ROUTE_NUMBERS:
-                raise ValueError(f"A route names {part!r}, which is no setting of the routes: {ROUTE_NUMBERS}.")
+    @property
+    def has_distribution(self) -> bool:
+        """The teacher's, extrapolated in full."""
+        return True
+
+    def lambdas(self, settings: RouteSettings) -> dict[str, float]:
+        """One, or two that may be equal."""
+        return {str(part): settings.value_of(part) for part in (self.lambda_up, self.lambda_down)}
+
+    def advantage(self, tokens: TokenSignals, settings: RouteSettings) -> Tensor:
+        """scale * A(lambda)."""
+        up, down = settings.value_of(self.lambda_up), settings.value_of(self.lambda_down)
+        towards_target = extrapolated(tokens.a2, tokens.gain, up)
+        if up != down:
+            downwards = extrapolated(tokens.a2, tokens.gain, down)
+            towards_target = torch.where(_upwards(tokens), towards_target, downwards)
+        return _scaled(towards_target, settings.value_of(self.scale))
+
+    def target(self, tokens: TokenSignals, settings: RouteSettings) -> RoutedLambdas:
+        """Lambda and scale, whose product with A is the advantage."""
+        up, down = settings.value_of(self.lambda_up), settings.value_of(self.lambda_down)
+        lambdas = torch.full_like(tokens.a2, up)
+        if up != down:
+            lambdas = torch.where(_upwards(tokens), lambdas, down)
+        return RoutedLambdas(lambdas, torch.full_like(tokens.a2, settings.value_of(self.scale)))
 
 
-#: The only route that is no `scale * A(lambda)`: the verifier's own advantage. It names no distribution.
-A1: Final = "a1"
-AnyRoute = Route | Literal["a1"]
+@dataclass(frozen=True)
+class VerifierRoute(Route):
+    """`scale * a1`: the verifier's own advantage, as in GRPO.
+
+    Attributes:
+        scale: of the advantage.
+    """
+
+    scale: float | str = 1.0
+
+    @property
+    def has_distribution(self) -> bool:
+        """None: the verifier judges the token that was sampled and says nothing of the others."""
+        return False
+
+    def lambdas(self, settings: RouteSettings) -> dict[str, float]:
+        """None: neither teacher nor reference is read."""
+        return {}
+
+    def advantage(self, tokens: TokenSignals, settings: RouteSettings) -> Tensor:
+        """scale * a1."""
+        return _scaled(tokens.a1, settings.value_of(self.scale))
+
+    def target(self, tokens: TokenSignals, settings: RouteSettings) -> RoutedLambdas:
+        """Raises: there is none."""
+        raise TypeError("The verifier's advantage is of one token and no target distribution.")
 
 
-def towards(lam: float | str, *, scale: float | str = 1.0) -> Route:
+def towards(lam: float | str, *, scale: float | str = 1.0) -> TeacherRoute:
     """The route with one lambda whatever the sign of a2."""
-    return Route(lam, lam, scale)
+    return TeacherRoute(lam, lam, scale)
 
 
+def _scaled(advantages: Tensor, scale: float) -> Tensor:
+    # Nearly all scales are 1: no pass over the tokens for those.
+    return advantages if scale == 1 else scale * advantages
+
+
+def _upwards(tokens: TokenSignals) -> Tensor:
+    """Where a2 points up. Without a sign of its own, a2 = 0 counts as opposed to a1.
+
+    Only neutral tokens that are treated as conflicts have such an a2 here.
+    """
+    return (tokens.a2 > 0) | ((tokens.a2 == 0) & (tokens.a1 < 0))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 class DisagreeMode(NamedTuple):
     """What a `disagree_mode` is. There are no defaults: an entry that forgets something fails when it is imported.
 
     Attributes:
         consensus: route of the tokens on which verifier and teacher agree.
         conflict: route of those on which they do not, and of neutral ones under neutral_mode="conflict".
-        forward_kl: whether it goes with `asymmetric`, whose forward KL matches a token to the teacher in full and does
-            not read its route. A mode that must not leave a conflict token to the teacher says False and is refused.
-        help: what a conflict token's advantage is, for the help of the setting.
+        forward_kl: set False if conflict tokens must never be pulled to the teacher; the mode is then refused together
+            with `asymmetric`, which pulls the tokens that the teacher likes less to it in full, whatever their route.
+        help: what a conflict token's advantage is, for the help of the setting and the model card.
     """
 
     consensus: Route
-    conflict: AnyRoute
+    conflict: Route
     forward_kl: bool
     help: str
 
     def settings(self) -> set[str]:
         """Names of the settings that its routes read."""
-        routes = [route for route in (self.consensus, self.conflict) if isinstance(route, Route)]
-        return {part.partition("[")[0] for route in routes for part in astuple(route) if isinstance(part, str)}
+        return self.consensus.settings() | self.conflict.settings()
+
+    def has_distributions(self) -> bool:
+        """Whether a loss over distributions can follow it."""
+        return self.consensus.has_distribution and self.conflict.has_distribution
 
 
+# A new mode is one entry here: nothing else in the package has to name it. Tests then ask for its row in
+# docs/methods.md and for its equation in their oracle.
 DISAGREE_ROUTES: dict[str, DisagreeMode] = {
     "interp": DisagreeMode(
         consensus=towards("lambda_high"),
@@ -96,18 +247,22 @@ DISAGREE_ROUTES: dict[str, DisagreeMode] = {
     ),
     "grpo": DisagreeMode(
         consensus=towards("lambda_high"),
-        conflict=A1,
+        conflict=VerifierRoute(),
+        # The policy gradient of `asymmetric` takes a1 like any other advantage, and its forward KL reads no mode's
+        # route (AOPD has no gate): conflict tokens that it matches go to the teacher, here as under the other modes.
         forward_kl=True,
         help="the verifier's advantage",
     ),
     "cells": DisagreeMode(
-        # One lambda for each of (sign a1, sign a2) = ++, +-, -+, --.
-        consensus=Route("cell_lambdas[0]", "cell_lambdas[3]", scale=1.0),
-        conflict=Route("cell_lambdas[2]", "cell_lambdas[1]", scale=1.0),
+        # One lambda for each of (sign a1, sign a2) = ++, +-, -+, --. The sign of a2 picks up or down.
+        consensus=TeacherRoute(lambda_up="cell_lambdas[0]", lambda_down="cell_lambdas[3]", scale=1.0),  # ++ --
+        conflict=TeacherRoute(lambda_up="cell_lambdas[2]", lambda_down="cell_lambdas[1]", scale=1.0),  # -+ +-
         forward_kl=True,
         help="A(lambda) with one lambda per pair of signs (paper, appendix H)",
     ),
 }
+#: Of neutral tokens under neutral_mode="base", and of all tokens without the gate.
+BASE_ROUTE = towards("lambda_base")
 DISAGREE_MODES = tuple(DISAGREE_ROUTES)
 NEUTRAL_MODES = ("base", "conflict")
 
@@ -119,7 +274,7 @@ def disagree_mode_help() -> str:
 
 def modes_without_distribution() -> tuple[str, ...]:
     """Modes with a route that names no target, so that no loss over distributions can follow them."""
-    return tuple(name for name, mode in DISAGREE_ROUTES.items() if A1 in (mode.consensus, mode.conflict))
+    return tuple(name for name, mode in DISAGREE_ROUTES.items() if not mode.has_distributions())
 
 
 def modes_without_forward_kl() -> tuple[str, ...]:
@@ -128,7 +283,17 @@ def modes_without_forward_kl() -> tuple[str, ...]:
 
 
 def disagree_modes_using(setting: str) -> tuple[str, ...]:
-    """Modes whose routes of consensus or conflict tokens read a setting: `lambda_high`, ..., or `cell_lambdas`."""
+    """Modes whose routes of consensus or conflict tokens read a setting: `lambda_high`, ..., or `cell_lambdas`.
+
+    Raises:
+        ValueError: It is no setting that a route can read.
+    """
+    readable = dict.fromkeys(part.partition("[")[0] for part in ROUTE_NUMBERS)
+    if setting not in readable:
+        raise ValueError(
+            f"`setting` must be one of {', '.join(readable)}, got {setting!r}. Routes read no other "
+            "settings. Set it to one of them."
+        )
     return tuple(name for name, mode in DISAGREE_ROUTES.items() if setting in mode.settings())
 
 
@@ -178,7 +343,10 @@ def route_advantages(
     dead_zone: float = 0.0,
     cell_lambdas: Sequence[float] = (1.5, 1.0, 1.0, 1.5),
 ) -> Tensor:
-    """Advantage of every token: the gate of Eq. 4 followed by the routing of Eq. 5-8 of SG-OPD (arXiv:2606.09304).
+    """Gate and routing in one call: the advantage of every token (SG-OPD, arXiv:2606.09304, Eq. 4 and then Eq. 5-8).
+
+    The trainer calls the two apart, `sign_consistency_gate` and `route_gated_advantages`: between them a control may
+    replace the gate, and the metrics count it.
 
     Args:
         student_logps: `(B, T)` lS in nats.
@@ -216,36 +384,13 @@ def route_advantages(
     )
 
 
-# --- three readings of the table -------------------------------------------------------------------------------------
-def _cell_lambdas(name: str, lambdas: Sequence[float]) -> None:
-    """One finite number per pair of signs."""
-    if len(lambdas) != 4:
-        raise ValueError(
-            f"`{name}` must hold 4 numbers, got {len(lambdas)}. There is one per sign cell of (a1, a2). Set them in "
-            f"the order ++, +-, -+, --."
-        )
-    for cell, lam in enumerate(lambdas):
-        FACTOR(f"{name}[{cell}]", lam)
-
-
-#: What the settings of the routes have to be, wherever they are given.
-_SETTINGS: dict[str, Any] = {
-    "disagree_mode": one_of(*DISAGREE_MODES),
-    "neutral_mode": one_of(*NEUTRAL_MODES),
-    "lambda_high": FACTOR,
-    "lambda_base": FACTOR,
-    "disagree_interp_beta": FACTOR,
-    "cell_lambdas": _cell_lambdas,
-}
-
-
+# --- where the tokens of each class go -------------------------------------------------------------------------------
 @checked(
     student_logps="float B T",
     teacher_logps="float B T",
     reference_logps="float B T like teacher_logps",
     gate="any B T",
     verifier_advantages="float B|B T",
-    **_SETTINGS,
 )
 def route_gated_advantages(
     gate: Tensor,
@@ -290,45 +435,29 @@ def route_gated_advantages(
         TypeError: An argument is not a tensor of the right kind.
         ValueError: A shape, a number or a name is out of range, or a route needs the reference and it is None.
     """
-    values = _values(lambda_high, lambda_base, disagree_interp_beta, cell_lambdas)
-    routes = _routes(disagree_mode, neutral_mode)
+    settings = RouteSettings(
+        lambda_high=lambda_high,
+        lambda_base=lambda_base,
+        disagree_mode=disagree_mode,
+        disagree_interp_beta=disagree_interp_beta,
+        neutral_mode=neutral_mode,
+        cell_lambdas=cell_lambdas,
+    )
+    routes = _routes(settings)
     if reference_logps is None:
-        _require_no_reference(routes, values)
-    a2 = log_ratio(teacher_logps, student_logps)
-    gain = None if reference_logps is None else log_ratio(teacher_logps, reference_logps)
-    a1 = _per_token(verifier_advantages, a2)
-
-    def advantage(route: AnyRoute) -> Tensor:
-        if not isinstance(route, Route):
-            return a1
-        scale, up, down = _read(route, values)
-        towards_target = extrapolated(a2, gain, up)
-        if up != down:
-            towards_target = torch.where(_upwards(a1, a2), towards_target, extrapolated(a2, gain, down))
-        return towards_target if scale == 1 else scale * towards_target
-
+        _require_no_reference(routes, settings)
+    a2 = log_ratio(of=teacher_logps, over=student_logps)
+    gain = None if reference_logps is None else log_ratio(of=teacher_logps, over=reference_logps)
+    tokens = TokenSignals(_per_token(verifier_advantages, a2), a2, gain)
     # Once per route, not per class: conflict and neutral tokens may share one.
-    advantages = {route: advantage(route) for route in dict.fromkeys(routes)}
+    advantages = {route: route.advantage(tokens, settings) for route in dict.fromkeys(routes)}
     return _by_class(gate, *(advantages[route] for route in routes))
-
-
-class RoutedLambdas(NamedTuple):
-    """Which target a token is matched to, and how much that counts.
-
-    Attributes:
-        lambdas: `(B, T)` extrapolation factors of the target.
-        scales: `(B, T)` factors of the loss.
-    """
-
-    lambdas: Tensor
-    scales: Tensor
 
 
 @checked(
     teacher_advantages="float B T",
     gate="any B T",
     verifier_advantages="float B|B T",
-    **_SETTINGS,
 )
 def route_lambdas(
     gate: Tensor,
@@ -367,25 +496,31 @@ def route_lambdas(
 
     Raises:
         TypeError: An argument is not a tensor of the right kind.
-        ValueError: A shape, a number or a name is out of range, or `disagree_mode` is one `without_distribution`.
+        ValueError: A shape, a number or a name is out of range, or `disagree_mode` is one of
+            `modes_without_distribution`.
     """
-    routes = _routes(disagree_mode, neutral_mode)
-    targets = [route for route in routes if isinstance(route, Route)]
-    if len(targets) < len(routes):
+    settings = RouteSettings(
+        lambda_high=lambda_high,
+        lambda_base=lambda_base,
+        disagree_mode=disagree_mode,
+        disagree_interp_beta=disagree_interp_beta,
+        neutral_mode=neutral_mode,
+        cell_lambdas=cell_lambdas,
+    )
+    routes = _routes(settings)
+    if not all(route.has_distribution for route in routes):
+        others = [mode for mode in DISAGREE_MODES if mode not in modes_without_distribution()]
         raise ValueError(
-            f"`disagree_mode` must not be {disagree_mode!r}, got {disagree_mode!r}. The verifier's advantage is of "
-            f"one token and no target distribution. Set `disagree_mode` to 'interp'."
+            f"`disagree_mode` must be one of {', '.join(others)} here, got {disagree_mode!r}. The verifier's "
+            f"advantage is of one token and no target distribution. Set `disagree_mode` to one of them."
         )
-    values = _values(lambda_high, lambda_base, disagree_interp_beta, cell_lambdas)
     a2 = detached(teacher_advantages)
-    a1 = _per_token(verifier_advantages, a2)
-    lambdas, scales = [], []
-    for route in targets:
-        scale, up, down = _read(route, values)
-        constant = torch.full_like(a2, up)
-        lambdas.append(constant if up == down else torch.where(_upwards(a1, a2), constant, down))
-        scales.append(torch.full_like(a2, scale))
-    return RoutedLambdas(_by_class(gate, *lambdas), _by_class(gate, *scales))
+    tokens = TokenSignals(_per_token(verifier_advantages, a2), a2, gain=None)
+    targets = [route.target(tokens, settings) for route in routes]
+    return RoutedLambdas(
+        lambdas=_by_class(gate, *(target.lambdas for target in targets)),
+        scales=_by_class(gate, *(target.scales for target in targets)),
+    )
 
 
 class RouteReferences(NamedTuple):
@@ -396,7 +531,6 @@ class RouteReferences(NamedTuple):
     neutral: bool
 
 
-@checked(**_SETTINGS)
 def routes_need_reference(
     *,
     sign_gated: bool,
@@ -424,9 +558,16 @@ def routes_need_reference(
     Raises:
         ValueError: A number or a name is out of range.
     """
-    values = _values(lambda_high, lambda_base, disagree_interp_beta, cell_lambdas)
-    routes = _routes(disagree_mode, neutral_mode) if sign_gated else _Routes(_BASE, _BASE, _BASE)
-    return RouteReferences(*(any(lam != 1 for lam in _lambdas(route, values).values()) for route in routes))
+    settings = RouteSettings(
+        lambda_high=lambda_high,
+        lambda_base=lambda_base,
+        disagree_mode=disagree_mode,
+        disagree_interp_beta=disagree_interp_beta,
+        neutral_mode=neutral_mode,
+        cell_lambdas=cell_lambdas,
+    )
+    routes = _routes(settings) if sign_gated else _Routes(BASE_ROUTE, BASE_ROUTE, BASE_ROUTE)
+    return RouteReferences(*(any(lam != 1 for lam in route.lambdas(settings).values()) for route in routes))
 
 
 @checked(verifier_advantages="float B")
@@ -450,51 +591,48 @@ def rows_needing_reference(verifier_advantages: Tensor, routes: RouteReferences)
     return torch.where(decided, any(routes), routes.neutral)
 
 
-# --- how it is read --------------------------------------------------------------------------------------------------
+# --- shared ----------------------------------------------------------------------------------------------------------
 class _Routes(NamedTuple):
     """The routes of the three classes."""
 
-    consensus: AnyRoute
-    conflict: AnyRoute
-    neutral: AnyRoute
+    consensus: Route
+    conflict: Route
+    neutral: Route
 
 
-_BASE = towards("lambda_base")
+def _routes(settings: RouteSettings) -> _Routes:
+    """The routes of a run."""
+    mode = DISAGREE_ROUTES[settings.disagree_mode]
+    neutral = mode.conflict if settings.neutral_mode == "conflict" else BASE_ROUTE
+    return _Routes(mode.consensus, mode.conflict, neutral)
 
 
-def _routes(disagree_mode: str, neutral_mode: str) -> _Routes:
-    """The routes of a run; a mode that is not in the table is a KeyError."""
-    consensus, conflict = DISAGREE_ROUTES[disagree_mode][:2]
-    return _Routes(consensus, conflict, neutral=conflict if neutral_mode == "conflict" else _BASE)
+def _cell_lambdas(name: str, lambdas: Sequence[float]) -> None:
+    """One finite number per pair of signs."""
+    if len(lambdas) != 4:
+        raise ValueError(
+            f"`{name}` must hold 4 numbers, got {len(lambdas)}. There is one per sign cell of (a1, a2). Set them in "
+            f"the order ++, +-, -+, --."
+        )
+    for cell, lam in enumerate(lambdas):
+        FACTOR(f"{name}[{cell}]", lam)
 
 
-def _values(
-    lambda_high: float, lambda_base: float, disagree_interp_beta: float, cell_lambdas: Sequence[float]
-) -> dict[str, float]:
-    """The numbers that the table names."""
-    return dict(zip(ROUTE_NUMBERS, (lambda_high, lambda_base, disagree_interp_beta, *cell_lambdas), strict=True))
+#: What the settings of the routes have to be, wherever they are given.
+_SETTING_CHECKS: dict[str, Check] = {
+    "disagree_mode": one_of(*DISAGREE_MODES),
+    "neutral_mode": one_of(*NEUTRAL_MODES),
+    "lambda_high": FACTOR,
+    "lambda_base": FACTOR,
+    "disagree_interp_beta": FACTOR,
+    "cell_lambdas": _cell_lambdas,
+}
 
 
-def _read(route: Route, values: Mapping[str, float]) -> tuple[float, float, float]:
-    """Scale and lambdas, upwards and downwards, as numbers."""
-    scale, up, down = (
-        values[part] if isinstance(part, str) else part for part in (route.scale, route.lambda_up, route.lambda_down)
-    )
-    return scale, up, down
-
-
-def _lambdas(route: AnyRoute, values: Mapping[str, float]) -> dict[str, float]:
-    """The lambdas that a route may use, under the name of their setting or as the number that they are."""
-    if not isinstance(route, Route):
-        return {}
-    _, up, down = _read(route, values)
-    return {str(route.lambda_up): up, str(route.lambda_down): down}
-
-
-def _require_no_reference(routes: _Routes, values: Mapping[str, float]) -> None:
+def _require_no_reference(routes: _Routes, settings: RouteSettings) -> None:
     """Name the first lambda that cannot do without the reference."""
     for name, route in routes._asdict().items():
-        for setting, lam in sorted(_lambdas(route, values).items()):
+        for setting, lam in sorted(route.lambdas(settings).items()):
             if lam != 1:
                 raise ValueError(
                     f"`reference_logps` must be given, got None. `{setting}`={lam} weighs teacher against reference "
@@ -504,17 +642,10 @@ def _require_no_reference(routes: _Routes, values: Mapping[str, float]) -> None:
 
 def _by_class(gate: Tensor, consensus: Tensor, conflict: Tensor, neutral: Tensor) -> Tensor:
     """Each token's entry of its class."""
+    # Only an optimisation: one `where` less where both classes share a route, with the same result.
     if neutral is conflict:
         return torch.where(gate > 0, consensus, conflict)
     return torch.where(gate > 0, consensus, torch.where(gate == 0, neutral, conflict))
-
-
-def _upwards(a1: Tensor, a2: Tensor) -> Tensor:
-    """Where a2 points up. Without a sign of its own, a2 = 0 counts as opposed to a1.
-
-    Only neutral tokens that are treated as conflicts have such an a2 here.
-    """
-    return (a2 > 0) | ((a2 == 0) & (a1 < 0))
 
 
 def _per_token(verifier_advantages: Tensor, a2: Tensor) -> Tensor:

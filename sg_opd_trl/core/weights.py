@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sg_opd_trl.core._checks import checked, detached, number, one_of, positive
+from sg_opd_trl.core._checks import checked, number, one_of, positive
+from sg_opd_trl.core._numerics import detached
 
 
 # --- weights, all >= 0 ----------------------------------------------------------------------------------------------
@@ -28,7 +29,8 @@ def stability_weight(
 
         phi = min(1, tau / |a2|), phi = 1 at a2 = 0;  phi_hat = phi / mean(phi over valid tokens)
 
-    SG-OPD (arXiv:2606.09304) Eq. 9; `phi * a2` is a2 clipped to +-tau. The paper leaves the scope of the mean open.
+    SG-OPD (arXiv:2606.09304) Eq. 9. It multiplies the routed advantage, whose size it does not read: only where a2
+    itself is routed is the product a2 clipped to +-tau. The paper leaves the scope of the mean open.
 
     Args:
         teacher_advantages: `(B, T)` a2 in nats; any value, NaN too, where the mask is 0.

@@ -203,7 +203,11 @@ def token_batch(rollouts: dict, multiple: int) -> TokenBatch:
 
 
 def loss_mask(inputs: dict) -> Tensor:
-    """Tokens that count, `(B, T)`: the completion's, without those that tools wrote."""
+    """Tokens that count, `(B, T)`: the completion's, but for those that `tool_mask` takes out.
+
+    TRL's own takes out what tools wrote. Ours is merged into it: special tokens of `special_token_mask`, and ids that
+    some model lacks.
+    """
     if "tool_mask" in inputs:
         return inputs["completion_mask"] * inputs["tool_mask"]
     return inputs["completion_mask"]

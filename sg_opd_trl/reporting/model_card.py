@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..core.routing import DISAGREE_MODES, DISAGREE_ROUTES
 from ..evaluation import EvaluationResult
 from .settings import display_name, is_local, show_value, shown_results
 from .templates import render
@@ -21,6 +22,8 @@ _METHOD_FIELDS = (
     "teacher_sampling_phase2_end_frac", "teacher_sft_alpha_start", "teacher_sft_alpha_end", "teacher_sft_phi",
     "teacher_sft_reduction", "teacher_max_completion_length",
 )  # fmt: skip
+# Settings of the routes that the configuration calls otherwise.
+_FIELDS_OF_ROUTES = {"cell_lambdas": "disagree_cell_lambdas"}
 _TRAINING_FIELDS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "loss_type",
     "epsilon", "epsilon_high", "delta", "beta", "num_iterations", "scale_rewards", "num_generations",
@@ -101,7 +104,11 @@ def is_hub_id(name: str | None) -> bool:
 
 def _method_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the body says of the settings."""
+    mode = DISAGREE_ROUTES[config.get("disagree_mode", DISAGREE_MODES[0])]
+    factors = [f"`{_FIELDS_OF_ROUTES.get(name, name)}`" for name in sorted(mode.consensus.settings())]
     return {
+        "consensus": " and ".join(factors) or "a fixed factor",
+        "conflict": _cell(mode.help),
         "neutral_as_conflict": config.get("neutral_mode") == "conflict",
         "gated": config.get("sign_gated_extrapolation", True),
         "anchored": config.get("teacher_sampling_enable", True),

@@ -159,6 +159,32 @@ def test_an_entry_that_forgets_something_fails_where_it_is_written() -> None:
         routing.towards("lambda_hihg")
 
 
+def test_a_further_kind_of_route_has_to_answer_all_that_is_asked_of_one() -> None:
+    class HalfARoute(routing.Route):
+        def advantage(self, tokens: routing.TokenSignals, settings: routing.RouteSettings) -> torch.Tensor:
+            return tokens.a1
+
+    with pytest.raises(TypeError, match=r"abstract methods? '?has_distribution'?, '?lambdas'?, '?target"):
+        HalfARoute()
+    with pytest.raises(AttributeError):
+        routing.DisagreeMode(consensus=routing.BASE_ROUTE, conflict="a1", forward_kl=True, help="x").settings()
+
+
+def test_the_route_of_the_verifier() -> None:
+    tokens = routing.TokenSignals(torch.tensor([[2.0, -1.0]]), torch.zeros(1, 2), None)
+    settings = routing.RouteSettings(**{name: value for name, value in NEEDS_DEFAULTS.items() if name != "sign_gated"})
+    assert routing.VerifierRoute().advantage(tokens, settings) is tokens.a1
+    assert routing.VerifierRoute(scale=0.5).advantage(tokens, settings).tolist() == [[1.0, -0.5]]
+    assert routing.VerifierRoute(scale="lambda_high").settings() == {"lambda_high"}
+    with pytest.raises(TypeError, match="no target distribution"):
+        routing.VerifierRoute().target(tokens, settings)
+
+
+def test_a_name_that_no_route_can_read_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`setting` must be one of lambda_high, .*, got 'typo'"):
+        disagree_modes_using("typo")
+
+
 @pytest.mark.parametrize(
     "read",
     [

@@ -120,7 +120,22 @@ def test_method_says_what_was_off():
     assert "The gate was off" in off
     assert "No teacher answers were used" in off
     assert "either is zero gets" not in off
-    assert "or either is zero it falls back" in build(config={"neutral_mode": "conflict"}).text
+    assert "or either is zero its advantage is" in build(config={"neutral_mode": "conflict"}).text
+
+
+@pytest.mark.parametrize(
+    ("mode", "factor", "conflict"),
+    [
+        ("interp", "lambda_high", r"beta\*a2 (paper, Eq. 7);"),
+        ("interp_lambda", "lambda_high", "A(beta) (our choice"),
+        ("preserve", "lambda_high", "A(lambda_base);"),
+        ("grpo", "lambda_high", "the verifier's advantage;"),
+        ("cells", "disagree_cell_lambdas", "A(lambda) with one lambda per pair of signs"),
+    ],
+)
+def test_method_says_what_the_mode_of_the_run_does(mode, factor, conflict):
+    text = build(config={"disagree_mode": mode}).text
+    assert f"is extrapolated with `{factor}`; where they differ its advantage is {conflict}" in text
 
 
 def test_results_table_and_model_index():
