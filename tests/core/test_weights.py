@@ -1,12 +1,20 @@
+"""Weights of tokens, masks, and the controls of gate and teacher."""
+
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sg_opd_trl.core import (
     drift_gate,
+    fixed_on_rows,
     prefix_importance_weight,
+    random_gate,
+    reverse_kl_advantage,
+    sign_consistency_gate,
     span_numbers,
     stability_weight,
     without_special_tokens,
@@ -250,7 +258,7 @@ def test_padding_rows_gradient_and_precision(name: str) -> None:
     assert torch.equal(weigh(values, torch.zeros_like(mask)), torch.zeros_like(values))
 
 
-def test_refusals() -> None:
+def test_refusals_of_weights_and_masks() -> None:
     a2, mask = ragged()
     for tau in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"`tau` must be > 0 and finite, got .* Set it to None to switch phi off"):
@@ -291,3 +299,139 @@ def test_refusals() -> None:
         without_special_tokens(mask.long(), mask[:, :4], [1])
     with pytest.raises(ValueError, match=r"`scope` must be one of first, all, got 'last'"):
         without_special_tokens(mask.long(), mask, [1], "last")
+
+
+# --- prefix weights against TRL's `experimental.iw_opd` --------------------------------------------------------------
+GAMMA = 0.5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that the trainer is experimental
+def test_prefix_weights_and_gradient_are_those_of_trl() -> None:
+    from trl.experimental.iw_opd import IWOPDTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 11, (5, 7), generator=generator)
+    lengths = torch.tensor([7, 3, 1, 5, 0])
+    mask = torch.arange(7) < lengths[:, None]
+    teacher, rollout = (-3 * torch.rand(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    metrics: dict = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        temperature=1.0,
+        iw_opd_gamma=GAMMA,
+        iw_opd_epsilon=1e-8,
+        model=SimpleNamespace(training=True),
+        _metrics=metrics,
+    )
+    labels = tokens.masked_fill(~mask, -100)
+    theirs = IWOPDTrainer._compute_iw_opd_loss(trainer, logits, tokens, labels, teacher, rollout, mask.sum())
+    (their_gradient,) = torch.autograd.grad(theirs, logits)
+
+    a2 = reverse_kl_advantage(rollout, teacher)
+    weights = prefix_importance_weight(a2, mask, GAMMA)
+    logps = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    ours = -(weights * a2 * logps * mask).sum() / mask.sum()
+    (our_gradient,) = torch.autograd.grad(ours, logits)
+
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-12, atol=1e-15)
+    counted = weights[mask]
+    for name, value in {"min": counted.min(), "mean": counted.mean(), "max": counted.max()}.items():
+        assert metrics["train"][f"iw_opd/{name}_weight"] == [pytest.approx(value.item(), abs=1e-12)]
+    assert counted.max() - counted.min() > 0.2
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+def gate_inputs(seed: int = 0, rows: int = 6, columns: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    gate = torch.randint(-1, 2, (rows, columns), generator=generator).to(torch.int8)
+    mask = torch.rand(rows, columns, generator=generator) < 0.7
+    return gate, mask, torch.rand(rows, columns, generator=generator)
+
+
+def slow_random_gate(gate: torch.Tensor, mask: torch.Tensor, numbers: torch.Tensor) -> list[list[int]]:
+    places = [(i, t) for i in range(gate.shape[0]) for t in range(gate.shape[1]) if mask[i, t] and gate[i, t] != 0]
+    wanted = sum(gate[place].item() > 0 for place in places)
+    chosen = sorted(places, key=lambda place: numbers[place].item())[:wanted]
+    return [
+        [0 if (i, t) not in places else 1 if (i, t) in chosen else -1 for t in range(gate.shape[1])]
+        for i in range(gate.shape[0])
+    ]
+
+
+def test_random_gate_by_hand() -> None:
+    # Non-neutral and counted: (0,0) (0,2) (1,1) (1,2), two of them consensus: the two smallest numbers, .1 and .3.
+    gate = torch.tensor([[1, 0, -1, 1], [0, 1, -1, -1]], dtype=torch.int8)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])
+    numbers = torch.tensor([[0.9, 0.0, 0.1, 0.0], [0.0, 0.5, 0.3, 0.2]])
+    assert random_gate(gate, mask, numbers).tolist() == [[-1, 0, 1, 0], [0, -1, 1, 0]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_gate_against_loop(seed: int) -> None:
+    gate, mask, numbers = gate_inputs(seed)
+    dealt = random_gate(gate, mask, numbers)
+    assert dealt.dtype == torch.int8
+    assert dealt.tolist() == slow_random_gate(gate, mask, numbers)
+    for value in (-1, 0, 1):
+        assert ((dealt == value) & mask).sum() == ((gate == value) & mask).sum(), "another share"
+    assert not torch.equal(dealt, torch.where(mask, gate, 0))
+
+
+def test_random_gate_under_padding_row_order_and_repetition() -> None:
+    gate, mask, numbers = gate_inputs()
+    dealt = random_gate(gate, mask, numbers)
+    assert torch.equal(random_gate(gate, mask.int(), numbers), dealt)
+    junk = torch.ones(6, 3, dtype=torch.int8)
+    wider = random_gate(
+        torch.cat([gate, junk], 1), torch.cat([mask, junk == 0], 1), torch.cat([numbers, torch.zeros(6, 3)], 1)
+    )
+    assert torch.equal(wider[:, :9], dealt) and not wider[:, 9:].any()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(random_gate(gate[order], mask[order], numbers[order]), dealt[order])
+
+
+def test_a_token_is_consensus_as_often_as_the_share_says_whatever_the_verifier_thinks_of_it() -> None:
+    a1, a2 = torch.tensor([1.0, -1.0]), torch.tensor([[1.0, -1.0, 1.0, 1.0], [1.0, -1.0, -1.0, 0.0]])
+    gate = sign_consistency_gate(a1, a2)
+    assert gate.tolist() == [[1, -1, 1, 1], [-1, 1, 1, 0]]  # 5 of 7
+    generator, mask = torch.Generator().manual_seed(1), torch.ones(2, 4)
+    draws = torch.stack([random_gate(gate, mask, torch.rand(2, 4, generator=generator)) for _ in range(3000)])
+    share = (draws > 0).float().mean(0)
+    assert share[1, 3] == 0
+    assert torch.allclose(share[gate != 0], torch.tensor(5 / 7), atol=0.04)  # 5 standard deviations
+
+
+def test_empty_and_one_sided_gates_stay_as_they_are() -> None:
+    gate, mask, numbers = gate_inputs()
+    for same in (torch.zeros_like(gate), gate.abs(), -gate.abs()):
+        assert torch.equal(random_gate(same, mask, numbers), torch.where(mask, same, 0))
+    assert not random_gate(gate, torch.zeros_like(mask), numbers).any()
+
+
+def test_fixed_on_rows() -> None:
+    values = torch.tensor([[1.0, 2.0], [math.nan, 3.0], [4.0, 5.0]], requires_grad=True)
+    fixed = fixed_on_rows(values, torch.tensor([0, 1, 0]), -0.5)
+    assert fixed.tolist() == [[1.0, 2.0], [-0.5, -0.5], [4.0, 5.0]]
+    assert not fixed.requires_grad
+    assert fixed_on_rows(values.double(), torch.tensor([False] * 3), -1.0).dtype == torch.float64
+
+
+def test_ties_go_to_the_earlier_token() -> None:
+    gate, mask, numbers = gate_inputs()
+    in_order = torch.arange(54.0).view(6, 9)
+    assert torch.equal(random_gate(gate, mask, torch.zeros_like(numbers)), random_gate(gate, mask, in_order))
+
+
+def test_refusals_of_the_controls() -> None:
+    gate, mask, numbers = gate_inputs()
+    with pytest.raises(ValueError, match=r"`gate` must have the shape of `numbers` \(6, 9\), got \(6, 8\)"):
+        random_gate(gate[:, :8], mask, numbers)
+    with pytest.raises(ValueError, match=r"`mask` must have the shape of `numbers`"):
+        random_gate(gate, mask[:5], numbers)
+    with pytest.raises(TypeError, match=r"`numbers` must have a floating dtype"):
+        random_gate(gate, mask, gate)
+    with pytest.raises(ValueError, match=r"`rows` must have the shape of `the rows of values` \(6,\), got \(5,\)"):
+        fixed_on_rows(numbers, mask[:5, 0], -1.0)
+    with pytest.raises(ValueError, match=r"`value` must be finite, got nan"):
+        fixed_on_rows(numbers, mask[:, 0], math.nan)
