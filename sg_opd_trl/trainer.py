@@ -314,6 +314,7 @@ class SGOPDTrainer(GRPOSeam):
     def anchor_loss(self, anchor_logps: Tensor, batch: TokenBatch, total: float) -> Tensor:
         """This rank's part of the anchor (Eq. 2): 0-dim, from `(R, T)` log-probs of kept teacher rollouts."""
         args, mask = self.args, batch.completion_mask
+        # Of all rows: those that are not kept were left out when the step was filled.
         kept = torch.ones(len(batch), dtype=torch.bool, device=mask.device)
         weights = core.anchor_token_weights(anchor_logps, mask, args.teacher_sft_phi)
         return core.anchor_cross_entropy(
@@ -597,7 +598,7 @@ class SGOPDTrainer(GRPOSeam):
         self.metrics.add_tokens(mode, statistics)
         self.metrics.add(mode, "teacher/matching_loss", *matching)
         if mode == "train" and self.anchor is not None:
-            self._report_anchor(anchor_sum)
+            self._report_anchor(self.anchor, anchor_sum)
 
     # === the anchor: verified teacher rollouts, Eq. 2-3 ==========================================================
     # `TeacherAnchorCallback` has them written and judged at the start of a step, and puts them into `self.anchor`.
@@ -619,10 +620,13 @@ class SGOPDTrainer(GRPOSeam):
         anchor = self.anchor_loss(logps, batch, step.total)
         total = float(self.accelerator.reduce(anchor.detach().float(), reduction="sum"))
         check_anchor_is_finite(total, self.state.global_step + 1)
-        self._report_anchor(total)
+        self._report_anchor(step, total)
         return core.anchored_loss(anchor.new_zeros(()), anchor, step.alpha, self.accelerator.num_processes)
 
-    def _report_anchor(self, total: float) -> None:
+    def _report_anchor(self, step: AnchorStep, total: float) -> None:
+        # A 0 of a step that keeps no rollout would read as a perfect fit. `kept` is the same on all ranks.
+        if not step.kept:
+            return
         # Micro-batches add up to the step's loss: only its last one counts.
         self.metrics.add("train", "anchor/loss", total, float(self.accelerator.sync_gradients))
 

@@ -78,7 +78,7 @@ def anchor_cross_entropy(
         student_logps: `(B, T)` log-probs in nats of the teacher's tokens, with gradient; any value, NaN too, where the
             mask is 0 and in rows that are not kept.
         mask: `(B, T)`, 1 = counts.
-        kept: `(B,)`, 1 = verified.
+        kept: `(B,)`, 1 = used.
         weights: `(B, T)` from `anchor_token_weights`; no gradient runs through them.
         reduction: `token_mean`, `seq_mean` or `sum`.
         total: The sum over all micro-batches and ranks of `anchor_denominator`; not read by `sum`.
@@ -115,7 +115,7 @@ def anchor_denominator(mask: Tensor, kept: Tensor, reduction: str) -> Tensor:
 
     Args:
         mask: `(B, T)`, 1 = counts.
-        kept: `(B,)`, 1 = verified.
+        kept: `(B,)`, 1 = used.
         reduction: `token_mean`, `seq_mean` or `sum`.
 
     Returns:

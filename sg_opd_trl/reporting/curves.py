@@ -75,12 +75,13 @@ PANELS = (
         (Series("teacher/kl_k3/right", "right"), Series("teacher/kl_k3/wrong", "wrong", "orange", dashed=True)),
     ),
     Panel(
-        "Anchor weight and yield", "weight, share", "Weight α of the teacher anchor; share of its rollouts kept.",
+        "Anchor weight and yield", "weight, share",
+        "Weight α of the teacher anchor; share of its rollouts judged right.",
         (Series("anchor/alpha", "α", exact=True),
          Series("anchor/verified_share", "verified share", "orange", dashed=True)),
     ),
     Panel(
-        "Anchor loss", "loss, before α", "Cross-entropy on verified teacher rollouts.",
+        "Anchor loss", "loss, before α", "Cross-entropy on the teacher rollouts that were kept.",
         (Series("anchor/loss", "anchor loss"),),
     ),
     Panel("Entropy", "nats per token", "Of the student; at 0 it no longer explores.", (Series("entropy", "entropy"),)),

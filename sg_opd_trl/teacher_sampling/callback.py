@@ -5,6 +5,7 @@ it had never stopped.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -26,25 +27,30 @@ from .prompts import (
     stream_samples,
     teacher_prompts_per_step,
 )
-from .rollouts import DROP_REASONS, DropReason, DropReporter, TeacherRollout, drop_reason
+from .rollouts import DropReporter, TeacherRollout, drop_reason
 from .step import AnchorRun, AnchorStep, StepCounts, StepPlan, begin, count, sampling_of, write
 
 __all__ = ["AnchorBinding", "AnchorStep", "TeacherAnchorCallback", "is_anchor_callback", "sampling_of"]
 
 logger = logging.getLogger(__name__)
 
-
-def _metric_of(reason: DropReason) -> str:
-    return f"dropped_{reason.replace(' ', '_')}"
-
-
+# Metrics that are counts of a step: means over the steps of the logging window.
+_COUNTED: dict[str, Callable[[StepCounts], int]] = {
+    "anchor/rollouts": lambda counts: counts.rollouts,
+    "anchor/kept": lambda counts: counts.kept,
+    "anchor/truncated": lambda counts: counts.truncated,
+    "anchor/tokens": lambda counts: counts.tokens,
+    "anchor/dropped_wrong": lambda counts: counts.dropped["wrong"],
+    "anchor/dropped_no_verdict": lambda counts: counts.dropped["no verdict"],
+    "anchor/dropped_empty": lambda counts: counts.dropped["empty"],
+    "anchor/dropped_filtered": lambda counts: counts.dropped["filtered"],
+}
+_COUNTED_WITH_A_CACHE: dict[str, Callable[[StepCounts], int]] = {
+    "anchor/cache_hits": lambda counts: counts.cached,
+    "anchor/cache_misses": lambda counts: counts.rollouts - counts.cached,
+}
 # What a verifier may not call its own metrics.
-_OWN_METRICS = frozenset(
-    {
-        *("alpha", "loss", "verified_share", "rollouts", "kept", "truncated", "tokens", "cache_hits", "cache_misses"),
-        *map(_metric_of, DROP_REASONS),
-    }
-)
+_OWN_METRICS = frozenset({"anchor/alpha", "anchor/loss", "anchor/verified_share", *_COUNTED, *_COUNTED_WITH_A_CACHE})
 
 
 class TeacherAnchorCallback(TrainerCallback, ExportableState):
@@ -66,7 +72,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         self.tokens = 0
         self._run: AnchorRun | None = None
         self._generator_released = False
-        self._drops = DropReporter()
+        self._drops = self._new_reporter()
         self._taken_names: set[str] = set()
 
     # --- decisions -----------------------------------------------------------------------------------------------
@@ -81,7 +87,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         return anchor_schedule(step, total_steps, *_schedule(args))
 
     def keep(self, args: Any, verdict: float | None) -> bool:
-        """Whether the anchor uses a rollout; one without any token is never used."""
+        """Whether the anchor uses a rollout; one with nothing before its end token is never used."""
         return verdict == 1.0 or not args.teacher_sampling_filter_correct
 
     def prompt_range(self, trainer: PromptSource, step: int) -> tuple[int, int]:
@@ -109,7 +115,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if no step that is left will use the teacher's rollouts."""
-        self._drops, self._taken_names = DropReporter(), set()
+        self._drops, self._taken_names = self._new_reporter(), set()
         done, total = state.global_step, state.max_steps
         if done >= total or any(self.alpha(args, step, total) > 0 for step in range(done + 1, total + 1)):
             return
@@ -135,6 +141,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         run.anchor = None
         if alpha <= 0:
             self._release_generator(run)
+            self._tell_if_none_was_kept(run)
         elif run.args.teacher_sampling_prompts == "reserve":
             self.fill(alpha, step)
         else:
@@ -145,7 +152,9 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Nothing of the anchor outlives the run."""
-        self._bound().anchor = None
+        run = self._bound()
+        run.anchor = None
+        self._tell_if_none_was_kept(run)
 
     # --- one step ------------------------------------------------------------------------------------------------
     def fill(self, alpha: float, step: int) -> None:
@@ -159,6 +168,7 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
             counts = count(run, rollouts, len(logged))
         run.anchor = AnchorStep(
             alpha=alpha,
+            kept=counts.kept,
             total=counts.denominator,
             micro_batches=[[rollout for rollout in own if rollout.kept] for own in plan.by_micro_batch(rollouts)],
             alone=run.args.teacher_sampling_time_separated,
@@ -218,10 +228,13 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         self, run: AnchorRun, plan: StepPlan, completion_ids: list[list[int]], cached: list[bool]
     ) -> list[TeacherRollout]:
         verdicts = run.judge(plan.examples, completion_ids) if plan.examples else []
-        return [
-            TeacherRollout(prompt, ids, verdict, drop_reason(self.keep(run.args, verdict), verdict, ids), stored)
-            for prompt, ids, verdict, stored in zip(plan.prompt_ids, completion_ids, verdicts, cached, strict=True)
-        ]
+        ends = run.teacher_sampling.eos_token_ids
+        columns = (plan.prompt_ids, plan.teacher_prompt_ids, completion_ids, verdicts, cached)
+        rollouts = []
+        for prompt, read, ids, verdict, stored in zip(*columns, strict=True):
+            dropped = drop_reason(self.keep(run.args, verdict), verdict, ids, ends)
+            rollouts.append(TeacherRollout(prompt, read, ids, verdict, dropped, stored))
+        return rollouts
 
     def _prefetch(self, run: AnchorRun, step: int) -> None:
         """Have the teacher begin the rollouts of a step that has not come yet, if it can and they are known."""
@@ -242,33 +255,24 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
             run.teacher.stop_generating()
             self._generator_released = True
 
-    # --- metrics -------------------------------------------------------------------------------------------------
+    # --- what is told --------------------------------------------------------------------------------------------
     def _report(self, run: AnchorRun, counts: StepCounts) -> None:
         self.rollouts += counts.rollouts
         self.verified += counts.verified
         self.tokens += counts.tokens
         run.metrics.add("train", "anchor/verified_share", counts.verified, counts.rollouts)
-        numbers = {
-            "rollouts": counts.rollouts,
-            "kept": counts.kept,
-            "truncated": counts.truncated,
-            "tokens": counts.tokens,
-            **{_metric_of(reason): number for reason, number in counts.dropped.items()},
-        }
-        for name, number in numbers.items():
-            run.metrics.add("train", f"anchor/{name}", number)
-        if run.rollout_cache is not None:
-            run.metrics.add("train", "anchor/cache_hits", counts.cached)
-            run.metrics.add("train", "anchor/cache_misses", counts.rollouts - counts.cached)
+        counted = _COUNTED if run.rollout_cache is None else _COUNTED | _COUNTED_WITH_A_CACHE
+        for name, number_of in counted.items():
+            run.metrics.add("train", name, number_of(counts))
 
     def _report_verifier(self, run: AnchorRun, logged: dict[str, tuple[float, int]]) -> None:
         """Add what the verifier logged on teacher rollouts; called on all ranks if any has something."""
         # A verifier may log other names on other ranks, and is not called where a rank has no rollout.
         every = [entry for rank in gather_object([logged]) for entry in rank.items()]
         for name, (total, times) in every:
-            if name not in _OWN_METRICS:
+            if f"anchor/{name}" not in _OWN_METRICS:
                 run.metrics.add("train", f"anchor/{name}", total, times)
-        taken = {name for name, _ in every} & _OWN_METRICS - self._taken_names
+        taken = {name for name, _ in every if f"anchor/{name}" in _OWN_METRICS} - self._taken_names
         self._taken_names |= taken
         if taken and run.accelerator.is_main_process:
             logger.warning(
@@ -276,6 +280,14 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
                 "out. Choose other names in `log_metric`.",
                 sorted(taken),
             )
+
+    def _new_reporter(self) -> DropReporter:
+        return DropReporter(own_keep=not inherits(type(self), TeacherAnchorCallback, "keep"))
+
+    def _tell_if_none_was_kept(self, run: AnchorRun) -> None:
+        # `tokens` counts the runs before a resumed one too.
+        if not self.tokens:
+            self._drops.end(run)
 
     # --- the run -------------------------------------------------------------------------------------------------
     def bind(self, trainer: AnchorRun) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,14 +22,16 @@ class TeacherRollout:
 
     Attributes:
         prompt_ids: token ids of the student's prompt, after which it is learnt.
+        teacher_prompt_ids: token ids of the prompt that the teacher read.
         completion_ids: token ids that the teacher wrote, the end token included.
         verdict: 1 right, 0 wrong, None no verdict.
-        dropped: why the anchor does not use it: "wrong", "no verdict" or "empty" (no token), or "filtered" where the
-            `keep` of a subclass left out a right one; None if it is used.
+        dropped: why the anchor does not use it: "wrong", "no verdict" or "empty" (nothing before the end token), or
+            "filtered" where the `keep` of a subclass left out a right one; None if it is used.
         cached: whether it was stored before.
     """
 
     prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
     completion_ids: list[int]
     verdict: float | None
     dropped: DropReason | None = None
@@ -41,17 +43,21 @@ class TeacherRollout:
         return self.dropped is None
 
 
-def drop_reason(kept: bool, verdict: float | None, completion_ids: Sequence[int]) -> DropReason | None:
+def drop_reason(
+    wanted: bool, verdict: float | None, completion_ids: Sequence[int], eos_token_ids: Collection[int]
+) -> DropReason | None:
     """Why the anchor does not use a rollout; None if it does.
 
     Args:
-        kept: what the callback's `keep` answered.
+        wanted: what the callback's `keep` answered.
         verdict: 1 right, 0 wrong, None no verdict.
-        completion_ids: without any there is nothing to learn from, whatever `keep` answered.
+        completion_ids: what the teacher wrote, an end token included.
+        eos_token_ids: that end a completion.
     """
-    if not completion_ids:
+    # Whatever `keep` and the verifier say: an end token alone would teach the student to write nothing.
+    if not completion_ids or completion_ids[0] in eos_token_ids:
         return "empty"
-    if kept:
+    if wanted:
         return None
     if verdict is None:
         return "no verdict"
@@ -61,14 +67,19 @@ def drop_reason(kept: bool, verdict: float | None, completion_ids: Sequence[int]
 MEANING: dict[DropReason, str] = {
     "wrong": "judged wrong by the verifier",
     "no verdict": "without a verdict, as the verifier abstained",
-    "empty": "empty: the teacher wrote no token",
+    "empty": "empty: no token comes before the end token, or before an id that the student's tokenizer lacks",
     "filtered": "left out by the callback's `keep`, though it is right",
 }
 WAY_OUT: dict[DropReason, str] = {
-    "wrong": "see whether the teacher can solve these prompts, and raise `teacher_max_completion_length` if rollouts "
-    "are cut off (`anchor/truncated`)",
-    "no verdict": "see whether the verifier can read the answers and the solutions",
-    "empty": "see whether the teacher ends at once after such a prompt, for want of its chat template for instance",
+    # Both built-in verifiers answer 0, not None, where they find no answer.
+    "wrong": "see whether the answers are written as the verifier reads them (math_reward and exact_match_reward look "
+    "for a closed \\boxed{...}, and what they cannot read is wrong), whether rollouts are cut off by "
+    "`teacher_max_completion_length` (`anchor/truncated`) or by an id that the student's tokenizer lacks (a teacher "
+    "server warns of it), and whether the teacher can solve these prompts",
+    "no verdict": "see whether every row has a gold answer that the verifier can read, and whether judging runs out "
+    "of time or memory (math_reward and exact_match_reward count why: `anchor/verifier/no_verdict_*`)",
+    "empty": "see whether the teacher ends at once after such a prompt, for want of its chat template for instance, "
+    "or begins with an id that the student's tokenizer lacks (a teacher server warns of it)",
     "filtered": "see what `keep` asks for",
 }
 # A teacher is wrong now and then. A missing verdict or an empty rollout points at a mistake.
@@ -78,6 +89,8 @@ _LEVEL: dict[DropReason, int] = {
     "no verdict": logging.WARNING,
     "empty": logging.WARNING,
 }
+# Those that `teacher_sampling_filter_correct=False` would keep.
+_UNVERIFIED: frozenset[DropReason] = frozenset({"wrong", "no verdict"})
 
 STEPS_IN_A_ROW = 3
 """Steps that keep no rollout before the user is warned (our choice): one or two are bad luck with few prompts."""
@@ -86,13 +99,17 @@ _HEAD, _TAIL = 100, 200
 
 
 class DropReporter:
-    """Shows the first dropped rollout of a run, and warns once if several steps in a row keep none.
+    """Shows the first dropped rollout of each reason, and warns once if none is kept for several steps, or ever.
 
     The main process speaks. All ranks call `report` with counts that they agree on, as it may exchange.
+
+    Args:
+        own_keep: whether a subclass decides what is kept; then no setting changes it.
     """
 
-    def __init__(self) -> None:
-        self._example: str | None = None
+    def __init__(self, *, own_keep: bool) -> None:
+        self.own_keep = own_keep
+        self._examples: dict[DropReason, str] = {}
         self._steps: list[int] = []
         self._dropped: Counter[DropReason] = Counter()
         self._warned = False
@@ -109,57 +126,76 @@ class DropReporter:
             kept: number of rollouts of all ranks that the anchor uses.
             dropped: number of the others by reason.
         """
-        if any(dropped.values()) and self._example is None:
-            self._example = _show_first(run, step, rollouts)
+        new = {reason for reason, number in dropped.items() if number} - self._examples.keys()
+        if new:
+            self._show_first(run, step, rollouts, new)
         if kept:
             self._steps, self._dropped = [], Counter()
         elif any(dropped.values()):
             # A step for which no rollout was planned says nothing about the teacher.
             self._steps.append(step)
             self._dropped.update(dropped)
-            self._warn_of_dry_spell(run)
+            if len(self._steps) >= STEPS_IN_A_ROW:
+                self._warn(run, f"in {len(self._steps)} steps in a row, the last of them step {step}")
 
-    def _warn_of_dry_spell(self, run: Run) -> None:
-        if len(self._steps) < STEPS_IN_A_ROW or self._warned:
+    def end(self, run: Run) -> None:
+        """The anchor is over and has kept none at all: too few steps for the warning of `report` are no bad luck."""
+        if self._steps:
+            first, last = self._steps[0], self._steps[-1]
+            steps = f"step {last}" if first == last else f"the steps {first} to {last}"
+            self._warn(run, f"in {steps}, with which the anchor ended")
+
+    def _warn(self, run: Run, when: str) -> None:
+        if self._warned:
             return
         self._warned = True
         if not run.accelerator.is_main_process:
             return
-        found = [(reason, count) for reason, count in self._dropped.most_common() if count]
+        found = [(reason, number) for reason, number in self._dropped.most_common() if number]
+        most_frequent, _ = found[0]
+        ways = [WAY_OUT[reason] for reason, _ in found]
+        if not self.own_keep and _UNVERIFIED & {reason for reason, _ in found}:
+            ways.append("or have them learnt unverified (teacher_sampling_filter_correct=False)")
+        ways.append("or have none written (teacher_sampling_enable=False)")
         logger.warning(
-            "No teacher rollout was kept in %d steps in a row, the last of them step %d, so that the anchor adds "
-            "nothing to the loss: %s. The first that was dropped: %s Way out: %s. Or use rollouts as they are "
-            "(teacher_sampling_filter_correct=False), or none (teacher_sampling_enable=False).",
-            len(self._steps),
-            self._steps[-1],
-            ", ".join(f"{count} {MEANING[reason]}" for reason, count in found),
-            self._example,
-            "; ".join(WAY_OUT[reason] for reason, _ in found),
+            "No teacher rollout was kept %s, so that the anchor adds nothing to the loss: %s. The first that was %s: "
+            "%s Way out: %s.",
+            when,
+            ", ".join(f"{number} {MEANING[reason]}" for reason, number in found),
+            most_frequent,
+            self._examples[most_frequent],
+            "; ".join(ways),
         )
 
-
-def _show_first(run: Run, step: int, rollouts: Sequence[TeacherRollout]) -> str:
-    """Log the first dropped rollout of the lowest rank that has one, and return its text."""
-    own = [(rollout.dropped, _quoted(run.tokenizer, rollout)) for rollout in rollouts if rollout.dropped is not None]
-    # Not only this rank's: the main process may have none, and the log of another is often hidden.
-    every: list[tuple[DropReason, str]] = gather_object(own[:1])
-    reason, text = every[0]
-    if run.accelerator.is_main_process:
-        logger.log(
-            _LEVEL[reason],
-            "The first teacher rollout that the anchor does not use, in step %d, is %s. %s The next ones are counted "
-            "(`anchor/dropped_*`) and not shown.",
-            step,
-            MEANING[reason],
-            text,
-        )
-    return text
+    def _show_first(self, run: Run, step: int, rollouts: Sequence[TeacherRollout], new: set[DropReason]) -> None:
+        """Log the first rollout of each new reason, of the lowest rank that has one, and remember its text."""
+        own: dict[DropReason, str] = {}
+        for rollout in rollouts:
+            if rollout.dropped in new and rollout.dropped not in own:
+                own[rollout.dropped] = _quoted(run.tokenizer, rollout)
+        # Not only this rank's: the main process may have none, and the log of another is often hidden.
+        every: list[dict[DropReason, str]] = gather_object([own])
+        first = {reason: text for rank in reversed(every) for reason, text in rank.items()}
+        self._examples |= first
+        if not run.accelerator.is_main_process:
+            return
+        for reason, text in first.items():
+            logger.log(
+                _LEVEL[reason],
+                "The first teacher rollout that the anchor does not use for this reason, in step %d, is %s. %s The "
+                "next ones are counted (`anchor/dropped_*`) and not shown.",
+                step,
+                MEANING[reason],
+                text,
+            )
 
 
 def _quoted(tokenizer: Any, rollout: TeacherRollout) -> str:
-    prompt, completion = tokenizer.batch_decode([rollout.prompt_ids, rollout.completion_ids], skip_special_tokens=True)
+    # Special tokens too: a missing chat template, or an end token at once, shows in them alone.
+    ids = [rollout.teacher_prompt_ids, rollout.completion_ids]
+    prompt, completion = tokenizer.batch_decode(ids, skip_special_tokens=False)
     tokens = len(rollout.completion_ids)
-    return f"Prompt: {_shortened(prompt)}; rollout of {tokens} tokens: {_shortened(completion)}."
+    return f"The teacher read {_shortened(prompt)} and wrote {tokens} tokens: {_shortened(completion)}."
 
 
 def _shortened(text: str) -> str:

@@ -33,6 +33,7 @@ class AnchorRun(CacheRun, Protocol):
         metrics: receives the `anchor/` metrics.
         vocabulary: ids that all models have.
         rollout_cache: stored rollouts, None without any.
+        eos_token_ids: ids that end a completion of the student; TRL's own.
         anchor: of the current optimizer step; the loss reads it.
         current_gradient_accumulation_steps: micro-batches of the current optimizer step.
     """
@@ -46,7 +47,7 @@ class AnchorRun(CacheRun, Protocol):
 
     @property
     def eos_token_ids(self) -> Sequence[int]:
-        """Ids that end a completion of the student."""
+        """An attribute of TRL's trainer, read only here."""
 
     @property
     def student_prompts_per_step(self) -> float:
@@ -99,12 +100,14 @@ class AnchorStep:
 
     Attributes:
         alpha: its weight.
-        total: kept teacher tokens (or rollouts, for `seq_mean`) of the step over all ranks.
+        kept: rollouts of the step that the loss uses, over all ranks.
+        total: their tokens (or rollouts, for `seq_mean`; 0 for `sum`), what the loss is divided by.
         micro_batches: kept rollouts of this rank, by micro-batch; taken from the front.
         alone: whether it is the whole loss of the step (stage 1 of TimeSep).
     """
 
     alpha: float
+    kept: int
     total: float
     micro_batches: list[list[TeacherRollout]]
     alone: bool = False
@@ -163,7 +166,7 @@ class StepCounts:
         rollouts: made in the step.
         verified: judged right.
         cached: stored before.
-        truncated: cut off by the length limit: without an end token, as TRL counts `completions/clipped_ratio`.
+        truncated: cut off by the length limit: as long as it allows, without an end token.
         kept: used by the loss.
         tokens: of those that are kept.
         logged: metrics that the verifier logged on them.
@@ -189,13 +192,13 @@ def count(run: AnchorRun, rollouts: Sequence[TeacherRollout], logged: int) -> St
         rollouts: this rank's.
         logged: metrics that this rank's verifier logged on them.
     """
-    kept, ends = [rollout for rollout in rollouts if rollout.kept], set(run.teacher_sampling.eos_token_ids)
+    kept = [rollout for rollout in rollouts if rollout.kept]
     own = [
         _denominator(rollouts, run.args.teacher_sft_reduction),
         len(rollouts),
         sum(rollout.verdict == 1 for rollout in rollouts),
         sum(rollout.cached for rollout in rollouts),
-        sum(bool(rollout.completion_ids) and rollout.completion_ids[-1] not in ends for rollout in rollouts),
+        sum(_hit_the_limit(rollout.completion_ids, run.teacher_sampling) for rollout in rollouts),
         len(kept),
         sum(len(rollout.completion_ids) for rollout in kept),
         logged,
@@ -206,6 +209,12 @@ def count(run: AnchorRun, rollouts: Sequence[TeacherRollout], logged: int) -> St
     rollouts_made, verified, cached, truncated, kept_ones, tokens, logged, *dropped = map(int, counts)
     by_reason = dict(zip(DROP_REASONS, dropped, strict=True))
     return StepCounts(denominator, rollouts_made, verified, cached, truncated, kept_ones, tokens, logged, by_reason)
+
+
+def _hit_the_limit(completion_ids: list[int], sampling: Sampling) -> bool:
+    # Shorter ones without an end token were cut for another reason: at an id that the student lacks, for instance.
+    limit = sampling.generation_kwargs.get("max_new_tokens", sampling.max_new_tokens)
+    return len(completion_ids) >= limit and completion_ids[-1] not in sampling.eos_token_ids
 
 
 def _denominator(rollouts: Sequence[TeacherRollout], reduction: str) -> float:

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..errors import VerifierError
 from .process import WorkerDied, WorkerProcess, WorkerTimeout
@@ -20,16 +20,19 @@ logger = logging.getLogger(__name__)
 _MAX_CRASHES = 2  # the first may be the machine's doing, such as a killer of processes; the second is the answer's
 
 
+NoVerdictReason = Literal["gold", "timeout", "wall_timeout", "memory", "crash"]
+"""No gold answer, or none with a mathematical expression; processor time; wall-clock time; memory; the child died."""
+
+
 class Judgement(NamedTuple):
     """What the judge found.
 
-    `verdict` is True (right), False (wrong) or None. `reason` says why there is no verdict: "gold" (gold answer
-    without a mathematical expression), "timeout" (processor time), "wall_timeout", "memory" or "crash". `answer` is
-    the text that was taken as the answer.
+    `verdict` is True (right), False (wrong) or None. `reason` says why there is no verdict, and is "" where there is
+    one. `answer` is the text that was taken as the answer.
     """
 
     verdict: bool | None
-    reason: str = ""
+    reason: NoVerdictReason | Literal[""] = ""
     answer: str = ""
 
 
@@ -150,7 +153,7 @@ class Judge:
 
     def _stream(
         self, pairs: dict[bytes, tuple[str, str]], waiting: deque[bytes], done: dict[bytes, Judgement]
-    ) -> str | None:
+    ) -> NoVerdictReason | None:
         """Judges what is waiting until all is done or the child is gone; returns why it went."""
         if self._worker is None:
             self._worker = WorkerProcess(self.time_limit, self.memory_limit)

@@ -1,6 +1,7 @@
 """The verifiers as TRL reward functions: `math_reward` judges mathematics, `exact_match_reward` compares strings."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,19 @@ from .extraction import (
     last_box,
     require_same_length,
 )
-from .judge import Judge, Judgement
+from .judge import Judge, Judgement, NoVerdictReason
 
 # One for the process: its child takes a second to start, and its cache serves every trainer. Nothing starts here.
 _JUDGE = Judge()
 _NO_GOLD = Judgement(None, "gold")
+# Why there is no verdict -> the metric that counts such completions.
+_NO_VERDICT: dict[NoVerdictReason, str] = {
+    "gold": "verifier/no_verdict_gold",
+    "timeout": "verifier/no_verdict_timeout",
+    "wall_timeout": "verifier/no_verdict_wall_timeout",
+    "memory": "verifier/no_verdict_memory",
+    "crash": "verifier/no_verdict_crash",
+}
 
 # `\left(` is spacing, `\leftarrow` is not: hence the look-aheads.
 _SPACING = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;:]|\\\s|~|\s")
@@ -39,7 +48,8 @@ def math_reward(
     in a child process within `Judge`'s default limits, with the same result from every thread.
 
     Logged: the column `answer` (the extracted answer); `verifier/timeouts` and `verifier/abstained`, the shares of the
-    completions whose judging ran out of time and of those without a verdict for whatever reason.
+    completions whose judging ran out of time and of those without a verdict for whatever reason; the numbers of the
+    latter by reason, `verifier/no_verdict_gold`, `_timeout` (processor time), `_wall_timeout`, `_memory` and `_crash`.
 
     Args:
         completions: strings or lists of chat messages, one per rollout.
@@ -65,20 +75,32 @@ def math_reward(
     if log_extra is not None:
         log_extra("answer", [_shown(answer, item) for answer, item in zip(answers, judgements, strict=True)])
     if log_metric is not None and judgements:
-        timeouts = sum(item.reason in ("timeout", "wall_timeout") for item in judgements)
-        log_metric("verifier/timeouts", timeouts / len(judgements))
+        reasons = Counter(item.reason for item in judgements)
+        log_metric("verifier/timeouts", (reasons["timeout"] + reasons["wall_timeout"]) / len(judgements))
         log_metric("verifier/abstained", sum(item.verdict is None for item in judgements) / len(judgements))
+        for reason, name in _NO_VERDICT.items():
+            log_metric(name, float(reasons[reason]))
     return [None if item.verdict is None else float(item.verdict) for item in judgements]
 
 
-def exact_match_reward(completions: Sequence[Any], solution: Sequence[Any], **kwargs: Any) -> list[float | None]:
+def exact_match_reward(
+    completions: Sequence[Any],
+    solution: Sequence[Any],
+    *,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
     r"""Compares the boxed answer with the gold answer as normalised strings, for answers with one way of writing them.
 
     The answer is found as in `extraction`, except that a completion without `\boxed{...}` has none.
 
+    Logged: `verifier/abstained`, the share of the completions without a verdict, and `verifier/no_verdict_gold`, their
+    number: there is no other reason than a missing gold answer.
+
     Args:
         completions: strings or lists of chat messages, one per rollout.
         solution: gold answers, one per completion: strings, numbers or `None`.
+        log_metric: TRL's function to log a number.
         **kwargs: other columns of the data set; unused.
 
     Returns:
@@ -88,7 +110,11 @@ def exact_match_reward(completions: Sequence[Any], solution: Sequence[Any], **kw
         VerifierError: If the lengths differ or an entry has a type that cannot be read.
     """
     require_same_length(completions, solution)
-    return [_compare(completion, gold) for completion, gold in zip(completions, solution, strict=True)]
+    verdicts = [_compare(completion, gold) for completion, gold in zip(completions, solution, strict=True)]
+    if log_metric is not None and verdicts:
+        log_metric("verifier/abstained", verdicts.count(None) / len(verdicts))
+        log_metric(_NO_VERDICT["gold"], float(verdicts.count(None)))
+    return verdicts
 
 
 def normalise(answer: str) -> str:

@@ -18,6 +18,8 @@ RUN_METRICS = [
     "anchor/alpha", "anchor/loss", "anchor/verified_share", "anchor/rollouts", "anchor/tokens",
     "anchor/kept", "anchor/truncated", "anchor/dropped_wrong", "anchor/dropped_no_verdict", "anchor/dropped_empty",
     "anchor/dropped_filtered", "anchor/cache_hits", "anchor/cache_misses",
+    "verifier/abstained", "verifier/timeouts", "verifier/no_verdict_gold", "verifier/no_verdict_timeout",
+    "verifier/no_verdict_wall_timeout", "verifier/no_verdict_memory", "verifier/no_verdict_crash",
     "time/rollout", "time/verify", "time/teacher", "time/reference", "time/loss", "time/anchor",
 ]  # fmt: skip
 
@@ -35,7 +37,7 @@ def test_every_metric_is_explained_with_unit_health_and_reduction():
 
 
 def test_own_metrics_of_the_page_exist():
-    own = [name for name in explained() if re.match(r"(gate|teacher|weights|anchor|time)/", name)]
+    own = [name for name in explained() if re.match(r"(gate|teacher|weights|anchor|verifier|time)/", name)]
     assert sorted(own) == sorted(TOKEN_METRICS + RUN_METRICS)
 
 

@@ -15,12 +15,15 @@ CPU = torch.device("cpu")
 
 
 def rollout(prompt: list[int], completion: list[int]) -> TeacherRollout:
-    return TeacherRollout(prompt, completion, verdict=1.0)
+    return TeacherRollout(prompt, prompt, completion, verdict=1.0)
 
 
 def test_a_step_hands_out_its_micro_batches_in_order_and_pads_them() -> None:
     step = AnchorStep(
-        alpha=0.2, total=5.0, micro_batches=[[rollout([3, 4], [5]), rollout([6], [7, 8])], [], [rollout([9], [9])]]
+        alpha=0.2,
+        kept=3,
+        total=5.0,
+        micro_batches=[[rollout([3, 4], [5]), rollout([6], [7, 8])], [], [rollout([9], [9])]],
     )
     first = step.take(0, CPU)
     assert first is not None

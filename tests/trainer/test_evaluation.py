@@ -125,8 +125,8 @@ def test_groups_of_another_size(tmp_path: Path) -> None:
 
 def test_an_anchor_that_waits_is_left_for_training(tmp_path: Path) -> None:
     trainer = evaluator(tmp_path, eval_with_teacher=True)
-    rows = [[TeacherRollout([3, 5], [6, 1], kept=True, verdict=1.0)]]
-    trainer.anchor = AnchorStep(alpha=0.2, total=2.0, micro_batches=rows)
+    rows = [[TeacherRollout([3, 5], [3, 5], [6, 1], verdict=1.0)]]
+    trainer.anchor = AnchorStep(alpha=0.2, kept=1, total=2.0, micro_batches=rows)
     trainer.evaluate()
     assert len(trainer.anchor.micro_batches) == 1
 

@@ -214,8 +214,8 @@ def test_evaluation_scores_only_when_asked_and_never_anchors(tmp_path: Path, wit
     settings = TWO_STEPS | ANCHOR | {"eval_with_teacher": with_teacher, "per_device_eval_batch_size": 4}
     trainer = tiny_trainer(tmp_path, settings=settings, eval_dataset=tiny_data(3))
     student, teacher = Forwards(trainer.model), Forwards(trainer.teacher.model)
-    waiting = [[TeacherRollout([5], [6, 1], True, 1.0)]]
-    trainer.anchor = AnchorStep(alpha=1.0, total=2.0, micro_batches=waiting)  # of a step that is not over
+    waiting = [[TeacherRollout([5], [5], [6, 1], verdict=1.0)]]
+    trainer.anchor = AnchorStep(alpha=1.0, kept=1, total=2.0, micro_batches=waiting)  # of a step that is not over
     trainer.evaluate()
     assert len(waiting) == 1
     assert student.trained == []

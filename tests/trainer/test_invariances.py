@@ -193,7 +193,7 @@ class WeighAll(TeacherAnchorCallback):
         right = [row for rows in micro_batches for row in rows if row.verdict == 1]
         assert 0 < len(right) < sum(map(len, micro_batches))
         total = float(sum(len(row.completion_ids) for row in right))
-        self._bound().anchor = AnchorStep(alpha=alpha, total=total, micro_batches=micro_batches)
+        self._bound().anchor = AnchorStep(alpha=alpha, kept=len(right), total=total, micro_batches=micro_batches)
 
 
 class ZeroWeights(SGOPDTrainer):

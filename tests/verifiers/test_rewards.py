@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from typing import get_args
 
 import pytest
 from repository import PATIENCE
 
 from sg_opd_trl.errors import VerifierError
-from sg_opd_trl.verifiers import Judge, exact_match_reward, math_reward, rewards
+from sg_opd_trl.verifiers import Judge, Judgement, exact_match_reward, math_reward, rewards
+from sg_opd_trl.verifiers.judge import NoVerdictReason
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,34 @@ def test_logs_answers_and_shares(monkeypatch: pytest.MonkeyPatch, judge: Judge) 
     )
     assert verdicts == [1.0, 1.0, None, None, 0.0]
     assert columns == {"answer": ["4", "12", "9^{9^{9^{9}}}", "7", ""]}
-    assert metrics == {"verifier/timeouts": 1 / 5, "verifier/abstained": 2 / 5}
+    assert metrics == {
+        "verifier/timeouts": 1 / 5,
+        "verifier/abstained": 2 / 5,
+        "verifier/no_verdict_gold": 1,
+        "verifier/no_verdict_timeout": 1,
+        "verifier/no_verdict_wall_timeout": 0,
+        "verifier/no_verdict_memory": 0,
+        "verifier/no_verdict_crash": 0,
+    }
+
+
+def test_every_reason_for_no_verdict_is_counted_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = get_args(NoVerdictReason)
+    found = [Judgement(None, reason) for number, reason in enumerate(reasons, 1) for _ in range(number)]
+    monkeypatch.setattr(rewards, "_judge", lambda answers, golds: [Judgement(True), *found])
+    metrics: dict[str, float] = {}
+    answers = [r"\boxed{1}"] * (1 + len(found))
+    math_reward(answers, ["1"] * len(answers), log_metric=metrics.__setitem__)
+    counted = {f"verifier/no_verdict_{reason}": number for number, reason in enumerate(reasons, 1)}
+    assert {name: value for name, value in metrics.items() if "no_verdict" in name} == counted
+    assert metrics["verifier/abstained"] == pytest.approx(len(found) / len(answers))
+
+
+def test_string_comparison_logs_golds_that_are_missing() -> None:
+    metrics: dict[str, float] = {}
+    exact_match_reward([r"\boxed{1}", "1", "1", "1"], ["1", "2", None, ""], log_metric=metrics.__setitem__)
+    assert metrics == {"verifier/abstained": 2 / 4, "verifier/no_verdict_gold": 2}
+    assert exact_match_reward([], [], log_metric=metrics.__setitem__) == []
 
 
 def test_same_verdicts_from_many_threads() -> None:

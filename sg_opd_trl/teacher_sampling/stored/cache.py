@@ -98,7 +98,7 @@ class RolloutCache:
         # A rank that lacks nothing calls all the same where the teacher is sharded: its forwards are collective.
         if self.run.agree_on_calls(len(missing)):
             self._generate([examples[row] for row in missing], [keys[row] for row in missing], seed, judge)
-        completions = [self.store.get(*key) or [] for key in keys]
+        completions = [self.store[key] for key in keys]
         self.tokens_reused += sum(len(ids) for ids, known in zip(completions, stored, strict=True) if known)
         return completions, stored
 

@@ -107,6 +107,10 @@ class RolloutStore:
     def __len__(self) -> int:
         return len(self._rollouts)
 
+    def __getitem__(self, key: Key) -> list[int]:
+        """Completion ids of a rollout that the store has."""
+        return self._rollouts[key]
+
     def read(self, contexts: Mapping[str, dict]) -> None:
         """Read the rollouts of some contexts; where two files have the same one, the first file's counts.
 
