@@ -15,6 +15,7 @@ from tiny import tiny_model
 # A mixed group, a group without variance, a mixed group with an abstention.
 VERDICTS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, None, 0.0, 1.0]
 GROUP = 4
+EOS = 1  # of `tiny.tiny_tokenizer`
 Weights = dict[str, torch.Tensor]
 Distribution = list[float]
 
@@ -174,7 +175,8 @@ def policy_loss(args: Any, step: Step, classes: Counter) -> tuple[torch.nn.Modul
 
 def anchor_loss(args: Any, student: torch.nn.Module, rollouts: list[Row]) -> torch.Tensor:
     keep_all = not args.teacher_sampling_filter_correct
-    kept = [r for r in rollouts if keep_all or (len(r.completion) + r.completion[0]) % 2 == 0]
+    written = [r for r in rollouts if r.completion[0] != EOS]  # an end token alone is nothing to learn
+    kept = [r for r in written if keep_all or (len(r.completion) + r.completion[0]) % 2 == 0]
     loss = torch.zeros((), dtype=torch.float64)
     for row in kept:
         logps = log_probs(student, row, args.temperature)

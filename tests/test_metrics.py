@@ -77,6 +77,7 @@ def test_ranks_are_summed_and_their_maxima_compared_in_one_exchange() -> None:
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
+EOS = 1  # alone it is an empty rollout, whatever its verdict
 VERDICTS = [1.0, 0.0, None, 1.0, 0.0, 0.0, 0.0, 0.0]
 SETTINGS = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2, "logging_steps": 2,
@@ -174,13 +175,13 @@ def test_abstentions_are_neither_right_nor_wrong(run: Any) -> None:
 
 
 def test_the_anchor_reports_means_per_step(run: Any) -> None:
-    lengths = [len(ids) for _, calls in run.verifier_calls for ids in calls if len(calls) != len(VERDICTS)]
+    written = [ids for _, calls in run.verifier_calls for ids in calls if len(calls) != len(VERDICTS)]
     judged = run.counted.judged
     assert logged(run, "anchor/alpha") == [pytest.approx(0.2)]
     assert logged(run, "anchor/loss") == [pytest.approx(sum(run.anchors) / 2, rel=1e-5)]
     assert len(run.anchors) > 2, "several micro-batches of a step hold anchor rows"
-    assert logged(run, "anchor/rollouts") == [len(judged) / 2] == [len(lengths) / 2]
-    kept = [length for length, verdict in zip(lengths, judged, strict=True) if verdict == 1]
+    assert logged(run, "anchor/rollouts") == [len(judged) / 2] == [len(written) / 2]
+    kept = [len(ids) for ids, verdict in zip(written, judged, strict=True) if verdict == 1 and ids[0] != EOS]
     assert logged(run, "anchor/tokens") == [sum(kept) / 2], "rollouts that were not kept enter no loss"
     assert logged(run, "anchor/verified_share") == [pytest.approx(mean([float(v == 1) for v in judged]))]
     assert 0 < logged(run, "anchor/verified_share")[0] < 1

@@ -71,7 +71,8 @@ def student_prompts(trainer: Any) -> list[list[list[int]]]:
 def test_alpha_follows_equation_3_and_the_teacher_stops_writing(
     tmp_path: Path, settings: dict, table: list[float]
 ) -> None:
-    trainer = tiny_trainer(tmp_path, settings=SMALL | settings | {"max_steps": 20})
+    # What is right is kept: a step that keeps none has no `anchor/loss`.
+    trainer = tiny_trainer(tmp_path, settings=SMALL | settings | {"max_steps": 20}, reward_funcs=all_right)
     inject_rollouts(trainer, lambda prompt, row: [5 + row])
     inject_teacher_rollouts(trainer, lambda prompt: [6])
     calls = teacher_prompts(trainer)
