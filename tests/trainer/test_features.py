@@ -222,6 +222,7 @@ def test_loss_types_weigh_lengths_as_they_do_in_trl(tmp_path: Path) -> None:
 def test_metrics_of_the_glossary_are_logged(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, settings=ANCHOR | {"max_steps": 1})
     inject_rollouts(trainer, lambda prompt, row: [5 + row % 3, 7, 9, 1] if row < 4 else [5, 7])
+    inject_teacher_rollouts(trainer, lambda prompt: [6, 1])  # right, so that the anchor has a loss
     trainer.train()
     entry = trainer.state.log_history[0]
     split = [*GATE, "gate/sign_flips", "gate/advantage_consensus", "gate/advantage_conflict"]
