@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from .errors import DataError, SGOPDConfigError, VerifierError
 from .models.generate import generate_completions
+from .models.sampling import end_tokens
 from .verifiers.calls import reward_arguments
 
 
@@ -139,14 +140,8 @@ def to_accelerator(model: Any) -> Any:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: the generation config's and the tokenizer's.
-
-    Both, because they often differ: a chat model's generation config names the end of a turn, while the tokenizer's
-    end token is that of a text, or the other way round.
-    """
-    configured = _generation_owner(model).generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    """Ids that end a completion: the generation config's and the tokenizer's, see `end_tokens`."""
+    return sorted(end_tokens(_generation_owner(model).generation_config.eos_token_id, tokenizer))
 
 
 def encode_prompt(processing_class: Any, prompt: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
@@ -182,7 +177,7 @@ def draw_samples(
     config = sampler.generation_config
     with (
         tqdm(total=len(jobs), desc=label, unit=" completions", disable=not progress, dynamic_ncols=True) as bar,
-        _untouched_state(sampler, config),
+        _untouched_state(sampler),
     ):
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
@@ -261,11 +256,9 @@ def _generation_owner(model: Any) -> Any:
 
 
 @contextmanager
-def _untouched_state(sampler: Sampler, config: GenerationConfig) -> Iterator[None]:
-    """Seeds sampling inside; afterwards random state, module modes and the generation config are as before."""
-    owner = _generation_owner(sampler.model)
+def _untouched_state(sampler: Sampler) -> Iterator[None]:
+    """Seeds sampling inside; afterwards random state and module modes are as before."""
     modes = [(module, module.training) for module in sampler.model.modules()]
-    former = owner.generation_config
     devices = {parameter.device for parameter in sampler.model.parameters()} - {torch.device("cpu")}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         # torch.manual_seed would seed every device of the machine, also those that are not restored.
@@ -276,9 +269,7 @@ def _untouched_state(sampler: Sampler, config: GenerationConfig) -> Iterator[Non
                 module.manual_seed(sampler.decoding.seed)
         try:
             sampler.model.eval()
-            owner.generation_config = config  # generate() fills what is unset from here: nothing of the model's
             yield
         finally:
-            owner.generation_config = former
             for module, training in modes:
                 module.training = training

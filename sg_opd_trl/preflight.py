@@ -17,6 +17,7 @@ from torch import nn
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
+from .models.sampling import check_generation_kwargs, own_settings
 from .run import Run
 from .teacher_sampling.callback import is_anchor_callback
 from .teachers.build import check_given_models, default_reference
@@ -73,6 +74,10 @@ def check_arguments(
             "from it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
         )
     check_given_models(args, teacher_model, reference_model)
+    kwargs: Any = args.generation_kwargs  # the configuration has read JSON text by now
+    # A server compares the settings with its own names where it is bound.
+    local_teacher_writes = args.teacher_sampling_enable and not args.teacher_model_server_url
+    check_generation_kwargs(kwargs, use_vllm=args.use_vllm, local_teacher_writes=local_teacher_writes)
     if args.teacher_sampling_enable:
         _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
     elif any(map(is_anchor_callback, callbacks or [])):
@@ -175,6 +180,7 @@ def check_run(run: PreparedRun) -> None:
     if hasattr(student, "peft_config") and REFERENCE_ADAPTER in student.peft_config:
         save_without_reference(student)
     _warn_of_dropout(args, student)
+    _warn_of_own_settings(args, student)
     warn_of_a_gate_without_drift(args)
 
 
@@ -238,6 +244,17 @@ def warn_of_a_gate_without_drift(args: Any) -> None:
             args.drift_gate_tau,
             args.num_iterations,
             args.steps_per_generation,
+        )
+
+
+def _warn_of_own_settings(args: Any, student: Any) -> None:
+    """What the student's files say of sampling is for a chat with it, and nobody else in the run would heed it."""
+    own = own_settings(student, args.generation_kwargs)
+    if own:
+        logger.warning(
+            "The student's generation_config sets %s. Rollouts and evaluation leave that out: teacher, vLLM and "
+            "log-probs know nothing of it. What training is to sample by, set in `generation_kwargs`.",
+            ", ".join(f"{name}={value!r}" for name, value in own.items()),
         )
 
 

@@ -34,6 +34,7 @@ from trl.trainer.utils import (  # noqa: F401
 from .models.forward import ForwardOutput, HeadRequest, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
+from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 
 
 # --- one forward -----------------------------------------------------------------------------------------------------
@@ -257,6 +258,17 @@ class GRPOSeam(GRPOTrainer):
         self.seconds: dict[str, float] = defaultdict(float)
         self._batch_in_loss = None
         super().__init__(*args, **kwargs)
+        if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
+            self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))
+
+    def _end_at(self, ids: list[int]) -> None:
+        """Have these ids end a completion: TRL lets the settings sample by other end tokens than it cuts at.
+
+        The student keeps them in its generation config, so that whoever loads it ends where its training did.
+        """
+        student = self.accelerator.unwrap_model(self.model)
+        self.eos_token_ids = self.generation_config.eos_token_id = self.generation_kwargs[END_TOKENS] = ids
+        student.generation_config.eos_token_id = ids
 
     # --- hooks ---------------------------------------------------------------------------------------------------
     @property
@@ -448,9 +460,10 @@ class GRPOSeam(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         other = self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded
-        # TRL cuts at its own end tokens even where the settings name others; with tools it writes turn by turn.
-        if other or self.tools or "eos_token_id" in (self.args.generation_kwargs or {}):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # With tools TRL writes turn by turn.
+        if other or self.tools:
+            with without_own_settings(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,

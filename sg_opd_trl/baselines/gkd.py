@@ -16,6 +16,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from ..errors import TeacherError
 from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..models.batch import pad_rows
+from ..models.sampling import without_own_settings
 from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
 from .order import plan_steps
 from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer, padding_ids
@@ -91,6 +92,12 @@ class OnPolicyGKDTrainer(GKDTrainer):
         # TRL has put the student's own rollout into the batch by now: the labels are its completion's tokens.
         self._scored += (inputs["labels"] != -100).sum().to(self._scored.device)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @staticmethod
+    def generate_on_policy_outputs(model: Any, inputs: Any, generation_config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """TRL's rollouts, shaped by the run's settings alone: the others do not heed the student's own."""
+        with without_own_settings(model):
+            return GKDTrainer.generate_on_policy_outputs(model, inputs, generation_config)
 
     @property
     def teacher_use(self) -> TeacherUse:

@@ -185,12 +185,7 @@ def _write(
     devices = [teacher.device] if teacher.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(mixed_seed(request.seed, 4, start))
-        # `generate` fills what a call leaves open from the model's own settings.
-        own_config, teacher.generation_config = teacher.generation_config, GenerationConfig()
-        try:
-            ids = generate_completions(teacher, request.prompt_ids[batch], config, role="teacher")
-        finally:
-            teacher.generation_config = own_config
+        ids = generate_completions(teacher, request.prompt_ids[batch], config, role="teacher")
     return _judged(tokenizer, request, start, ids, judge)
 
 

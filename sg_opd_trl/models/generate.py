@@ -23,6 +23,7 @@ from .internals import (
     select_rows_of_processors,
     switches_kernel_to_decode,
 )
+from .sampling import without_own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,13 @@ def generate_completions(
 ) -> list[list[int]]:
     """One completion per prompt; equal prompts should follow one another, so that they share a prefill.
 
-    What our decoding loop does not support (beams, stop strings, static caches, ...) runs in that of `generate`.
+    What our decoding loop does not support (beams, stop strings, static caches, ...) runs in that of `generate`. The
+    model's own generation config has no say, so that one config means the same for every model.
 
     Args:
         model: unwrapped model, with or without a PEFT adapter.
         prompts: token ids of each prompt.
-        config: how to sample, with `eos_token_id` and `pad_token_id`; the model's own fills what is left open.
+        config: how to sample, with `eos_token_id` and `pad_token_id`.
         role: what an error calls the model.
         synced_gpus: whether the model is sharded, so that all ranks must run the same number of forwards.
         on_ended: is told of rows that end with an end token while others go on; only our loop can tell.
@@ -65,7 +67,8 @@ def generate_completions(
     ids, mask = (x.to(model.device) for x in pad_rows(list(prompts), config.pad_token_id or 0, left=True))
     arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
     try:
-        output = _generate(model, arguments, synced_gpus, on_ended)
+        with without_own_settings(model):
+            output = _generate(model, arguments, synced_gpus, on_ended)
     except RuntimeError as error:
         # The sampler's own words for logits that are NaN or infinite.
         if "probability tensor" not in str(error):

@@ -15,6 +15,7 @@ import torch
 from ..bookkeeping import TrainingMetrics
 from ..core import anchor_denominator
 from ..models.batch import TokenBatch
+from ..models.sampling import END_TOKENS
 from ..teachers import Sampling
 from ..teachers.fit import SharedVocabulary
 from ..teachers.routed import teacher_of
@@ -125,6 +126,8 @@ def sampling_of(run: AnchorRun) -> Sampling:
     """How the teacher writes its rollouts: as the student does, with its own length."""
     # TRL declares `generation_kwargs` as JSON text too; the configuration has read it by now.
     args: Any = run.args
+    # The run's end tokens have its `eos_token_id` in them.
+    further = {name: value for name, value in (args.generation_kwargs or {}).items() if name != END_TOKENS}
     return Sampling(
         max_new_tokens=args.teacher_completion_length,
         eos_token_ids=tuple(run.eos_token_ids),
@@ -134,7 +137,7 @@ def sampling_of(run: AnchorRun) -> Sampling:
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        generation_kwargs=run.vocabulary.without_unusable(args.generation_kwargs),
+        generation_kwargs=run.vocabulary.without_unusable(further),
     )
 
 

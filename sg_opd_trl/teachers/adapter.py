@@ -109,16 +109,10 @@ class AdapterTeacher(LocalTeacher):
     @contextmanager
     def _generation(self, seed: int) -> Iterator[Any]:
         with self.lent():
-            base = self.accelerator.unwrap_model(self.model).get_base_model()
-            own_config = base.generation_config
             # Generation unwraps the model itself, and gathers its shards.
             self.model = self._lender.model_wrapped
-            try:
-                with super()._generation(seed) as model:
-                    yield model
-            finally:
-                # PEFT hands its wrapper's settings down to the base at every call.
-                base.generation_config = own_config
+            with super()._generation(seed) as model:
+                yield model
 
 
 def adapter_config(path: str, revision: str | None = None) -> Any:

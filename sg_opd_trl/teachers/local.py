@@ -282,12 +282,7 @@ class LocalTeacher(FrozenModel):
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), model_for_generation(self.model, self.accelerator) as model:
             torch.manual_seed(seed)
-            # `generate` fills what a call leaves open from the model's own settings (top-k of 20, say).
-            own_config, model.generation_config = model.generation_config, GenerationConfig()
-            try:
-                yield model
-            finally:
-                model.generation_config = own_config
+            yield model
 
     def _generate_batch(self, model: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         settings = {

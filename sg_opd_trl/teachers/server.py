@@ -16,6 +16,7 @@ from ..errors import SGOPDConfigError, TeacherError
 from ..models.batch import TokenBatch
 from ..models.generate import cut_after_eos
 from ..models.head import OutputHead
+from ..models.sampling import END_TOKENS
 from ..random_state import mixed_seed
 from ..run import Run
 from .answers import RefusedRequest, SequenceScores
@@ -310,6 +311,7 @@ def request_settings(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
     """
     given = dict(sampling.generation_kwargs)
     check_generation_kwargs(given)
+    given.pop(END_TOKENS, None)
     suppressed = given.pop(_SUPPRESSED, None) or ()
     settings = {
         "max_tokens": sampling.max_new_tokens,
@@ -334,7 +336,8 @@ def check_generation_kwargs(given: Mapping[str, Any]) -> None:
     Raises:
         SGOPDConfigError: names them.
     """
-    odd = sorted(given.keys() - _REQUEST_FIELDS.keys() - {_SUPPRESSED})
+    # End tokens are a field of `Sampling` itself.
+    odd = sorted(given.keys() - _REQUEST_FIELDS.keys() - {_SUPPRESSED, END_TOKENS})
     if odd:
         raise SGOPDConfigError(
             f"`generation_kwargs` must hold {', '.join([*_REQUEST_FIELDS, _SUPPRESSED])} and nothing else with a "

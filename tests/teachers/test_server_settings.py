@@ -31,8 +31,8 @@ def test_settings_that_a_server_cannot_serve(tmp_path: Path, server: FakeServer)
         settings={"distillation_mode": "full_logits"},
     )
     refused(
-        *(tmp_path, server.url, SGOPDConfigError, r"`generation_kwargs` must hold .*got \['num_beams'\]"),
-        settings={"generation_kwargs": {"num_beams": 2}},
+        *(tmp_path, server.url, SGOPDConfigError, r"`generation_kwargs` must hold .*got \['typical_p'\]"),
+        settings={"generation_kwargs": {"typical_p": 0.9}},
     )
 
 
