@@ -74,3 +74,10 @@ def test_global_state_of_matplotlib_is_untouched():
     before = dict(matplotlib.rcParams)
     draw_panels(log_history(3))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_the_anchors_yield_is_what_its_caption_says() -> None:
+    """Without the filter more rollouts are kept than are judged right."""
+    (panel,) = [panel for panel in PANELS if any(series.key == "anchor/verified_share" for series in panel.series)]
+    assert "judged right" in panel.caption
+    assert "kept" not in panel.caption

@@ -245,6 +245,12 @@ def test_several_steps_that_keep_none_are_one_warning(tmp_path: Path, caplog: py
     assert "6 judged wrong by the verifier, 3 without a verdict" in message
     for name in ("teacher_max_completion_length", "teacher_sampling_filter_correct=False", "enable=False", "boxed"):
         assert name in message
+    # What cannot be read is wrong; what has no gold answer is without a verdict.
+    wrong, no_verdict = message.split("Way out: ")[1].split("; ")[:2]
+    assert "boxed" in wrong
+    assert "gold answer" not in wrong
+    assert "gold answer" in no_verdict
+    assert "time or memory" in no_verdict
     # Of the most frequent reason, though another was first.
     assert "The first that was wrong: The teacher read '" in message
     assert "and wrote 2 tokens: '2<eos>'" in message

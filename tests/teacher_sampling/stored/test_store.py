@@ -243,3 +243,11 @@ def test_the_store_needs_no_torch() -> None:
         "assert not {'torch', 'transformers', 'trl', 'datasets', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENCE)
+
+
+def test_a_rollout_that_is_not_there_is_no_empty_one(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store.add([StoredRollout("a", (3,), 0, [], "", None)])
+    assert store["a", (3,), 0] == []
+    with pytest.raises(KeyError):
+        store["a", (3,), 1]
