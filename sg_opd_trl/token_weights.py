@@ -98,15 +98,17 @@ class TokenWeights:
         return torch.ones_like(verdicts, dtype=torch.bool) if self.all_taught else verdicts != 0
 
     # --- the loss ------------------------------------------------------------------------------------------------
-    def controlled_gate(self, gate: Tensor | None, inputs: dict, mask: Tensor) -> Tensor | None:
-        """The verifier's gate `(B, T)`, or the random one in its place."""
-        if gate is None or self._args.gate_signal != "random":
-            return gate
+    def random_gate(self, gate: Tensor | None, inputs: dict, mask: Tensor) -> Tensor | None:
+        """The gate `(B, T)` with its decisions dealt out at random: the control `gate_signal="random"`."""
+        if gate is None:
+            return None
         return core.random_gate(gate, mask * self.taught(inputs["verdicts"]).unsqueeze(1), inputs["gate_numbers"])
 
-    def controlled_advantages(self, advantages: Tensor, inputs: dict) -> Tensor:
-        """Routed advantages `(B, T)`, the wrong rollouts' replaced where that control is on."""
-        return self._without_teacher(advantages, inputs, self._args.wrong_rollout_advantage)
+    def without_teacher(self, values: Tensor, inputs: dict, value: float) -> Tensor:
+        """Values `(B, T)` with one for all tokens of the rows that are not taught: of `wrong_rollout_advantage`."""
+        if self.all_taught:
+            return values
+        return core.fixed_on_rows(values, ~self.taught(inputs["verdicts"]), value)
 
     def factors(
         self, stability: Tensor, teacher_advantages: Tensor, logps: tuple[Tensor, Tensor], mask: Tensor, inputs: dict
@@ -126,10 +128,10 @@ class TokenWeights:
         args, prefix, drift, gates = self._args, None, None, None
         if args.iw_opd_gamma > 0:
             prefix = core.prefix_importance_weight(teacher_advantages, mask, args.iw_opd_gamma)
-            prefix = self._without_teacher(prefix, inputs, 1.0)
+            prefix = self.without_teacher(prefix, inputs, 1.0)
         if args.drift_gate_tau is not None:
             drift, gates = (self._drift(logps, mask, inputs, norm) for norm in ("sequence", "none"))
-        return TokenFactors(self._without_teacher(stability, inputs, 1.0), prefix, drift, gates)
+        return TokenFactors(self.without_teacher(stability, inputs, 1.0), prefix, drift, gates)
 
     def _drift(self, logps: tuple[Tensor, Tensor], mask: Tensor, inputs: dict, norm: str) -> Tensor:
         args, size, spans = self._args, self._args.drift_block_size, None
@@ -139,11 +141,6 @@ class TokenWeights:
         return core.drift_gate(
             *logps, mask, args.drift_gate_tau, size or 1, span_ids=spans, mean=args.drift_gate_mean, norm=norm
         )
-
-    def _without_teacher(self, values: Tensor, inputs: dict, value: float | None) -> Tensor:
-        if self._args.wrong_rollout_advantage is None or value is None:
-            return values
-        return core.fixed_on_rows(values, ~self.taught(inputs["verdicts"]), value)
 
 
 def _random_numbers(completion_ids: Tensor, key: str) -> Tensor:

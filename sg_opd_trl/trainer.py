@@ -75,7 +75,7 @@ from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, agree_on_calls, i
 from .verifiers.verdicts import RunVerifier
 
 
-class TokenSignals(NamedTuple):
+class MicroBatchSignals(NamedTuple):
     """What the equations say of a micro-batch's tokens, `(B, T)` each and detached.
 
     Attributes:
@@ -473,7 +473,7 @@ class SGOPDTrainer(GRPOSeam):
             logps = self._without_ratio(logps, batch)
         return logps, entropies, output.auxiliary_loss
 
-    def _token_signals(self, student_logps: Tensor, batch: dict) -> TokenSignals:
+    def _token_signals(self, student_logps: Tensor, batch: dict) -> MicroBatchSignals:
         """From log-probs and verdicts to weighted advantages: Eq. 1 and 4-9.
 
         Args:
@@ -488,9 +488,11 @@ class SGOPDTrainer(GRPOSeam):
 
         a2 = core.reverse_kl_advantage(behavior_logps, teacher_logps)  # Eq. 1
         gate = self.compute_gate(a1, a2) if args.sign_gated_extrapolation else None  # Eq. 4
-        gate = self.token_weights.controlled_gate(gate, batch, mask)
+        if args.gate_signal == "random":  # a control, off by default: as many consensus tokens, elsewhere
+            gate = self.token_weights.random_gate(gate, batch, mask)
         advantages = self.route_advantages(gate, behavior_logps, teacher_logps, reference_logps, a1)  # Eq. 5-8
-        advantages = self.token_weights.controlled_advantages(advantages, batch)
+        if args.wrong_rollout_advantage is not None:  # another: wrong rollouts without the teacher
+            advantages = self.token_weights.without_teacher(advantages, batch, args.wrong_rollout_advantage)
         phi = self.compute_token_weights(a2, mask, batch)  # Eq. 9
         weights = self.token_weights.factors(phi, a2, (behavior_logps, student_logps), mask, batch)
 
@@ -501,8 +503,9 @@ class SGOPDTrainer(GRPOSeam):
             targets = self.route_lambdas(gate, a2, a1)
         taught = self.token_weights.taught(verdicts).unsqueeze(1)
         matched = self.objective.matched(behavior_logps, batch) & (mask != 0) & taught
-        self._check_reference(targets.lambdas, matched)
-        return TokenSignals(a2, gate, advantages, weights, matched, targets)
+        if reference_logps is None:
+            _require_lambda_one(targets.lambdas, matched)
+        return MicroBatchSignals(a2, gate, advantages, weights, matched, targets)
 
     def _matching_losses(self, batch: dict, hidden_states: Tensor, head: OutputHead, logps: Tensor) -> tuple[Tensor]:
         """Losses `(N,)` of the matched tokens, inside the student's forward and with gradient to it.
@@ -538,7 +541,7 @@ class SGOPDTrainer(GRPOSeam):
             logps: `(B, T)` of the student, with gradient.
             answer: what `_matching_losses` returned, None without.
         """
-        signals: TokenSignals = batch["signals"]
+        signals: MicroBatchSignals = batch["signals"]
         weights, mask = signals.weights.applied, loss_mask(batch)
         advantages = core.weighted_advantages(signals.advantages, *weights)
         batch["matching"] = mask.new_zeros(2, dtype=torch.float32)
@@ -564,18 +567,9 @@ class SGOPDTrainer(GRPOSeam):
         """Whether no token that counts keeps its policy gradient; known without waiting for the device."""
         return self.objective.routes_targets and self.args.wrong_rollout_advantage is None
 
-    def _check_reference(self, lambdas: Tensor, matched: Tensor) -> None:
-        """Only routes of a subclass can ask for a reference that the settings did not."""
-        if not self.args.needs_reference and bool(((lambdas != 1) & matched).any()):
-            raise ValueError(
-                "`route_lambdas` returned a lambda other than 1, but no setting asked for a reference, so none was "
-                "loaded. Lambda weighs the teacher against it. Set `lambda_high` or `lambda_base` to the lambda that "
-                "is used, or return 1."
-            )
-
     def _report(self, batch: dict, loss: Tensor, anchor: Tensor) -> None:
         """Reduce this micro-batch's metrics over ranks, and stop all ranks if anything is not finite."""
-        signals: TokenSignals = batch["signals"]
+        signals: MicroBatchSignals = batch["signals"]
         verdicts = batch["verdicts"]
         statistics = core.token_statistics(
             gate=signals.gate,
@@ -778,3 +772,13 @@ class SGOPDTrainer(GRPOSeam):
         if self.is_world_process_zero():
             card = build_model_card(**card_arguments(self, model_name, dataset_name, tags))
             card.save(f"{self.args.output_dir}/README.md")
+
+
+def _require_lambda_one(lambdas: Tensor, matched: Tensor) -> None:
+    """Only routes of a subclass can ask for a reference that the settings did not."""
+    if bool(((lambdas != 1) & matched).any()):
+        raise ValueError(
+            "`route_lambdas` returned a lambda other than 1, but no setting asked for a reference, so none was "
+            "loaded. Lambda weighs the teacher against it. Set `lambda_high` or `lambda_base` to the lambda that "
+            "is used, or return 1."
+        )

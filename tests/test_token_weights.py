@@ -68,11 +68,10 @@ def test_numbers_leave_the_global_random_state_alone() -> None:
 def test_everything_off_hands_on_what_it_is_given() -> None:
     off, logps = weights(), torch.rand(2, 3)
     inputs = {"verdicts": torch.tensor([0.0, float("nan")]), "completion_ids": torch.zeros(2, 3, dtype=torch.long)}
-    gate, mask = torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 3)
+    mask = torch.ones(2, 3)
     assert off.prepare(inputs, SimpleNamespace(accelerator=None)) is inputs
-    assert off.controlled_gate(gate, inputs, mask) is gate
-    assert off.controlled_gate(None, inputs, mask) is None
-    assert off.controlled_advantages(logps, inputs) is logps
+    assert off.random_gate(None, inputs, mask) is None
+    assert off.without_teacher(logps, inputs, 0.5) is logps
     factors = off.factors(logps, logps, (logps, logps), mask, inputs)
     assert factors == TokenFactors(logps, None, None, None) and factors.applied == [logps]
     assert off.taught(inputs["verdicts"]).tolist() == [True, True]
@@ -81,5 +80,5 @@ def test_everything_off_hands_on_what_it_is_given() -> None:
 def test_abstained_rollouts_stay_with_the_teacher() -> None:
     verdicts = torch.tensor([1.0, 0.0, float("nan")])
     assert weights(wrong_rollout_advantage=-1.0).taught(verdicts).tolist() == [True, False, True]
-    fixed = weights(wrong_rollout_advantage=0.0).controlled_advantages(torch.ones(3, 2), {"verdicts": verdicts})
+    fixed = weights(wrong_rollout_advantage=0.0).without_teacher(torch.ones(3, 2), {"verdicts": verdicts}, 0.0)
     assert fixed.tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]

@@ -26,7 +26,8 @@ def checked(**expected: str | Check) -> Callable[[Callable[P, R]], Callable[P, R
 
     A tensor is declared as `kind dims`, in the notation of the docstrings:
 
-    - kind: `float`, `int`, or `any` (masks and gates come as bool, int or float);
+    - kind: `float`, `int`, `any` (masks and gates come as bool, int or float), or `const`: a `float` that the equation
+      takes as it is, and that reaches it without its gradient and in float32 at least;
     - dims: the first declaration of `B T` fixes its rank, all others must have that tensor's shape. `B` are the rows
       of a `B T`, `B T` the positions of a `B T V`; `B|B T` allows both; `...` allows any shape;
     - `like NAME`: the tensor to be compared with, where that is not the first one declared.
@@ -54,6 +55,7 @@ def checked(**expected: str | Check) -> Callable[[Callable[P, R]], Callable[P, R
         # Where there are `*weights`, the names after them can only come as keywords.
         positional = names if variadic is None else list(parameters)[: list(parameters).index(variadic)]
         checks = _compiled(parameters, expected)
+        constants = {name for name, declared in expected.items() if str(declared).startswith("const ")}
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,7 +67,13 @@ def checked(**expected: str | Check) -> Callable[[Callable[P, R]], Callable[P, R
                 elif name == variadic:
                     for value in args[len(positional) :]:
                         check(name, value, given)
-            return function(*args, **kwargs)
+            if not constants:
+                return function(*args, **kwargs)
+            first = [constant(v) if name in constants else v for name, v in zip(positional, args, strict=False)]
+            named = {name: constant(v) if name in constants else v for name, v in kwargs.items()}
+            # The checker of types cannot follow arguments that are handed on one by one.
+            handed_on: Any = function
+            return handed_on(*first, *args[len(first) :], **named)
 
         return wrapper
 
@@ -107,6 +115,16 @@ def one_of(*choices: str) -> Check:
             )
 
     return check
+
+
+def constant(value: Any) -> Any:
+    """A tensor without its gradient, in float32 or wider; anything else as it is.
+
+    Half precision would lose the small differences of large log-probs that everything here is about.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
 def require_shape(name: str, tensor: Tensor, other: str, shape: tuple[int, ...]) -> None:
@@ -192,6 +210,7 @@ def _compiled(
             continue
         declared, _, owner = declared.partition(" like ")
         kind, _, dims = declared.partition(" ")
+        kind = "float" if kind == "const" else kind
         if float in others:
             others = (*others, int)
         shapes = [] if dims == "..." else [shape.split() for shape in dims.split("|")]

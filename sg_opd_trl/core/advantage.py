@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor
 
-from sg_opd_trl.core._checks import checked, number, one_of
-from sg_opd_trl.core._numerics import detached
+from sg_opd_trl.core._checks import checked, constant, number, one_of
 
 #: What every lambda and beta has to be.
 FACTOR = number(reason="It multiplies log-probs. Set it to 1 for plain distillation.")
 
 
 @checked(
-    verdicts="float N",
+    verdicts="const N",
     scale=one_of("group", "batch", "none"),
     epsilon=number(0.0, reason="It is added to a standard deviation. Set it to 1e-4."),
 )
@@ -44,7 +43,7 @@ def verifier_group_advantages(
             f"`num_generations` must be >= 1 and divide the number of verdicts {verdicts.numel()}, got "
             f"{num_generations}. Verdicts are grouped by prompt. Set it to the number of completions per prompt."
         )
-    values = detached(verdicts).view(verdicts.numel() // num_generations, num_generations)
+    values = verdicts.view(verdicts.numel() // num_generations, num_generations)
     judged = ~values.isnan()
     centred = values - _mean(values, judged)
     if scale == "group":
@@ -57,7 +56,7 @@ def verifier_group_advantages(
     return torch.where(judged & (highest > lowest), centred, 0.0).view(-1)
 
 
-@checked(student_logps="float B T", teacher_logps="float B T")
+@checked(student_logps="const B T", teacher_logps="const B T")
 def reverse_kl_advantage(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Advantage whose policy gradient descends the reverse KL from the student to the teacher.
 
@@ -82,9 +81,9 @@ def reverse_kl_advantage(student_logps: Tensor, teacher_logps: Tensor) -> Tensor
 
 
 @checked(
-    student_logps="float B T",
-    teacher_logps="float B T",
-    reference_logps="float B T like teacher_logps",
+    student_logps="const B T",
+    teacher_logps="const B T",
+    reference_logps="const B T like teacher_logps",
     lam="any B T",
 )
 def extrapolated_advantage(
@@ -123,7 +122,7 @@ def log_ratio(*, of: Tensor, over: Tensor) -> Tensor:
 
     By keyword alone: swapped, it would have the other sign and nothing would fail.
     """
-    return detached(of) - detached(over)
+    return of - over
 
 
 def extrapolated(a2: Tensor, gain: Tensor | None, lam: float | Tensor) -> Tensor:
@@ -137,9 +136,9 @@ def extrapolated(a2: Tensor, gain: Tensor | None, lam: float | Tensor) -> Tensor
         )
     if not isinstance(lam, Tensor):
         return a2 + (lam - 1) * gain
-    lam = detached(lam)
+    factors: Tensor = constant(lam)
     # The branch, not a product with zero, keeps lam = 1 exact whatever the reference holds there.
-    return torch.where(lam == 1, a2, a2 + (lam - 1) * gain)
+    return torch.where(factors == 1, a2, a2 + (factors - 1) * gain)
 
 
 def _mean(values: Tensor, judged: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from sg_opd_trl.core._checks import checked, number, one_of, positive
-from sg_opd_trl.core._numerics import detached
 
 ANCHOR_WEIGHTS = ("none", "chord", "dft")
 ANCHOR_REDUCTIONS = ("token_mean", "seq_mean", "sum")
 
 
 @checked(
-    student_logps="float B T",
+    student_logps="const B T",
     mask="any B T",
     kind=one_of(*ANCHOR_WEIGHTS),
 )
@@ -39,7 +38,7 @@ def anchor_token_weights(student_logps: Tensor, mask: Tensor, kind: str) -> Tens
     """
     valid = mask != 0
     # Rounding can leave a log-prob a hair above 0, which would turn 1 - p negative.
-    logps = detached(student_logps).clamp(max=0.0)
+    logps = student_logps.clamp(max=0.0)
     if kind == "none":
         return valid.to(logps.dtype)
     raw = logps.exp() if kind == "dft" else logps.exp() * -torch.expm1(logps)
@@ -50,7 +49,7 @@ def anchor_token_weights(student_logps: Tensor, mask: Tensor, kind: str) -> Tens
 
 @checked(
     student_logps="float B T",
-    weights="float B T",
+    weights="const B T",
     mask="any B T",
     kept="any B like mask",
     reduction=one_of(*ANCHOR_REDUCTIONS),
@@ -92,7 +91,7 @@ def anchor_cross_entropy(
     """
     valid = mask != 0
     counted = valid & (kept != 0).unsqueeze(1)
-    scale = torch.where(counted, detached(weights), 0.0)
+    scale = torch.where(counted, weights, 0.0)
     # Selecting before multiplying: 0 * NaN is NaN, in the value and in the gradient.
     rows = -(torch.where(counted, student_logps, 0.0).to(scale.dtype) * scale).sum(dim=1)
     if reduction == "seq_mean":

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sg_opd_trl.core._checks import checked, require_shape
-from sg_opd_trl.core._numerics import detached
 
 #: Suffixes of the row groups: all rows, rows judged right, rows judged wrong.
 ROW_GROUPS = ("", "/right", "/wrong")
@@ -54,9 +53,9 @@ class TokenStatistics(NamedTuple):
 
 @torch.no_grad()
 @checked(
-    teacher_advantages="float B T",
-    advantages="float B T",
-    stability_weights="float B T",
+    teacher_advantages="const B T",
+    advantages="const B T",
+    stability_weights="const B T",
     mask="any B T",
     gate="any B T",
     right="any B like mask",
@@ -107,7 +106,7 @@ def token_statistics(
     """
     counted, is_right, is_wrong = mask != 0, right != 0, wrong != 0
     valid = counted if taught is None else counted & (taught != 0).unsqueeze(1)
-    a2 = torch.where(valid, detached(teacher_advantages).float(), 0.0)
+    a2 = torch.where(valid, teacher_advantages.float(), 0.0)
     features = _teacher_features(a2, stability_weights, valid) | _gate_features(gate, advantages, a2, valid)
     features |= _weight_features("prefix_weights", "prefix_tokens", prefix_weights, valid)
     features |= _weight_features("drift_gates", "drift_tokens", drift_gates, counted)
@@ -212,7 +211,7 @@ def _weight_features(name: str, count: str, weights: Tensor | None, valid: Tenso
     """`(B, T)` summands of a weight's mean; zero without it, so that every rank sends the same vector."""
     if weights is None:
         return {name: torch.zeros_like(valid, dtype=torch.float32), count: torch.zeros_like(valid)}
-    return {name: torch.where(valid, detached(weights).float(), 0.0), count: valid}
+    return {name: torch.where(valid, weights.detach().float(), 0.0), count: valid}
 
 
 def _teacher_features(a2: Tensor, stability_weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
@@ -223,7 +222,7 @@ def _teacher_features(a2: Tensor, stability_weights: Tensor, valid: Tensor) -> d
         "kl_k1": -a2,
         "kl_k3": torch.expm1(bounded) - bounded,
         "abs_advantage": a2.abs(),
-        "phi": torch.where(valid, detached(stability_weights).float(), 0.0),
+        "phi": torch.where(valid, stability_weights.float(), 0.0),
     }
 
 
@@ -231,7 +230,7 @@ def _gate_features(gate: Tensor | None, advantages: Tensor, a2: Tensor, valid: T
     """`(B, T)` summands of the `gate/` metrics; all zero without a gate, so that every rank sends the same vector."""
     gated = valid if gate is not None else torch.zeros_like(valid)
     signs = torch.zeros_like(a2) if gate is None else gate
-    routed = detached(advantages).float()
+    routed = advantages.float()
     classes = {"consensus": gated & (signs > 0), "conflict": gated & (signs < 0), "neutral": gated & (signs == 0)}
     means = {f"advantage_{name}": torch.where(chosen, routed, 0.0) for name, chosen in classes.items()}
     flips = classes["consensus"] & (routed.sign() * a2.sign() < 0)

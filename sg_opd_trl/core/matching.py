@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from sg_opd_trl.core._checks import checked, number
-from sg_opd_trl.core._numerics import detached
 
 
 @checked(
-    teacher_log_probs="float B T V",
-    reference_log_probs="float B T V",
-    lambdas="float B T",
+    teacher_log_probs="const B T V",
+    reference_log_probs="const B T V",
+    lambdas="const B T",
 )
 def extrapolated_log_probs(
     teacher_log_probs: Tensor, reference_log_probs: Tensor | None, lambdas: Tensor | None
@@ -34,17 +33,17 @@ def extrapolated_log_probs(
         TypeError: An argument is not a floating tensor.
         ValueError: The shapes do not fit.
     """
-    teacher = detached(teacher_log_probs)
-    if reference_log_probs is None or lambdas is None:
+    teacher, reference = teacher_log_probs, reference_log_probs
+    if reference is None or lambdas is None:
         return teacher.log_softmax(dim=-1)
-    reference, lam = detached(reference_log_probs), detached(lambdas).unsqueeze(-1)
+    lam = lambdas.unsqueeze(-1)
     # The branch, not a product with zero, keeps lam = 1 exact whatever the reference holds there.
     return torch.where(lam == 1, teacher, lam * teacher + (1 - lam) * reference).log_softmax(dim=-1)
 
 
 @checked(
     student_logits_on_support="float B T K",
-    teacher_logits_on_support="float B T K",
+    teacher_logits_on_support="const B T K",
 )
 def local_support_matching(student_logits_on_support: Tensor, teacher_logits_on_support: Tensor) -> Tensor:
     """Reverse KL between student and teacher, both renormalised over the teacher's top-K tokens.
@@ -66,14 +65,14 @@ def local_support_matching(student_logits_on_support: Tensor, teacher_logits_on_
         TypeError: An argument is not a floating tensor.
         ValueError: The shapes differ or are not `(B, T, K)`.
     """
-    teacher_log_probs = detached(teacher_logits_on_support).log_softmax(dim=-1)
+    teacher_log_probs = teacher_logits_on_support.log_softmax(dim=-1)
     student_log_probs = student_logits_on_support.to(teacher_log_probs.dtype).log_softmax(dim=-1)
     return (student_log_probs.exp() * (student_log_probs - teacher_log_probs)).sum(dim=-1)
 
 
 @checked(
-    student_logps="float B T",
-    teacher_logps="float B T",
+    student_logps="const B T",
+    teacher_logps="const B T",
     threshold=number(-1.0, 1.0, reason="It is a difference of probabilities. Set it to 0."),
 )
 def asymmetric_tokens(student_logps: Tensor, teacher_logps: Tensor, threshold: float = 0.0) -> Tensor:
@@ -98,13 +97,13 @@ def asymmetric_tokens(student_logps: Tensor, teacher_logps: Tensor, threshold: f
     """
     if threshold == 0:
         # Tokens whose probabilities both underflow still have a sign.
-        return detached(teacher_logps) <= detached(student_logps)
-    return detached(teacher_logps).exp() - detached(student_logps).exp() <= threshold
+        return teacher_logps <= student_logps
+    return teacher_logps.exp() - student_logps.exp() <= threshold
 
 
 @checked(
     student_log_probs="float B T K",
-    teacher_log_probs="float B T K",
+    teacher_log_probs="const B T K",
     scale=number(0.0, reason="It weighs a loss. Set it to None for 1/K."),
 )
 def forward_kl_on_support(student_log_probs: Tensor, teacher_log_probs: Tensor, scale: float | None = None) -> Tensor:
@@ -128,9 +127,8 @@ def forward_kl_on_support(student_log_probs: Tensor, teacher_log_probs: Tensor, 
         ValueError: The shapes differ or are not `(B, T, K)`, or `scale` is negative or not finite.
     """
     factor = 1 / teacher_log_probs.size(-1) if scale is None else scale
-    teacher = detached(teacher_log_probs)
-    gap = teacher - student_log_probs.to(teacher.dtype)
-    return factor * (teacher.exp() * gap).sum(dim=-1)
+    gap = teacher_log_probs - student_log_probs.to(teacher_log_probs.dtype)
+    return factor * (teacher_log_probs.exp() * gap).sum(dim=-1)
 
 
 @checked(

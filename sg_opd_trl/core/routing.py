@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sg_opd_trl.core._checks import Check, checked, number, one_of
-from sg_opd_trl.core._numerics import detached
 from sg_opd_trl.core.advantage import FACTOR, extrapolated, log_ratio, reverse_kl_advantage
 
 #: |a1| up to here is a group without variance: (r - mu) / (sigma + epsilon) of equal rewards is rounding noise.
@@ -299,7 +298,7 @@ def disagree_modes_using(setting: str) -> tuple[str, ...]:
 
 # --- the gate --------------------------------------------------------------------------------------------------------
 @checked(
-    teacher_advantages="float B T",
+    teacher_advantages="const B T",
     dead_zone=number(0.0, reason="It is a magnitude on |a2|. Set it to 0 to disable."),
     verifier_advantages="float B|B T",
 )
@@ -322,7 +321,7 @@ def sign_consistency_gate(verifier_advantages: Tensor, teacher_advantages: Tenso
         TypeError: An argument is not a floating tensor.
         ValueError: The shapes do not fit, or `dead_zone` is negative or not finite.
     """
-    a2 = detached(teacher_advantages)
+    a2 = teacher_advantages
     a1 = _per_token(verifier_advantages, a2)
     decided = (a1.abs() > VERIFIER_ZERO) & (a2.abs() > dead_zone)
     agree = (a1 > 0) == (a2 > 0)
@@ -386,9 +385,9 @@ def route_advantages(
 
 # --- where the tokens of each class go -------------------------------------------------------------------------------
 @checked(
-    student_logps="float B T",
-    teacher_logps="float B T",
-    reference_logps="float B T like teacher_logps",
+    student_logps="const B T",
+    teacher_logps="const B T",
+    reference_logps="const B T like teacher_logps",
     gate="any B T",
     verifier_advantages="float B|B T",
 )
@@ -455,7 +454,7 @@ def route_gated_advantages(
 
 
 @checked(
-    teacher_advantages="float B T",
+    teacher_advantages="const B T",
     gate="any B T",
     verifier_advantages="float B|B T",
 )
@@ -514,7 +513,7 @@ def route_lambdas(
             f"`disagree_mode` must be one of {', '.join(others)} here, got {disagree_mode!r}. The verifier's "
             f"advantage is of one token and no target distribution. Set `disagree_mode` to one of them."
         )
-    a2 = detached(teacher_advantages)
+    a2 = teacher_advantages
     tokens = TokenSignals(_per_token(verifier_advantages, a2), a2, gain=None)
     targets = [route.target(tokens, settings) for route in routes]
     return RoutedLambdas(

@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sg_opd_trl.core._checks import checked, number, one_of, positive
-from sg_opd_trl.core._numerics import detached
 
 
 # --- weights, all >= 0 ----------------------------------------------------------------------------------------------
 @checked(
-    teacher_advantages="float B T",
+    teacher_advantages="const B T",
     mask="any B T",
     tau=positive(reason="It is a magnitude on |a2|. Set it to None to switch phi off."),
     norm=one_of("sequence", "batch", "none"),
@@ -52,10 +51,10 @@ def stability_weight(
             f'`denominator` must be a 0-dim tensor with norm="batch", got shape {tuple(denominator.shape)} with '
             f"norm={norm!r}. It is one mean for the whole batch. Set it to None or `norm` to batch."
         )
-    valid, advantages = mask != 0, detached(teacher_advantages)
+    valid = mask != 0
     if tau is None:
-        return torch.ones_like(advantages)
-    phi = torch.where(valid, (tau / advantages.abs()).clamp(max=1.0), 0.0)
+        return torch.ones_like(teacher_advantages)
+    phi = torch.where(valid, (tau / teacher_advantages.abs()).clamp(max=1.0), 0.0)
     if norm == "none":
         return phi
     if denominator is not None:
@@ -64,7 +63,7 @@ def stability_weight(
 
 
 @checked(
-    teacher_advantages="float B T",
+    teacher_advantages="const B T",
     mask="any B T",
     gamma=number(0.0, reason="It is an extra weight. Set it to 0 for plain distillation."),
 )
@@ -88,15 +87,15 @@ def prefix_importance_weight(teacher_advantages: Tensor, mask: Tensor, gamma: fl
         ValueError: A shape or `gamma` is out of range.
     """
     valid = mask != 0
-    magnitudes = torch.where(valid, detached(teacher_advantages).abs(), 0.0)
+    magnitudes = torch.where(valid, teacher_advantages.abs(), 0.0)
     before = magnitudes.cumsum(dim=1) - magnitudes
     share = before / magnitudes.sum(dim=1, keepdim=True).clamp(min=1e-8)
     return torch.where(valid, 1 + gamma * (1 - share), 0.0)
 
 
 @checked(
-    behavior_logps="float B T",
-    current_logps="float B T",
+    behavior_logps="const B T",
+    current_logps="const B T",
     mask="any B T",
     tau=number(0.0, reason="It is a decay rate. Set it to 0 for equal weights."),
     block_size=number(1, reason="It is a number of tokens. Set it to 64."),
@@ -144,7 +143,7 @@ def drift_gate(
         ValueError: A shape, a number or a name is out of range.
     """
     valid = mask != 0
-    drift = torch.where(valid, detached(behavior_logps) - detached(current_logps), 0.0)
+    drift = torch.where(valid, behavior_logps - current_logps, 0.0)
     drift = drift.abs() if mean == "absolute" else drift
     means = _block_mean(drift, valid, block_size) if span_ids is None else _span_mean(drift, valid, span_ids)
     decay = tau * means.abs()
