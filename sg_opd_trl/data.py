@@ -32,6 +32,7 @@ PROVIDED_BY_TRAINER = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 )
 """Parameters of a reward function that TRL fills itself, so that no column has to."""
+_IMAGE_COLUMNS = ("image", "images")  # TRL's names
 
 
 # --- rows -> `prompt` and `solution` ---------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def filter_long_prompts(
         )
 
     def fits(row: Mapping[str, Any]) -> bool:
-        prompt = row["prompt"]
+        prompt = flat_prompt(row["prompt"])
         if isinstance(prompt, str):
             ids = processing_class(text=prompt)["input_ids"]
         else:
@@ -168,9 +169,9 @@ def as_prompt(question: Any, instruction: str | None, system_prompt: str | None,
 
 def _with_instruction(content: Any, instruction: str) -> Any:
     """Content is a string, or a list of typed parts as multimodal templates have it."""
-    return (
-        f"{content}\n{instruction}" if isinstance(content, str) else [*content, {"type": "text", "text": instruction}]
-    )
+    if isinstance(content, str):
+        return f"{content}\n{instruction}"
+    return [*content, {"type": "text", "text": f"\n{instruction}"}]
 
 
 def as_gold(gold: Any) -> Any:
@@ -182,7 +183,63 @@ def is_empty_prompt(prompt: Any) -> bool:
     """Whether a prompt (string or chat) is missing or says nothing."""
     if isinstance(prompt, str):
         return not prompt.strip()
-    return not prompt or all(not message.get("content") for message in prompt if isinstance(message, Mapping))
+    return not prompt or all(_is_empty_content(m.get("content")) for m in prompt if isinstance(m, Mapping))
+
+
+def _is_empty_content(content: Any) -> bool:
+    if not isinstance(content, list):
+        return not content
+    return all(isinstance(part, Mapping) and part.get("type") == "text" and not part.get("text") for part in content)
+
+
+def flat_prompt(prompt: Any) -> Any:
+    """A chat with the text parts of each message joined, as templates that know parts join them; others as they are.
+
+    Raises:
+        DataError: a part that is no text.
+    """
+    if not isinstance(prompt, list):
+        return prompt
+    return [
+        {**message, "content": "".join(map(_text_of, message["content"]))}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
+def _text_of(part: Any) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise DataError(
+            f"`prompt` must hold text alone, got a part of type {kind!r}. Student and teacher read no images and "
+            "no audio. Drop such rows with `dataset.filter`, or give the text as `{'type': 'text', 'text': ...}`."
+        )
+    return text
+
+
+def without_images(example: dict[str, Any]) -> dict[str, Any]:
+    """A row without the image columns that a mixed data set left in it.
+
+    Raises:
+        DataError: a row that has an image.
+    """
+    found = [name for name in _IMAGE_COLUMNS if name in example]
+    filled = [name for name in found if example[name]]
+    if filled:
+        raise DataError(
+            f"the column {filled[0]!r} must be empty with a text-only student, got a row with "
+            f"{type(example[filled[0]]).__name__} in it. The question may need what the student cannot see. Drop such "
+            f"rows with `dataset.filter`, or the column with `dataset.remove_columns({filled[0]!r})`."
+        )
+    return {name: value for name, value in example.items() if name not in found} if found else example
+
+
+def ends_with_an_answer(prompt: Any) -> bool:
+    """Whether the last word of a chat is the assistant's."""
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    return isinstance(last, Mapping) and last.get("role") == "assistant"
 
 
 def is_empty_gold(gold: Any) -> bool:
@@ -270,6 +327,8 @@ def check_dataset(
             "`dataset.rename_column`, or with `sg_opd_trl.data.prepare_dataset(question_column=..., "
             "answer_column=...)` (the same names on the command line)."
         )
+    for row in rows:
+        without_images(row)
     _check_prompts([row["prompt"] for row in rows], processing_class, name)
 
 
@@ -304,6 +363,14 @@ def _check_prompts(prompts: list[Any], processing_class: Any, name: str) -> None
             f"(first: row {empty[0]}). An empty prompt conditions on nothing. Drop them with `dataset.filter` or "
             "`sg_opd_trl.data.prepare_dataset`."
         )
+    for index, prompt in enumerate(prompts):
+        flat_prompt(prompt)
+        if ends_with_an_answer(prompt):
+            raise DataError(
+                f"`prompt` must not end with an assistant's message, got one in row {index} of `{name}`. Templates "
+                "close it, and the student would answer anew instead of going on with it. Drop the message, or move "
+                "its text into the question."
+            )
     chats = any(isinstance(prompt, list) for prompt in prompts)
     if chats and processing_class.chat_template is None:
         raise DataError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import is_empty_prompt
+from .data import ends_with_an_answer, is_empty_prompt
 from .errors import DataError, SGOPDConfigError
 from .files import write_atomically
 
@@ -279,6 +279,12 @@ def _read_rows(dataset: Any) -> list[dict[str, Any]]:
             raise DataError(
                 f"`prompt` must be a chat or a string that is not empty, got {row['prompt']!r} in row {index}. There "
                 "is nothing to answer. Drop the row with `dataset.filter`."
+            )
+        if ends_with_an_answer(row["prompt"]):
+            raise DataError(
+                f"`prompt` must not end with an assistant's message, got one in row {index}. Templates close it, and "
+                "the model would answer anew instead of going on with it. Drop the message, or move its text into the "
+                "question."
             )
     return rows
 

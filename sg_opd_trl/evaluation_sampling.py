@@ -15,10 +15,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerState
 
+from .data import flat_prompt
 from .errors import DataError, SGOPDConfigError, VerifierError
 from .models.generate import generate_completions
 from .models.sampling import end_tokens
-from .verifiers.calls import reward_arguments
+from .verifiers.calls import read_completions, reward_arguments
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def encode_prompt(processing_class: Any, prompt: Any, chat_template_kwargs: Mapp
     Raises:
         DataError: a chat, and the tokenizer has no chat template.
     """
+    prompt = flat_prompt(prompt)
     if isinstance(prompt, str):
         return list(processing_class(text=prompt)["input_ids"])
     if processing_class.chat_template is None:
@@ -197,7 +199,14 @@ def _judge_batch(
     reward_func: Callable[..., Any],
 ) -> list[Sample]:
     texts = sampler.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-    verdicts = _judge(reward_func, [rows[problem] for problem, _ in batch], texts, completion_ids)
+    own = [rows[problem] for problem, _ in batch]
+    completions = read_completions(
+        sampler.processing_class,
+        [row["prompt"] for row in own],
+        completion_ids,
+        lambda prompts: [sampler.encode(prompt) for prompt in prompts],
+    )
+    verdicts = _judge(reward_func, own, completions, completion_ids)
     ends = set(sampler.eos_ids)
     return [
         Sample(
@@ -215,13 +224,12 @@ def _judge_batch(
 
 
 def _judge(
-    reward_func: Callable[..., Any], rows: list[dict[str, Any]], texts: list[str], completion_ids: list[list[int]]
+    reward_func: Callable[..., Any],
+    rows: list[dict[str, Any]],
+    completions: list[Any],
+    completion_ids: list[list[int]],
 ) -> list[float | None]:
     """Call the verifier as TRL calls reward functions."""
-    completions = [
-        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, texts, strict=True)
-    ]
     arguments = reward_arguments(
         rows, completions, completion_ids, TrainerState(), log_extra=_ignore, log_metric=_ignore
     )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from datasets import IterableDataset
 from torch import nn
+from transformers import AutoTokenizer
 
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
@@ -20,9 +21,10 @@ from .errors import SGOPDConfigError
 from .models.sampling import check_generation_kwargs, own_settings
 from .run import Run
 from .teacher_sampling.callback import is_anchor_callback
+from .teachers.adapter import adapter_config, is_adapter
 from .teachers.build import check_given_models, default_reference
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
-from .trl_seam import get_config_model_id, has_adapters_inside
+from .trl_seam import create_model_from_path, get_config_model_id, has_adapters_inside
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,11 @@ def check_arguments(
             f"`args` must be an SGOPDConfig, got {type(args).__name__}. The gate and the anchor read their settings "
             "from it. Build SGOPDConfig with the same arguments; it takes all of GRPOConfig's."
         )
+    if args.remove_unused_columns:
+        raise SGOPDConfigError(
+            "`remove_unused_columns` must be False, got True. It leaves rows nothing but their prompt: the verifier's "
+            "`solution` and every other column would be gone. Leave it out."
+        )
     check_given_models(args, teacher_model, reference_model)
     kwargs: Any = args.generation_kwargs  # the configuration has read JSON text by now
     # A server compares the settings with its own names where it is bound.
@@ -116,6 +123,58 @@ def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> N
 
 
 # --- before anything changes the student -----------------------------------------------------------------------------
+def load_adapter_student(
+    model: Any, processing_class: Any, args: SGOPDConfig, peft_config: Any, quantization_config: Any
+) -> tuple[Any, Any]:
+    """Load a student given as the path of an adapter, what a LoRA run saves: its base, and the adapter to be trained.
+
+    TRL's own loading takes full models alone.
+
+    Returns:
+        Student and tokenizer as they are given, or those of the adapter; without a tokenizer of its own, TRL looks
+        for the base's.
+
+    Raises:
+        SGOPDConfigError: a second adapter is asked for, or the adapter does not name its base.
+    """
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no JSON text by now
+    revision = options.pop("revision", None)
+    if not isinstance(model, str) or not is_adapter(model, revision):
+        return model, processing_class
+    if peft_config is not None:
+        raise SGOPDConfigError(
+            f"`peft_config` must be left out where `model` is an adapter, got both (adapter {model!r}). That adapter "
+            "is what is trained on. Leave it out (`use_peft: false`), or merge the adapter into its base first "
+            "(`merge_and_unload` of PEFT)."
+        )
+    config = adapter_config(model, revision, role="student")
+    if config.base_model_name_or_path is None:
+        raise SGOPDConfigError(
+            f"`model` must name its base where it is an adapter, got none in that of {model!r}. Without it there is "
+            "nothing to load it into. Set base_model_name_or_path in its adapter_config.json, or give a merged model."
+        )
+    from peft import PeftModel
+
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    # Ranks hold a whole model each.
+    if args.world_size > 1:
+        options["device_map"] = None
+    base = create_model_from_path(config.base_model_name_or_path, revision=config.revision, **options)
+    student = PeftModel.from_pretrained(base, model, revision=revision, config=config, is_trainable=True)
+    return student, processing_class or _tokenizer_of_adapter(model, revision, args)
+
+
+def _tokenizer_of_adapter(path: str, revision: str | None, args: SGOPDConfig) -> Any:
+    options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        # Sides as TRL loads it.
+        return AutoTokenizer.from_pretrained(path, truncation_side="left", padding_side="left", **options)
+    except (OSError, ValueError):
+        return None
+
+
 def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_config: Any) -> Any:
     """Keep the student's initial state where the reference will need it, before anything changes the student.
 
@@ -259,14 +318,18 @@ def _warn_of_own_settings(args: Any, student: Any) -> None:
 
 
 def _warn_of_dropout(args: SGOPDConfig, student: Any) -> None:
-    """Dropout moves the student's log-probs at random, and with them the sign of a2 (Eq. 4)."""
+    """Dropout is on while the student writes, and moves its log-probs at random, with them the sign of a2 (Eq. 4)."""
     dropout = _largest_dropout(student)
-    if args.sign_gated_extrapolation and not args.disable_dropout and dropout:
-        logger.warning(
-            "The student has dropout of up to %.2g, and `sign_gated_extrapolation` is on: dropout changes the "
-            "student's log-probs at random, and with them the sign the gate looks at. Set disable_dropout=True.",
-            dropout,
-        )
+    if args.disable_dropout or not dropout:
+        return
+    gated = ", and with them the sign the gate looks at" if args.sign_gated_extrapolation else ""
+    logger.warning(
+        "The student has dropout of up to %.2g: in training it is on while rollouts are written, which then are not "
+        "those of the model that is scored and saved, and changes the student's log-probs at random%s. Set "
+        "disable_dropout=True.",
+        dropout,
+        gated,
+    )
 
 
 def _largest_dropout(model: Any) -> float:

@@ -58,7 +58,7 @@ from .models.forward import HeadRequest, scattered
 from .models.head import OutputHead
 from .objectives import Objective, Positions, Scores, build_objective
 from .prefetch import prefetched_scores
-from .preflight import check_arguments, check_run, default_config, prepare_student
+from .preflight import check_arguments, check_run, default_config, load_adapter_student, prepare_student
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
 from .run import inherits
@@ -71,7 +71,8 @@ from .teachers.fit import SharedVocabulary
 from .teachers.reference import Reference, evaluating
 from .teachers.routed import RoutedTeacher, drop_prefetched, teacher_batch, teacher_of
 from .token_weights import TokenFactors, TokenWeights
-from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, agree_on_calls, is_conversational
+from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, agree_on_calls
+from .verifiers.calls import read_completions
 from .verifiers.verdicts import RunVerifier
 
 
@@ -184,6 +185,7 @@ class SGOPDTrainer(GRPOSeam):
         check_arguments(
             args, teacher_model, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset
         )
+        model, processing_class = load_adapter_student(model, processing_class, args, peft_config, quantization_config)
         # Before the parent wraps the student or gives it adapters: the reference is its state as it is now.
         initial_student = prepare_student(model, args, reference_model, peft_config)
         self.metrics = TrainingMetrics()
@@ -626,10 +628,9 @@ class SGOPDTrainer(GRPOSeam):
 
     def judge(self, examples: list[dict], completion_ids: list[list[int]]) -> list[float | None]:
         """The verifier's verdicts on teacher completions."""
-        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        if is_conversational({"prompt": examples[0]["prompt"]}):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        return self.verifier.judge(examples, texts, completion_ids, self.state)
+        prompts = [example["prompt"] for example in examples]
+        completions = read_completions(self.tokenizer, prompts, completion_ids, self.tokenize_prompts)
+        return self.verifier.judge(examples, completions, completion_ids, self.state)
 
     def run_before_micro_batch(self, action: Callable[[], None]) -> None:
         """Run an action once, when the next training micro-batch and its generation batch are known."""

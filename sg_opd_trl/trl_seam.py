@@ -31,6 +31,7 @@ from trl.trainer.utils import (  # noqa: F401
     maybe_gather_lm_head_ctx,
 )
 
+from .data import flat_prompt, without_images
 from .models.forward import ForwardOutput, HeadRequest, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
@@ -257,6 +258,7 @@ class GRPOSeam(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._batch_in_loss = None
+        self._evaluated_as = "eval"
         super().__init__(*args, **kwargs)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
             self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))
@@ -458,6 +460,29 @@ class GRPOSeam(GRPOTrainer):
         # `score_for_trl` has a budget of its own.
         return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate; metrics of several sets are told apart by their names, `eval_NAME_reward`, as their losses are."""
+        before, self._evaluated_as = self._evaluated_as, metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluated_as = before
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with TRL's metrics of this window; TRL calls those of every evaluation set `eval_...`."""
+        evaluated = self._evaluated_as.removeprefix("eval_")
+        if self.mode == "eval" and evaluated != self._evaluated_as:
+            metrics = self._metrics["eval"]
+            for name in list(metrics):
+                metrics[f"{evaluated}_{name}"] = metrics.pop(name)
+        super().log(logs, start_time)
+
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        # Templates of text models take a content that is no string for empty, or render its source.
+        return super()._tokenize_prompts(prompts if self.is_multimodal else [flat_prompt(x) for x in prompts])
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         other = self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded
         # With tools TRL writes turn by turn.
@@ -488,6 +513,9 @@ class GRPOSeam(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        if not self.is_multimodal:
+            # TRL hands whatever stands in such a column to a vision model.
+            inputs = [without_images(example) for example in inputs]
         with self.making_rollouts(inputs):
             return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
 

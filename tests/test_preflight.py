@@ -38,6 +38,10 @@ def reward_model() -> Qwen3ForSequenceClassification:
     return Qwen3ForSequenceClassification(config)
 
 
+def chats(messages: list[dict]) -> Dataset:
+    return Dataset.from_dict({"prompt": [messages] * 4, "solution": ["2"] * 4})
+
+
 def needs_gold(completions: list, gold: list, **_: Any) -> list[float]:
     return [0.0 for _ in completions]
 
@@ -92,6 +96,42 @@ CASES: dict[str, tuple[dict, dict, type[Exception], list[str]]] = {
         {"train_dataset": Dataset.from_dict({"prompt": ["1+1=", " "], "solution": ["2", "2"]})},
         DataError,
         ["`prompt` must not be empty", "row 1", "Drop them"],
+    ),
+    "a prompt that ends with an answer": (
+        {},
+        {"train_dataset": chats([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "It is"}])},
+        DataError,
+        ["`prompt` must not end with an assistant's message", "row 0 of `train_dataset`", "move its text"],
+    ),
+    "an image in a prompt": (
+        {},
+        {"train_dataset": chats([{"role": "user", "content": [{"type": "image", "text": None}]}])},
+        DataError,
+        ["`prompt` must hold text alone", "'image'", "Drop such rows"],
+    ),
+    "empty text parts": (
+        {},
+        {"train_dataset": chats([{"role": "user", "content": [{"type": "text", "text": ""}]}])},
+        DataError,
+        ["`prompt` must not be empty", "row 0"],
+    ),
+    "a column of images": (
+        {},
+        {"train_dataset": tiny_data().add_column("image", [None, "a picture"] * 8)},
+        DataError,
+        ["'image' must be empty with a text-only student", "remove_columns('image')"],
+    ),
+    "columns removed": (
+        {"remove_unused_columns": True},
+        {},
+        SGOPDConfigError,
+        ["`remove_unused_columns` must be False", "`solution`", "Leave it out"],
+    ),
+    "stop strings": (
+        {"generation_kwargs": {"stop_strings": ["7"]}},
+        {},
+        SGOPDConfigError,
+        ["`generation_kwargs` must not set 'stop_strings'", "Set eos_token_id"],
     ),
     "empty evaluation set": (
         {},
@@ -277,17 +317,19 @@ def test_checkpoints_inside_a_generation_batch_are_warned_about(
         ({}, 0.25, True),
         ({}, 0.0, False),
         ({"disable_dropout": True}, 0.25, False),
-        ({"sign_gated_extrapolation": False}, 0.25, False),
+        ({"sign_gated_extrapolation": False}, 0.25, True),
+        ({"sign_gated_extrapolation": False}, 0.0, False),
     ],
     ids=str,
 )
-def test_dropout_under_the_gate_is_warned_about(
+def test_dropout_is_warned_about(
     tmp_path: Path, settings: dict, dropout: float, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Attention has no module for it: it is found in the configuration."""
     with caplog.at_level(logging.WARNING, logger="sg_opd_trl"):
         tiny_trainer(tmp_path, settings=OFF | settings, model=tiny_model(0, attention_dropout=dropout))
     assert ("The student has dropout of up to 0.25" in caplog.text) is warned
+    assert ("the sign the gate looks at" in caplog.text) is (warned and settings == {})
 
 
 UPDATES = [

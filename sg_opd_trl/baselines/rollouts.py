@@ -19,13 +19,15 @@ from ..files import write_atomically
 from ..models.generate import generate_completions
 from ..random_state import mixed_seed
 from ..teachers.local import fingerprint
+from ..verifiers.calls import read_completions
 from .teacher import TeacherUse, padding_ids
 
 logger = logging.getLogger(__name__)
 
 ROLLOUTS_FILE = "teacher_rollouts.jsonl"
 
-Judge = Callable[[list[dict], list[str], list[list[int]]], list[float | None]]
+Judge = Callable[[list[dict], list[Any], list[list[int]]], list[float | None]]
+"""`(rows, completions as reward functions get them, their ids) -> verdicts`."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def teacher_rollouts(
         teacher: model on this process's device.
         tokenizer: of the student.
         request: what is asked for.
-        judge: `(rows, texts, completion ids) -> verdicts`; None leaves rollouts unjudged.
+        judge: None leaves rollouts unjudged.
         path: file of the rollouts, read and written by the main process.
         args: training arguments.
 
@@ -195,8 +197,11 @@ def _judged(
     """Completions of the batch that begins at `start`, with their verdicts."""
     verdicts: Sequence[float | None] = [None] * len(ids)
     if judge is not None:
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        verdicts = judge(request.examples[start : start + len(ids)], texts, ids)
+        batch = slice(start, start + len(ids))
+        examples = request.examples[batch]
+        prompts = [example["prompt"] for example in examples]
+        completions = read_completions(tokenizer, prompts, ids, lambda _: request.prompt_ids[batch])
+        verdicts = judge(examples, completions, ids)
     return [Rollout(completion, verdict) for completion, verdict in zip(ids, verdicts, strict=True)]
 
 

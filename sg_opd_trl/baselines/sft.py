@@ -143,9 +143,7 @@ def _written(
 
 
 def _judge(verifier: RunVerifier) -> Judge:
-    def judge(examples: list[dict], texts: list[str], completion_ids: list[list[int]]) -> list[float | None]:
-        chat = not isinstance(examples[0]["prompt"], str)
-        completions: list = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    def judge(examples: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float | None]:
         return verifier.judge(examples, completions, completion_ids, TrainerState())
 
     return judge

@@ -17,6 +17,7 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 from ..errors import NonFiniteError
 from .batch import pad_rows
 from .internals import (
+    cache_argument,
     can_select_rows,
     give_room,
     select_rows,
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 OnEnded = Callable[[list[int], list[list[int]]], None]
 """`(numbers of rows that have just ended, their completions with the end token)`, called while others go on."""
+
+CACHE = cache_argument()
 
 #: Ended rows leave once they are this share of the batch: it copies the key-value cache of all the others.
 DROP_SHARE = 1 / 8
@@ -176,7 +179,7 @@ class _LiveRows:
         self.told = 0  # of the ended rows that are still here, those that `newly_ended` has returned
         self._told = self.ended.clone()  # (L,)
         self.inputs = inputs
-        self.cache: DynamicCache = inputs["past_key_values"]
+        self.cache: DynamicCache = inputs[CACHE]
         give_room(self.cache)
 
     def prefill(self, model: Any) -> Tensor:
@@ -316,7 +319,7 @@ _ROW_WISE = {
     generation.TypicalLogitsWarper,
 }
 #: Inputs of the model that the loop carries on from token to token.
-_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 def _check_support(
@@ -334,7 +337,7 @@ def _check_support(
         "several completions per row": config.num_return_sequences not in (None, 1),
         "more than token ids to return": bool(config.return_dict_in_generate),
         "prefill in chunks": config.prefill_chunk_size is not None,
-        "key-value cache": not can_select_rows(inputs.get("past_key_values")),
+        "key-value cache": not can_select_rows(inputs.get(CACHE)),
         f"options {[type(x).__name__ for x in options]}": bool(options),
         f"inputs {sorted(inputs.keys() - _INPUTS)}": bool(inputs.keys() - _INPUTS),
         "positions of several dimensions": positions is not None and positions.dim() != 2,

@@ -4,6 +4,7 @@
 there by name and not in a run. No other module but `trl_seam` reads a private name of transformers.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.generation import GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 _ROOM = 32  # tokens by which a key-value buffer grows at least
 
@@ -100,6 +101,15 @@ def _grown(old: Tensor | None, states: Tensor, room: int) -> Tensor:
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
+def cache_argument() -> str:
+    """What `generate` calls the key-value cache that it hands to a loop and to the model.
+
+    It is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
+    """
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def select_rows_of_processors(processors: LogitsProcessorList, kept: Tensor) -> None:
     """Have the processors of a batch go on with the given rows of it.
 

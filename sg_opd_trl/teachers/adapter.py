@@ -115,8 +115,13 @@ class AdapterTeacher(LocalTeacher):
                 yield model
 
 
-def adapter_config(path: str, revision: str | None = None) -> Any:
+def adapter_config(path: str, revision: str | None = None, *, role: str = "teacher") -> Any:
     """The adapter's PEFT configuration.
+
+    Args:
+        path: folder or Hub id of the adapter.
+        revision: branch, tag or commit of a Hub id.
+        role: what messages call its model.
 
     Raises:
         SGOPDConfigError: PEFT is not installed, or the adapter is a learned prompt.
@@ -125,13 +130,13 @@ def adapter_config(path: str, revision: str | None = None) -> Any:
         from peft import PeftConfig
     except ImportError as error:
         raise SGOPDConfigError(
-            f"An adapter as teacher must have PEFT installed, got {path!r} without it. It loads the adapter. Install "
+            f"An adapter as {role} must have PEFT installed, got {path!r} without it. It loads the adapter. Install "
             "`peft`, or give a merged model."
         ) from error
     config = PeftConfig.from_pretrained(path, revision=revision)
     if config.is_prompt_learning:
         raise SGOPDConfigError(
-            f"The teacher's adapter must change weights, got {config.peft_type.value} in {path!r}. Its virtual tokens "
+            f"The {role}'s adapter must change weights, got {config.peft_type.value} in {path!r}. Its virtual tokens "
             "would shift every score by their number. Give a LoRA adapter, or a full model."
         )
     return config

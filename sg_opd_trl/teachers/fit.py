@@ -13,7 +13,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
-from ..data import TEACHER_PROMPT, first_prompts
+from ..data import TEACHER_PROMPT, first_prompts, flat_prompt
 from ..errors import TeacherError
 from ..models.batch import TokenBatch
 from ..run import Run
@@ -140,7 +140,12 @@ def _render(tokenizer: Any, prompt: Any, tools: Any, template_kwargs: Mapping[st
     """Token ids, or what the template says against the prompt."""
     try:
         return tokenizer.apply_chat_template(
-            prompt, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+            flat_prompt(prompt),
+            tools=tools or None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **template_kwargs,
         )["input_ids"]
     except TemplateError as error:
         return f"the error {error}"

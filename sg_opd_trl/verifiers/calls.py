@@ -4,7 +4,40 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # TRL passes its own values under these names; a column of the data set with one of them never arrives.
+# Attributes of a tokenizer that say how to read a response, the newer one first.
+_RESPONSE_SCHEMAS = ("response_template", "response_schema")
 _NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
+
+
+def read_completions(
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    completion_ids: Sequence[list[int]],
+    render: Callable[[list], Sequence[list[int]]],
+) -> list[Any]:
+    """Completions as TRL hands the student's to reward functions, so that the same ids always get the same verdict.
+
+    Args:
+        tokenizer: of the student; one with a response schema reads an answer apart from the thinking before it.
+        prompts: what each completion answers, strings or chats.
+        completion_ids: token ids of each.
+        render: prompts -> token ids; only asked where a schema needs the words before the answer.
+
+    Returns:
+        Texts, or lists of one message where the prompts are chats.
+    """
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True) if completion_ids else []
+    messages = [{"role": "assistant", "content": text} for text in texts]
+    if messages and any(getattr(tokenizer, name, None) is not None for name in _RESPONSE_SCHEMAS):
+        from trl.chat_template_utils import parse_response
+
+        before = render(list(prompts))
+        messages = [
+            parse_response(tokenizer, ids, prefix=own) for own, ids in zip(before, completion_ids, strict=True)
+        ]
+    # A prompt that is a string is answered by one.
+    triples = zip(prompts, texts, messages, strict=True)
+    return [text if isinstance(prompt, str) else [message] for prompt, text, message in triples]
 
 
 def reward_arguments(

@@ -9,7 +9,9 @@ from sg_opd_trl.baselines.rollouts import ROLLOUTS_FILE, Rollout, RolloutFile, R
 def test_golds_that_were_edited_count_for_stored_rollouts(tmp_path: Path) -> None:
     file = RolloutFile(tmp_path / ROLLOUTS_FILE, "key", batch_size=2, total=5)
     file.replace([Rollout([number], 0.0) for number in range(5)])
-    request = RolloutRequest([[7]] * 5, [{"gold": number % 2} for number in range(5)], 4, 1.0, 1.0, 0, 2)
+    request = RolloutRequest(
+        [[7]] * 5, [{"prompt": "7", "gold": number % 2} for number in range(5)], 4, 1.0, 1.0, 0, 2
+    )
     tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [str(row[0]) for row in ids])
     asked = []
 

@@ -169,6 +169,28 @@ def test_generate_hands_its_preparations_to_a_loop_of_the_callers() -> None:
     assert {"next_sequence_length", "is_first_iteration"} <= prepared.keys()
 
 
+def test_generate_hands_the_cache_over_by_the_name_that_is_looked_for() -> None:
+    """Transformers 5.24 renamed it; by the other name our loop would find no cache and leave all to `generate`."""
+    seen: dict = {}
+
+    def loop(model: object, input_ids: torch.Tensor, **inputs: object) -> torch.Tensor:
+        seen.update(inputs)
+        return input_ids
+
+    model, name = tiny_model(0), internals.cache_argument()
+    model.generate(input_ids=torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False, custom_generate=loop)
+    assert isinstance(seen[name], DynamicCache)
+    assert name in inspect.signature(type(model).forward).parameters
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict = {}
+    exec(f"def prepare_inputs_for_generation(self, input_ids, {name}=None): pass", namespace)
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", namespace["prepare_inputs_for_generation"])
+    assert internals.cache_argument() == name
+
+
 # --- nobody else does ------------------------------------------------------------------------------------------------
 def private_names() -> set[str]:
     """Everything private of transformers' models, configurations, caches and `generate`."""

@@ -40,6 +40,7 @@ SIGNATURES = {
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "log": ["self", "logs", "start_time"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
 }
 OVERRIDABLE = set(dir(GRPOTrainer)) - set(dir(object))
 ATTRIBUTES = [

@@ -136,3 +136,24 @@ def test_the_seconds_of_an_evaluation_are_not_those_of_training(tmp_path: Path) 
     trainer.seconds["verify"] = 1.5
     trainer.evaluate()
     assert dict(trainer.seconds) == {"verify": 1.5}
+
+
+def test_evaluation_sets_have_metrics_of_their_own(tmp_path: Path) -> None:
+    """The verifier calls every prompt of `easy` right and every prompt of `hard` wrong."""
+
+    def verifier(prompts: list, completions: list, **_: Any) -> list[float]:
+        return [float("1234" in prompt[0]["content"]) for prompt in prompts]
+
+    data = tiny_data()
+    easy, hard = (data.filter(lambda row, x=x: ("1234" in row["prompt"][0]["content"]) is x) for x in (True, False))
+    settings = EVAL | {"per_device_eval_batch_size": 4, "eval_with_teacher": True, "teacher_sampling_enable": False}
+    both = {"easy": easy, "hard": hard}
+    trainer = tiny_trainer(tmp_path, settings=settings, reward_funcs=verifier, eval_dataset=both)
+    values = trainer.evaluate()
+    assert (values["eval_easy_reward"], values["eval_hard_reward"]) == (1.0, 0.0)
+    names = ("reward", "completions/mean_length", "teacher/kl_k1", "gate/neutral", "loss")
+    assert {f"eval_{kind}_{name}" for kind in both for name in names} <= values.keys()
+    assert "eval_reward" not in values
+    alone = trainer.evaluate(hard)
+    assert alone["eval_reward"] == 0.0
+    assert not [name for name in alone if "hard" in name]
