@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
+from trl.chat_template_utils import parse_response  # noqa: F401
 from trl.data_utils import is_conversational  # noqa: F401
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
