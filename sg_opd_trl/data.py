@@ -7,7 +7,10 @@ reward functions ask for by name; the built-in verifiers ask for `solution`, the
 
 import inspect
 import logging
+import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
@@ -34,6 +37,8 @@ PROVIDED_BY_TRAINER = frozenset(
 """Parameters of a reward function that TRL fills itself, so that no column has to."""
 _IMAGE_COLUMNS = ("image", "images")  # TRL's names
 
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+
 
 # --- rows -> `prompt` and `solution` ---------------------------------------------------------------------------------
 def prepare_dataset(
@@ -52,13 +57,14 @@ def prepare_dataset(
 
     Args:
         dataset: `datasets.Dataset` or `datasets.IterableDataset`, rows as they come from the Hub or a file.
-        question_column: text column that becomes the user's message. Without it there must be `prompt` already.
-        answer_column: column that becomes `solution`. Golds are kept as given, numbers become strings. Without it an
-            existing `solution` is used; without either, rows have no `solution`.
+        question_column: text column that becomes the user's message. Without it there must be `prompt` already. A
+            point leads into a column that holds dictionaries: `extra.question`. So it does for the other columns.
+        answer_column: column that becomes `solution`. Texts are kept as given, numbers become strings, a list of one
+            answer becomes that. Without it an existing `solution` is used; without either, rows have no `solution`.
         instruction: appended to the user's message on a new line, e.g. how to mark the final answer.
         system_prompt: first message of every chat that has no system message. `teacher_prompt`, where it exists,
             becomes a chat and gets the instruction and the system message as the prompt does.
-        difficulty_column: numeric column that `min_difficulty` refers to.
+        difficulty_column: column that `min_difficulty` refers to: numbers, or texts with one number ("Level 3").
         min_difficulty: rows below it, or without a value, are dropped.
         keep_columns: columns kept whatever their size, e.g. those that a reward function needs.
         name: how messages call this data set.
@@ -67,7 +73,8 @@ def prepare_dataset(
         The same type as given, with `prompt` and, where golds exist, `solution`.
 
     Raises:
-        DataError: a named column does not exist, or there is neither `prompt` nor `question_column`.
+        DataError: a named column does not exist, or there is neither `prompt` nor `question_column`; no row is left;
+            or a gold answer is a dictionary or several answers.
     """
     columns = column_names(dataset)
     question, answer = question_column or "prompt", answer_column or "solution"
@@ -76,16 +83,26 @@ def prepare_dataset(
     if min_difficulty is not None:
         _require_column(difficulty_column, "difficulty_column", columns, name)
         limit = float(min_difficulty)
+        before = dataset
         dataset = _filter(
-            dataset, lambda row: _at_least(row[difficulty_column], limit), name, f"difficulty < {limit:g}"
+            dataset, lambda row: _at_least(cell(row, difficulty_column), limit), name, f"difficulty < {limit:g}"
         )
+        _require_difficult_rows(before, dataset, difficulty_column, limit, name)
 
-    with_gold = answer in columns
+    with_gold = answer_column is not None or answer in columns
+    before = dataset
     dataset = _filter(
         dataset,
-        lambda row: not is_empty_prompt(row[question]) and not (with_gold and is_empty_gold(row[answer])),
+        lambda row: not is_empty_prompt(cell(row, question)) and not (with_gold and is_empty_gold(cell(row, answer))),
         name,
         "no prompt or no solution",
+    )
+    _require_rows(
+        before,
+        dataset,
+        name,
+        f"`{question}`{f' and `{answer}`' if with_gold else ''} must be filled",
+        "Every row lacks a prompt or a solution. Set question_column and answer_column to columns that have them.",
     )
     read = {question, answer} & set(columns)
     kept = {*keep_columns, TEACHER_ID, TEACHER_PROMPT}
@@ -98,11 +115,12 @@ def prepare_dataset(
 
     def value(column: str, given: Any) -> Any:
         if column == "solution":
-            return as_gold(given)
+            return as_gold(given, answer)
+        _require_prompt(given, sources[column], name)
         return as_prompt(given, instruction, system_prompt, always_chat=question_column is not None)
 
     def to_row(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {written[column]: value(column, row[source]) for column, source in sources.items()}
+        return {written[column]: value(column, cell(row, source)) for column, source in sources.items()}
 
     mapped = dataset.map(to_row, remove_columns=sorted(unused))
     return mapped.rename_columns({new: column for column, new in written.items()})
@@ -139,7 +157,16 @@ def filter_long_prompts(
             ids = processing_class(text=text, add_special_tokens=False)["input_ids"]
         return len(ids) <= max_prompt_tokens
 
-    return _filter(dataset, fits, name, f"prompt longer than {max_prompt_tokens} tokens")
+    kept = _filter(dataset, fits, name, f"prompt longer than {max_prompt_tokens} tokens")
+    _require_rows(
+        dataset,
+        kept,
+        name,
+        "`max_prompt_tokens` must leave rows",
+        "All prompts are longer. Raise it.",
+        got=max_prompt_tokens,
+    )
+    return kept
 
 
 def as_prompt(question: Any, instruction: str | None, system_prompt: str | None, always_chat: bool) -> Any:
@@ -174,16 +201,47 @@ def _with_instruction(content: Any, instruction: str) -> Any:
     return [*content, {"type": "text", "text": f"\n{instruction}"}]
 
 
-def as_gold(gold: Any) -> Any:
-    """The gold answer as it is given, numbers as text."""
-    return str(gold) if isinstance(gold, (int, float)) else gold
+def as_gold(gold: Any, column: str = "solution") -> Any:
+    """The gold answer as it is given, numbers as text; a list of one answer is that answer.
+
+    Raises:
+        DataError: a dictionary, or a list of several: which of them is the answer, or whether all are, nobody knows.
+    """
+    while isinstance(gold, (list, tuple)) and len(gold) == 1:
+        gold = gold[0]
+    if isinstance(gold, float) and math.isfinite(gold):
+        return f"{Decimal(repr(gold)):f}"  # not 1e-05, which no mathematician writes
+    if isinstance(gold, Mapping):
+        raise DataError(
+            f"`answer_column` must lead to one answer a row, got {dict(gold)!r} in `{column}`. Which of its entries "
+            f"is the answer is not known. Set it to one of {[f'{column}.{key}' for key in gold]}."
+        )
+    if isinstance(gold, (list, tuple)):
+        raise DataError(
+            f"`answer_column` must lead to one answer a row, got the list {list(gold)!r} in `{column}`. Whether each "
+            "is right or only all of them is not known. Write one text, such as '1, 2' for both."
+        )
+    return str(gold) if isinstance(gold, int) else gold
+
+
+def cell(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column; where there is none of that name, a point leads into one that holds dictionaries."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for key in column.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def is_empty_prompt(prompt: Any) -> bool:
     """Whether a prompt (string or chat) is missing or says nothing."""
     if isinstance(prompt, str):
         return not prompt.strip()
-    return not prompt or all(_is_empty_content(m.get("content")) for m in prompt if isinstance(m, Mapping))
+    if not isinstance(prompt, (list, tuple)):
+        return prompt is None  # what it is instead is told elsewhere
+    messages = [message for message in prompt if isinstance(message, Mapping)]
+    return not prompt or (bool(messages) and all(_is_empty_content(message.get("content")) for message in messages))
 
 
 def _is_empty_content(content: Any) -> bool:
@@ -243,12 +301,14 @@ def ends_with_an_answer(prompt: Any) -> bool:
 
 
 def is_empty_gold(gold: Any) -> bool:
-    """Whether a row has no gold answer."""
-    return gold is None or (isinstance(gold, str) and not gold.strip()) or gold == []
+    """Whether a row has no gold answer; a list has none where all its entries are none."""
+    if isinstance(gold, (list, tuple)):
+        return all(map(is_empty_gold, gold))
+    return gold is None or (isinstance(gold, str) and not gold.strip()) or gold != gold  # NaN is a missing number
 
 
 def _require_column(column: str | None, setting: str, columns: list[str], name: str) -> None:
-    if column is None or column in columns:
+    if column is None or column in columns or column.partition(".")[0] in columns:
         return
     raise DataError(
         f"`{setting}` must name a column of the {name}, got {column!r}; it has {columns}. Rows are built from it. Set "
@@ -265,8 +325,54 @@ def _filter(dataset: Any, keep: Callable[[Any], bool], name: str, reason: str) -
     return filtered
 
 
+def _require_rows(before: Any, after: Any, name: str, must: str, advice: str, *, got: Any = None) -> None:
+    """Refuse a filter that leaves nothing. What a stream has is not known before it is read."""
+    if is_stream(after) or len(after) > 0:
+        return
+    found = f"{got}, which leaves none of {len(before)}" if got is not None else f"none in {len(before)} rows"
+    raise DataError(f"{must}, got {found} in the {name}. {advice}")
+
+
+def _require_difficult_rows(before: Any, after: Any, column: str, limit: float, name: str) -> None:
+    if is_stream(after) or len(after) > 0:
+        return
+    numbers = [each for each in (_difficulty(cell(row, column)) for row in before) if each is not None]
+    if numbers:
+        _require_rows(
+            before,
+            after,
+            name,
+            "`min_difficulty` must leave rows",
+            f"The largest in `{column}` is {max(numbers):g}. Lower it.",
+            got=f"{limit:g}",
+        )
+    example = next((cell(row, column) for row in before), None)
+    raise DataError(
+        f"`difficulty_column` must lead to numbers, or texts with one number, got {example!r} in `{column}` of the "
+        f"{name}. `min_difficulty` is compared with them. Set it to another column, or leave min_difficulty out."
+    )
+
+
+def _require_prompt(value: Any, column: str, name: str) -> None:
+    chat = isinstance(value, (list, tuple)) and all(isinstance(message, Mapping) for message in value)
+    if value is not None and not isinstance(value, str) and not chat:
+        raise DataError(
+            f"`question_column` must lead to texts or chats, got {value!r} in `{column}` of the {name}. It becomes "
+            "the user's message. Set it to another column; a point leads into a dictionary."
+        )
+
+
 def _at_least(value: Any, limit: float) -> bool:
-    return value is not None and float(value) >= limit
+    number = _difficulty(value)
+    return number is not None and number >= limit
+
+
+def _difficulty(value: Any) -> float | None:
+    """A number, also from a text that has one ("Level 3"); None where there is none, or several."""
+    if not isinstance(value, str):
+        return None if value is None else float(value)
+    found = _NUMBER.findall(value)
+    return float(found[0]) if len(found) == 1 else None
 
 
 def _heavy_columns(dataset: Any, columns: list[str], kept: set[str], name: str) -> set[str]:

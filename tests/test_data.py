@@ -142,11 +142,83 @@ def test_streams_are_prepared_like_data_sets():
     assert len(streamed) == 2
 
 
+def level_rows(*levels):
+    return Dataset.from_dict({"problem": ["q"] * len(levels), "answer": ["1"] * len(levels), "level": list(levels)})
+
+
+def test_a_difficulty_may_be_a_text_with_one_number():
+    rows = level_rows("Level 3", "Level 5", "Level ?", None, "grades 3 to 5")
+    columns = {"question_column": "problem", "answer_column": "answer", "difficulty_column": "level"}
+    assert list(prepare_dataset(rows, **columns, min_difficulty=3)["level"]) == ["Level 3", "Level 5"]
+    assert list(prepare_dataset(rows, **columns, min_difficulty=4)["level"]) == ["Level 5"]
+    with pytest.raises(DataError, match=r"`min_difficulty` must leave rows, got 6.*largest in `level` is 5"):
+        prepare_dataset(rows, **columns, min_difficulty=6)
+    with pytest.raises(DataError, match=r"`difficulty_column` must lead to numbers.*'hard'.*`level`"):
+        prepare_dataset(level_rows("hard", "easy"), **columns, min_difficulty=6)
+
+
+def test_rows_that_are_all_without_a_prompt_or_a_solution_are_refused():
+    rows = Dataset.from_dict({"problem": ["q", ""], "answer": ["", "1"]})
+    with pytest.raises(DataError, match="`problem` and `answer` must be filled, got none in 2 rows"):
+        prepare_dataset(rows, question_column="problem", answer_column="answer")
+
+
+@pytest.mark.parametrize(
+    ("gold", "solution"),
+    [(["2"], "2"), ([["2"]], "2"), ([7], "7"), (1e-5, "0.00001"), (2.5, "2.5"), (1e22, "1" + 22 * "0"), (3, "3")],
+)
+def test_a_gold_is_one_text(gold, solution):
+    rows = Dataset.from_dict({"prompt": ["q"], "answer": [gold]})
+    assert prepare_dataset(rows, answer_column="answer")[0]["solution"] == solution
+
+
+@pytest.mark.parametrize(
+    ("gold", "named"),
+    [(["1", "2"], "the list .*'1', '2'"), ({"ground_truth": "2", "style": "r"}, "gold.ground_truth")],
+)
+def test_a_gold_that_is_several_things_is_refused(gold, named):
+    with pytest.raises(DataError, match=f"`answer_column` must lead to one answer.*{named}"):
+        prepare_dataset(Dataset.from_dict({"prompt": ["q"], "gold": [gold]}), answer_column="gold")
+
+
+@pytest.mark.parametrize("gold", [[], [""], [None], float("nan")])
+def test_a_gold_that_says_nothing_is_none(gold):
+    rows = Dataset.from_list([{"prompt": "q", "solution": gold}])
+    with pytest.raises(DataError, match="must be filled"):
+        prepare_dataset(rows)
+
+
+def test_a_point_leads_into_columns_of_dictionaries():
+    rows = Dataset.from_dict(
+        {"ask": [{"text": "q", "level": 1}, {"text": "r", "level": 9}], "reward_model": [{"ground_truth": "2"}] * 2}
+    )
+    prepared = prepare_dataset(
+        rows,
+        question_column="ask.text",
+        answer_column="reward_model.ground_truth",
+        difficulty_column="ask.level",
+        min_difficulty=5,
+    )
+    assert prepared[0]["prompt"] == chat("r")
+    assert prepared[0]["solution"] == "2"
+    with pytest.raises(DataError, match=r"`question_column`.*'nope\.text'"):
+        prepare_dataset(rows, question_column="nope.text")
+    with pytest.raises(DataError, match="must be filled"):
+        prepare_dataset(rows, question_column="ask.txt")
+
+
+@pytest.mark.parametrize("question", [{"text": "q"}, 3, ["q"]])
+def test_a_question_that_is_no_text_and_no_chat_is_refused(question):
+    with pytest.raises(DataError, match=r"`question_column` must lead to texts or chats.*`ask`"):
+        prepare_dataset(Dataset.from_dict({"ask": [question]}), question_column="ask")
+
+
 def test_long_prompts_are_dropped_with_template_and_generation_prompt_counted():
     # With the generation prompt ">" the chats have 4 and 5 tokens, the plain prompts 3 and 4.
     rows = Dataset.from_dict({"prompt": [chat("aaa"), chat("bbbb")]})
     assert list(filter_long_prompts(rows, Tokenizer(), 4)["prompt"]) == [chat("aaa")]
-    assert len(filter_long_prompts(rows, Tokenizer(), 4, chat_template_kwargs={"suffix": "!"})) == 0
+    with pytest.raises(DataError, match="`max_prompt_tokens` must leave rows, got 4, which leaves none of 2"):
+        filter_long_prompts(rows, Tokenizer(), 4, chat_template_kwargs={"suffix": "!"})
     plain = Dataset.from_dict({"prompt": ["aaa", "bbbb"]})
     assert list(filter_long_prompts(plain, Tokenizer(), 3)["prompt"]) == ["aaa"]
     with pytest.raises(DataError, match="max_prompt_tokens"):
