@@ -6,12 +6,16 @@ and `accelerate launch -m sg_opd_trl.cli` are the same program.
 
 import argparse
 import importlib
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+from .. import __version__
 from ..errors import SGOPDError
 
 COMMANDS = {
@@ -67,10 +71,33 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error, and more messages")
+    parser.add_argument("--version", action=_Version, help="show the versions of the package and its stack, and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
     return parser
+
+
+class _Version(argparse.Action):
+    """As argparse's own, but the stack is looked up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        sys.stdout.write(f"sg-opd {__version__} ({_stack()})\n")
+        parser.exit()
+
+
+def _stack() -> str:
+    """The libraries that a report of a problem should name; read from their metadata, none is imported."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def _pop_debug(argv: list[str]) -> tuple[list[str], bool]:

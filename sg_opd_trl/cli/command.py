@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import SGOPDConfigError, did_you_mean
+from .values import as_field
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -40,6 +41,21 @@ class CommandParser(argparse.ArgumentParser):
                 "lists all."
             )
         return namespace
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; words for nothing become None where that is the default, and texts are looked through."""
+        found, rest = super().parse_known_args(args, namespace)
+        self._read_texts(found)
+        return found, rest
+
+    def _read_texts(self, namespace: argparse.Namespace) -> None:
+        for name, value in vars(namespace).items():
+            if isinstance(value, str):
+                hint = str | None if self.get_default(name) is None else str
+                try:
+                    setattr(namespace, name, as_field(name, hint, value))
+                except ValueError as error:
+                    raise SGOPDConfigError(f"`{name}` in the command line {error}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Raises `SGOPDConfigError` instead of leaving the process."""

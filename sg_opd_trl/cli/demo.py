@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SGOPDConfigError
 from .command import CommandParser, say
 from .evaluate import cached_evaluation, results_table
+from .outside import explained
 from .parsing import TrainSettings, build_settings, read_command_line
 from .recipes import find_recipe
 
@@ -33,12 +34,19 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     Returns:
         0.
     """
-    started = time.perf_counter()
     settings = _settings(argv)
+    with explained(settings.named):
+        _run(settings)
+    return 0
+
+
+def _run(settings: TrainSettings) -> None:
+    started = time.perf_counter()
     from rich.console import Console
 
-    from .train import resolve_names, train
+    from .train import check_before_loading, resolve_names, train
 
+    check_before_loading(settings)
     console = Console()
     console.print("[bold]1/4[/bold] Built-in teacher, student and problems")
     resolve_names(settings)
@@ -58,7 +66,6 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     console.print(results_table(results, f"{before.num_problems} held-out problems, percent right"))
     elapsed = time.perf_counter() - started
     say(f"Student: {student}\nReport:  {student / 'report.html'}\nElapsed: {elapsed:.0f} s")
-    return 0
 
 
 def _settings(argv: Sequence[str]) -> TrainSettings:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import DataError, SGOPDConfigError
 from .command import CommandParser, say
+from .outside import check_file, check_vocabulary, concerning, explained
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +32,14 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         0.
     """
     options = _parser().parse(argv)
+    _check_options(options)
+    rows = _rows(options)
+    with explained(lambda: vars(options)):
+        _evaluate(options, rows)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, rows: Any) -> None:
     # Not before the flags are read: `--help` and a misspelt flag are answered at once.
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,12 +49,15 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     from ..tasks import resolve
     from .rewards import load_reward_funcs
 
-    rows = _rows(options)
     folder = resolve(options.model)
     loading = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    with concerning("model", options.model):
+        model = to_accelerator(AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, **loading))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **loading)
+    check_vocabulary("model", options.model, tokenizer)
     result = evaluate_model(
-        to_accelerator(AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, **loading)),
-        AutoTokenizer.from_pretrained(folder, **loading),
+        model,
+        tokenizer,
         rows,
         num_samples=options.num_samples,
         k=options.k,
@@ -63,7 +75,6 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     Console().print(results_table({options.model: result}, title))
     if options.output is not None:
         say(f"Result written to {result.save(Path(options.output))}")
-    return 0
 
 
 def check(argv: Sequence[str]) -> None:
@@ -76,15 +87,24 @@ def check(argv: Sequence[str]) -> None:
         SGOPDError, ValueError: what `run` would raise; a `ValueError` is what `datasets` says to an unknown
             configuration.
     """
+    options = _parser().parse(argv)
+    _check_options(options)
+    _rows(options)
+
+
+def _check_options(options: argparse.Namespace) -> None:
     from ..evaluation import pass_at_k
     from ..evaluation_sampling import Decoding
     from .rewards import load_reward_funcs
 
-    options = _parser().parse(argv)
+    # The bootstrap takes the seed after everything is sampled, and the files are written last of all.
+    if options.seed < 0:
+        raise SGOPDConfigError(f"`seed` must be at least 0, got {options.seed}. It seeds sampling. Set it to 0.")
+    for name in ("output", "samples_path"):
+        check_file(name, getattr(options, name))
     pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
     Decoding(options.temperature, options.top_p, options.max_new_tokens, options.batch_size, options.seed)
     load_reward_funcs([options.reward_func])
-    _rows(options)
 
 
 def cached_evaluation(model: str, rows: Any, cache: Path, dataset_name: str, **settings: Any) -> "EvaluationResult":
@@ -175,9 +195,12 @@ def _parser() -> CommandParser:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
 
 

@@ -1,5 +1,6 @@
 """`sg-opd train` under accelerate's launcher."""
 
+import argparse
 import importlib.resources
 import logging
 import os
@@ -59,7 +60,12 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = [*launch_words(command), "-m", "sg_opd_trl.cli", *(["--debug"] if debug else []), name, *words_after]
-    arguments = launch_command_parser().parse_args(words)
+    parser = launch_command_parser()
+    parser.exit_on_error = False  # its own way is to print its usage and leave
+    try:
+        arguments = parser.parse_args(words)
+    except argparse.ArgumentError as error:
+        raise SGOPDConfigError(f"The keys for accelerate are not valid: {error}. Correct the value.") from error
     expected = arguments.num_processes or _configured_processes(arguments.config_file)
     os.environ[EXPECTED_PROCESSES] = str(expected or "")
     try:

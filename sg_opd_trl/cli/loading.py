@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import filter_long_prompts, is_stream, prepare_dataset, required_columns
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, SGOPDConfigError, did_you_mean
 from ..tasks import resolve
+from .outside import concerning, missing
 
 if TYPE_CHECKING:
     from .parsing import TrainSettings
@@ -29,22 +30,32 @@ def load_splits(name: str, config: str | None = None, *, streaming: bool = False
     Raises:
         DataError: no such data set.
     """
+    path = Path(resolve(name))
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"`dataset_name` must hold rows, got {name!r}, an empty file. Set it to another file.")
+    try:
+        with concerning("dataset_name", name):
+            return _load(path, config, streaming)
+    except SGOPDConfigError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, ConnectionError)):
+            raise
+        seen = missing(name).rstrip(".") or error.__cause__
+        raise DataError(
+            f"`dataset_name` must be a built-in name, a file, a folder or a Hub id, got {name!r}: {seen}. "
+            "Nothing can be read there. Check the name and the connection."
+        ) from error
+
+
+def _load(path: Path, config: str | None, streaming: bool) -> Any:
     import datasets
 
-    path = Path(resolve(name))
-    try:
-        if path.suffix in FILE_FORMATS and path.is_file():
-            return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming)
-        # What `save_to_disk` wrote has a loader of its own: `load_dataset` does not find its splits.
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-            return saved if isinstance(saved, dict) else datasets.DatasetDict({"train": saved})
-        return datasets.load_dataset(str(path), name=config, streaming=streaming)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise DataError(
-            f"`dataset_name` must be a built-in name, a file, a folder or a Hub id, got {name!r}: {error}. Nothing "
-            "can be read there. Check the name and the connection."
-        ) from error
+    if path.suffix in FILE_FORMATS and path.is_file():
+        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming)
+    # What `save_to_disk` wrote has a loader of its own: `load_dataset` does not find its splits.
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        return saved if isinstance(saved, dict) else datasets.DatasetDict({"train": saved})
+    return datasets.load_dataset(str(path), name=config, streaming=streaming)
 
 
 def pick_split(splits: Any, split: str, setting: str) -> Any:

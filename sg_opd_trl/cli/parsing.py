@@ -1,20 +1,45 @@
 """Recipe and flags -> typed settings. Every key is known to the run, or to accelerate, or an error."""
 
-from collections.abc import Iterable, Mapping
+import argparse
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..errors import SGOPDConfigError, SGOPDError, did_you_mean
+from ..setting import Rule, declared, defaults_of
+from .foreign_keys import advice_for
 from .methods import METHODS
 from .recipes import apply_env, load_recipe
+from .values import as_field, as_launch_word
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
 
     from .arguments import RunParser, SGOPDScriptArguments
 
+_BOUNDS: Mapping[str, Rule] = {
+    "learning_rate": Rule(at_least=0, why="It is how far a step goes."),
+    "weight_decay": Rule(at_least=0, why="It pulls weights towards zero."),
+    "adam_beta1": Rule(at_least=0, below=1, why="It is a decaying mean's share."),
+    "adam_beta2": Rule(at_least=0, below=1, why="It is a decaying mean's share."),
+    "adam_epsilon": Rule(at_least=0, why="It keeps a division finite."),
+    "max_grad_norm": Rule(at_least=0, why="It is the longest gradient; 0 leaves gradients alone."),
+    "num_train_epochs": Rule(above=0, why="It is how often the data are gone through."),
+    "per_device_train_batch_size": Rule(at_least=1, why="It is a count."),
+    "per_device_eval_batch_size": Rule(at_least=1, why="It is a count."),
+    "gradient_accumulation_steps": Rule(at_least=1, why="It is a count."),
+    "max_completion_length": Rule(at_least=1, why="It is a count of tokens."),
+    "logging_steps": Rule(above=0, why="It is a count of steps, or a share of them."),
+    "save_steps": Rule(above=0, why="It is a count of steps, or a share of them."),
+    "save_total_limit": Rule(at_least=1, why="It is a count of checkpoints."),
+    "dataloader_num_workers": Rule(at_least=0, why="It is a count of processes."),
+    "seed": Rule(at_least=0, below=2**32, why="It seeds NumPy too, which takes no other numbers."),
+    "lora_r": Rule(at_least=1, why="It is a rank."),
+    "lora_alpha": Rule(above=0, why="It scales the adapter."),
+    "lora_dropout": Rule(at_least=0, below=1, why="It is a probability."),
+}
 ACCELERATE_CONFIG = "accelerate_config"
 
 
@@ -67,6 +92,15 @@ class TrainSettings:
             )
         return self.model.model_name_or_path
 
+    def named(self) -> dict[str, Any]:
+        """All settings by name, as they are now: built-in names become folders during a run."""
+        return {name: value for part in self.parts for name, value in vars(part).items()}
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The configurations that hold them."""
+        return self.model, self.script, self.training
+
 
 def read_command_line(argv: Iterable[str]) -> CommandLine:
     """Read the recipe, and sort every key of it and every flag into the run's and accelerate's.
@@ -90,8 +124,9 @@ def read_command_line(argv: Iterable[str]) -> CommandLine:
 
     unknown = [key for key in recipe if key not in own and key not in accelerate]
     if unknown:
-        raise SGOPDConfigError(_unknown(unknown[0], f"recipe {config}", method, own | accelerate.keys()))
-    _check_values(recipe, run_dataclasses(method), parser, f"recipe {config}")
+        # All at once: somebody who brings a recipe from elsewhere has several.
+        raise SGOPDConfigError(_unknown(unknown, f"recipe {config}", method, own | accelerate.keys()))
+    recipe = _values(recipe, method, parser, f"recipe {config}")
     # What the run's parser does not know must be accelerate's: no word is passed on unseen.
     _, left_over = parser.parse_known_args(words)
     launch_flags = _launch_flags(left_over, method, own | accelerate.keys())
@@ -126,17 +161,46 @@ def build_settings(command: CommandLine) -> TrainSettings:
         raise
     except (TypeError, ValueError) as error:
         where = f" (recipe {command.config})" if command.config else ""
-        raise SGOPDConfigError(f"The settings{where} are not valid: {error}") from error
+        owners = _owners(parser, command, str(error))
+        raise SGOPDConfigError(f"The settings{where} are not valid: {owners}{error}") from error
     settings = TrainSettings(*built)
+    _check_numbers(settings)
     check_prompt_room(settings.training, settings.script.max_prompt_tokens, "`max_prompt_tokens`")
     return settings
 
 
+def _owners(parser: "RunParser", command: CommandLine, text: str) -> str:
+    """`` `name`: `` of the settings with the value that an enumeration refuses, which says its own name only."""
+    refused = re.match(r"'?(.+?)'? is not a valid ", text)
+    if refused is None:
+        return ""
+    found, _ = parser.parse_known_args(command.flags)
+    names = [f"`{name}`" for name, value in vars(found).items() if value == refused.group(1)]
+    return f"{' and '.join(names)}: " if names else ""
+
+
+def _check_numbers(settings: TrainSettings) -> None:
+    """Bounds of numbers that the libraries leave unchecked, or check after the models are loaded.
+
+    Raises:
+        SGOPDConfigError: lists all that are out of bounds.
+    """
+    named = settings.named()
+    usual = {name: value for part in settings.parts for name, value in defaults_of(type(part)).items()}
+    present = [
+        (name, rule, named[name]) for name, rule in _BOUNDS.items() if isinstance(named.get(name), (int, float))
+    ]
+    problems = [rule.problem(name, value, usual[name]) for name, rule, value in present]
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise SGOPDConfigError("\n".join(found))
+
+
 def make_parser(method: str) -> "RunParser":
-    """TRL's parser over the fields of one method, abbreviations off: `--max_step` is not `--max_steps`."""
+    """TRL's parser over the fields of one method."""
     from .arguments import RunParser
 
-    return RunParser(run_dataclasses(method), prog="sg-opd train", allow_abbrev=False)
+    return RunParser(run_dataclasses(method), method, field_types(method), own_words(method))
 
 
 def run_dataclasses(method: str) -> tuple[Any, ...]:
@@ -151,6 +215,16 @@ def run_dataclasses(method: str) -> tuple[Any, ...]:
 def own_names(method: str) -> set[str]:
     """Names of all fields a run of this method has."""
     return {field.name for kind in run_dataclasses(method) for field in fields(kind) if field.init}
+
+
+def field_types(method: str) -> dict[str, Any]:
+    """The types of all fields that a run of this method has."""
+    return {name: hint for kind in run_dataclasses(method) for name, hint in get_type_hints(kind).items()}
+
+
+def own_words(method: str) -> dict[str, Sequence[str]]:
+    """The words of settings that declare their choices, of which 'none' may be one."""
+    return {name: each.rule.choices for name, each in declared(METHODS[method].config_class).items()}
 
 
 def accelerate_defaults() -> dict[str, Any]:
@@ -198,13 +272,21 @@ def _method(words: list[str], recipe: Mapping[str, Any]) -> str:
     return method
 
 
-def _unknown(name: str, where: str, method: str, known: Iterable[str]) -> str:
+def _unknown(names: Sequence[str], where: str, method: str, known: Iterable[str]) -> str:
+    known = set(known)
+    lines = [_unknown_key(name, where, method, known) for name in names]
+    return "\n".join([*lines, "`sg-opd train --help_all` lists all fields."]) if lines else ""
+
+
+def _unknown_key(name: str, where: str, method: str, known: Collection[str]) -> str:
+    name = name.replace("-", "_")
     if method != "sg_opd" and name in own_names("sg_opd"):
         return (
             f"`{name}` in {where} must not be set with `method: {method}`. It is a setting of SG-OPD and would have "
             f"no effect.{did_you_mean(name, known)} Remove it, or set `method: sg_opd`."
         )
-    return f"Unknown key `{name}` in {where}.{did_you_mean(name, known)} `sg-opd train --help` lists all fields."
+    advice = advice_for(name, known)
+    return f"Unknown key `{name}` in {where}.{f' {advice}' if advice else did_you_mean(name, known)}"
 
 
 def _launch_flags(left_over: list[str], method: str, known: Iterable[str]) -> list[str]:
@@ -217,10 +299,18 @@ def _launch_flags(left_over: list[str], method: str, known: Iterable[str]) -> li
 
     rest, _ = pop_option(left_over, ACCELERATE_CONFIG)
     # The script comes first in `parse_known_args`, because accelerate takes all words after it as the script's own.
-    namespace, unknown = launch_command_parser().parse_known_args([*rest, "-m", "script"])
+    launcher = launch_command_parser()
+    launcher.exit_on_error = False  # its own way is to print its usage and leave
+    try:
+        namespace, unknown = launcher.parse_known_args([*rest, "-m", "script"])
+    except argparse.ArgumentError as error:
+        raise SGOPDConfigError(f"The command line is not valid: {error}. Correct the value.") from error
     if unknown or namespace.training_script != "script":
-        word = unknown[0] if unknown else str(namespace.training_script)
-        raise SGOPDConfigError(_unknown(word.lstrip("-").partition("=")[0], "the command line", method, known))
+        # All flags at once; the launcher stops at the first word that it cannot place.
+        flags = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("--")]
+        strange = [flag for flag in dict.fromkeys(flags) if flag.replace("-", "_") not in known]
+        names = strange or [str((unknown or [namespace.training_script])[0]).lstrip("-").partition("=")[0]]
+        raise SGOPDConfigError(_unknown(names, "the command line", method, known))
     return left_over
 
 
@@ -236,67 +326,45 @@ def _without(words: list[str], taken: list[str]) -> list[str]:
     return kept
 
 
-def _check_values(recipe: Mapping[str, Any], kinds: Iterable[type], parser: "RunParser", where: str) -> None:
-    """Refuse values that the flag of the same name would refuse; keys that no dataclass has are passed over.
+def _values(recipe: Mapping[str, Any], method: str, parser: "RunParser", where: str) -> dict[str, Any]:
+    """A recipe's values as their fields hold them; all that do not fit are told at once.
 
-    TRL's parser converts strings and takes everything else as it comes: `max_steps: "ten"` would fail, but
+    TRL's parser converts texts and takes everything else as it comes: `max_steps: "ten"` would fail, but
     `max_steps: [10]` only somewhere in the trainer.
 
     Args:
         recipe: settings as the YAML file has them.
-        kinds: dataclasses of the run.
-        parser: of the same dataclasses.
+        method: of the run.
+        parser: of its dataclasses.
         where: the recipe, for messages.
 
     Raises:
         SGOPDConfigError: a value of another type, or outside the choices of a field, or an unknown key of `datasets`.
     """
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    hints, words = field_types(method), own_words(method)
+    found, problems = {}, []
     for key, value in recipe.items():
-        if key not in hints:
-            continue
-        if isinstance(value, str):
-            _check_word(parser, key, value, where)
-        elif not _accepts(hints[key], value):
-            raise SGOPDConfigError(
-                f"`{key}` in {where} must be {_describe(hints[key])}, got {value!r} ({type(value).__name__}). It is "
-                "the type of the field. Change the value."
-            )
-    _check_mixture(recipe.get("datasets"), where)
+        try:
+            if key in hints:
+                found[key] = as_field(key, hints[key], value, words.get(key, ()))
+                if isinstance(found[key], str):
+                    _check_word(parser, key, found[key])
+            else:
+                found[key] = as_launch_word(key, value)
+        except ValueError as error:
+            problems.append(f"`{key}` in {where} {str(error).removesuffix('.')}.")
+    if problems:
+        raise SGOPDConfigError("\n".join(problems))
+    _check_mixture(found.get("datasets"), where)
+    return found
 
 
-def _check_word(parser: "RunParser", key: str, value: str, where: str) -> None:
-    """Strings are what flags are made of: the parser's own conversion and choices decide."""
+def _check_word(parser: "RunParser", key: str, value: str) -> None:
+    """Texts are what flags are made of: the parser's own conversion and choices decide."""
     try:
         parser.parse_known_args([f"--{key}={value}"])
     except SGOPDConfigError as error:
-        raise SGOPDConfigError(f"`{key}` in {where} must be a valid value, got {value!r}. {error}") from error
-
-
-def _accepts(hint: Any, value: Any) -> bool:
-    origin = get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        parts = get_args(hint)
-        if any((get_origin(part) or part) in (dict, list) for part in parts):
-            # Here a string is JSON, another spelling of the container, which the parser has looked at already.
-            parts = tuple(part for part in parts if part is not str)
-        return any(_accepts(part, value) for part in parts)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, (str, int, float))  # a run may be called 2026
-    kind = origin or hint
-    return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def _describe(hint: Any) -> str:
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    names = ["null" if part is type(None) else str(getattr(part, "__name__", part)) for part in parts]
-    return " or ".join(names)
+        raise ValueError(f"must be a valid value, got {value!r}. {error}") from error
 
 
 def _check_mixture(mixture: Any, where: str) -> None:

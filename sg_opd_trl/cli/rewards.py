@@ -39,11 +39,18 @@ def _load(name: str) -> Callable[..., Any]:
     elif os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # at the end: a file here must not stand in for an installed package
     try:
-        reward_func = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        reward_func = getattr(module, attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise SGOPDConfigError(
             f"`reward_funcs` must be importable, got {name!r}: {error}. It is looked up on the Python path and in the "
             "current folder. Check the spelling, or start from the folder that holds the module."
+        ) from error
+    except Exception as error:
+        # Whatever a user's own module does while it is imported.
+        raise SGOPDConfigError(
+            f"`reward_funcs` must be importable, got {name!r}: importing {module_name} ends in "
+            f"{type(error).__name__}: {error}. Mend the module."
         ) from error
     if not callable(reward_func):
         raise SGOPDConfigError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SGOPDConfigError, did_you_mean
 from .command import CommandParser
+from .outside import check_folder
 from .recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     plan = _read_plan(Path(options.study), options.output_dir, options.only or [])
+    check_folder("output_dir", plan.study.output_dir)
     if options.dry_run:
         _list_jobs(plan, options.jobs, console)
         return 0

@@ -9,6 +9,7 @@ from ..errors import SGOPDConfigError
 from ..teacher_sampling.stored.store import is_hub_id, push_store
 from .command import CommandParser, say
 from .launching import check_world_size, launch, wants_launch
+from .outside import check_folder, explained
 from .parsing import TrainSettings, build_settings, read_command_line
 
 NAME = "teacher-rollouts"
@@ -40,7 +41,8 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         return launch(command, [*words, *command.flags], debug=debug, name=NAME)
     settings = build_settings(command)
     check_world_size(settings.training.world_size)
-    generate(settings, options)
+    with explained(settings.named):
+        generate(settings, options)
     return 0
 
 
@@ -54,6 +56,7 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
 
     _check(settings.training, options)
     folder = store_folder(settings, options)
+    check_folder("teacher_rollouts_path" if options.output is None else "output", folder)
     trainer = _trainer(settings, folder)
     wanted = planned_rollouts(trainer, options.train_processes)
     if not wanted:

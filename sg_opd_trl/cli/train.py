@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import SGOPDConfigError, did_you_mean
 from .command import say
 from .launching import check_world_size, launch, wants_launch
 from .methods import METHODS
+from .outside import check_folder, check_vocabulary, concerning, explained
 from .parsing import TrainSettings, build_settings, read_command_line
 from .rewards import load_reward_funcs
 
@@ -32,7 +34,8 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         return launch(command, [*config, *command.flags], debug=debug)
     settings = build_settings(command)
     check_world_size(settings.training.world_size)
-    train(settings)
+    with explained(settings.named):
+        train(settings)
     return 0
 
 
@@ -48,8 +51,10 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     """
     from .cost import RunCost, describe_cost
 
+    check_before_loading(settings)
     dataset_name = settings.script.dataset_name  # before it becomes a folder of this machine: the card names it
     resolve_names(settings)
+    check_tokenizers(settings)
     reward_funcs = load_reward_funcs(settings.script.reward_funcs)
     with settings.training.main_process_first(desc="data set"):
         train_dataset, eval_dataset = load_data(settings, reward_funcs)
@@ -70,6 +75,50 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
         _push(trainer, settings, dataset_name)
     trainer.end()
     return settings.output_dir
+
+
+def check_before_loading(settings: TrainSettings) -> None:
+    """Refuse what only shows after minutes otherwise: a folder that cannot be written, trackers, names for the Hub.
+
+    Raises:
+        SGOPDConfigError: names the setting.
+    """
+    check_folder("output_dir", settings.output_dir)
+    check_trackers(settings.training.report_to)
+    training = settings.training
+    if training.push_to_hub and training.hub_model_id is not None:
+        from huggingface_hub.utils import validate_repo_id
+
+        with concerning("hub_model_id", training.hub_model_id):
+            validate_repo_id(training.hub_model_id)
+    checkpoint = training.resume_from_checkpoint
+    if isinstance(checkpoint, str) and checkpoint.lower() not in ("true", "false") and not Path(checkpoint).is_dir():
+        raise SGOPDConfigError(
+            f"`resume_from_checkpoint` must be true or the folder of a checkpoint, got {checkpoint!r}. There is no "
+            "such folder. Correct it, or leave it out."
+        )
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed.
+
+    Raises:
+        SGOPDConfigError: names them.
+    """
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    known, installed = list(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise SGOPDConfigError(
+                f"`report_to` must be none, all, or of {known}, got {name!r}. No other tracker is known."
+                f"{did_you_mean(name, known)}"
+            )
+        if name not in installed:
+            raise SGOPDConfigError(
+                f"`report_to` must name an installed tracker, got {name!r}. Its package is missing. Install it, or "
+                f"set it to one of {['none', *sorted(installed)]}."
+            )
 
 
 def resolve_names(settings: TrainSettings) -> None:
@@ -93,6 +142,28 @@ def resolve_names(settings: TrainSettings) -> None:
                 setattr(owner, name, resolve(value))
 
 
+def check_tokenizers(settings: TrainSettings) -> None:
+    """Refuse model folders without a tokenizer: transformers makes an empty one up, with which nothing is read.
+
+    Raises:
+        SGOPDConfigError: names the setting and the folder.
+    """
+    from transformers import AutoTokenizer
+
+    named = settings.named()
+    for setting in ("model_name_or_path", "teacher_model_name_or_path", "reference_model_name_or_path"):
+        value = named.get(setting)
+        for name in value.values() if isinstance(value, dict) else [value]:
+            # What is on the Hub is whole; an adapter may leave the tokenizer to its base.
+            if not isinstance(name, str) or not (Path(name) / "config.json").is_file():
+                continue
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.training.trust_remote_code)
+            except (OSError, ValueError):
+                continue  # said where the model is loaded
+            check_vocabulary(setting, name, tokenizer)
+
+
 def load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]]) -> tuple[Any, Any]:
     """Training rows, and evaluation rows or None, see `load_training_data`."""
     from .loading import load_training_data
@@ -101,11 +172,12 @@ def load_data(settings: TrainSettings, reward_funcs: Sequence[Callable[..., Any]
     if settings.script.max_prompt_tokens is not None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.student,
-            revision=settings.model.model_revision,
-            trust_remote_code=settings.training.trust_remote_code,
-        )
+        with concerning("model_name_or_path", settings.student):
+            tokenizer = AutoTokenizer.from_pretrained(
+                settings.student,
+                revision=settings.model.model_revision,
+                trust_remote_code=settings.training.trust_remote_code,
+            )
     return load_training_data(settings, reward_funcs, tokenizer)
 
 

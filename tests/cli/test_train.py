@@ -142,7 +142,8 @@ def test_evaluation_rows_are_limited_and_prompts_filtered(tiny, tiny_recipe):
     assert (len(train), len(test)) == (12, 3)
     tokenizer = AutoTokenizer.from_pretrained(tiny.student)
     run.script.max_prompt_tokens = 1
-    assert len(load_training_data(run, [math_reward], tokenizer)[0]) == 0
+    with pytest.raises(DataError, match="`max_prompt_tokens` must leave rows"):
+        load_training_data(run, [math_reward], tokenizer)
 
 
 def test_data_sets_are_loaded_from_files_folders_and_saved_data_sets(tiny, tmp_path):

@@ -1,0 +1,283 @@
+"""Errors from outside the package, told as its own are: the setting, what was found, the way out.
+
+Models, data, the Hub, disks and trackers fail in other libraries, each in its own words. There is one place that puts
+them into ours: `explained` around a command's work. It finds the setting in three ways, in this order:
+
+1. `concerning` around the one call that reads a setting says which it is;
+2. a library that was loading something knows what: the value is looked up among the settings;
+3. a few errors are known by their text (`_KNOWN`), and some of them so well that this goes first (`_TELLING`).
+
+What none of these knows is a mistake of a program, and keeps its traceback. With `--debug` everything does.
+"""
+
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import SGOPDConfigError, SGOPDError
+
+# Locals of other libraries' functions that hold what is being loaded.
+_LOADED = ("pretrained_model_name_or_path", "path_or_repo_id", "pretrained_model_path", "model_id", "model_path")
+
+# What an error says -> the setting it is about, whatever was being loaded.
+_TELLING: tuple[tuple[str, str], ...] = (
+    (r"[Tt]arget modules .* not found", "lora_target_modules"),
+    (r"No space left on device|StorageFull|PytorchStreamWriter failed|disk quota", "output_dir"),
+    (r"out of memory|OutOfMemoryError|can't allocate memory", "per_device_train_batch_size"),
+    (r"Flash ?Attention|flash_attn|attn_implementation", "attn_implementation"),
+    (r"No valid checkpoint", "resume_from_checkpoint"),
+    (r"RevisionNotFound|is not a valid git identifier", "model_revision"),
+)
+# The same where nothing is known to have been loaded.
+_KNOWN: tuple[tuple[str, str], ...] = (
+    (r"bf16|bfloat16", "bf16"),
+    (r"bitsandbytes", "load_in_4bit"),
+    (r"vllm", "use_vllm"),
+    (r"[Dd]eep[Ss]peed", "accelerate_config"),
+    (r"PEFT|peft", "use_peft"),
+    (r"wandb|trackio|tensorboard|mlflow|comet|swanlab|clearml|neptune", "report_to"),
+    (r"repo id|repo_id|whoami|hf auth login|create_repo|/api/repos", "hub_model_id"),
+)
+
+# What an error says -> the reason in plain words, and the way out. "" leaves the reason to the error.
+_WAYS_OUT: tuple[tuple[str, str, str], ...] = (
+    (r"No space left on device|StorageFull|disk quota", "The disk is full.", "Make room, or set another folder."),
+    (r"PytorchStreamWriter failed", "It could not be written to the end.", "Make room, or set another folder."),
+    (r"PermissionError|Permission denied", "It may not be read or written here.", "Change its rights or the path."),
+    (r"Read-only file system", "Nothing can be written there.", "Set another folder."),
+    (
+        r"[Oo]ffline|outgoing traffic has been disabled|LocalEntryNotFound|requested files in the disk",
+        "It is no folder here, nor among the files that the Hub left on this machine, and the Hub is not asked "
+        "(HF_HUB_OFFLINE) or does not answer.",
+        "Correct the name, download it first with `hf download`, or give a folder.",
+    ),
+    (
+        r"GatedRepo|gated repo|401 Client|RepositoryNotFound|not a valid model identifier|is not a local folder",
+        "There is no such folder, and no such model on the Hub that you may read.",
+        "Correct the name; for a private or gated one log in with `hf auth login`.",
+    ),
+    (
+        r"We couldn't connect|Connection|Max retries|timed? ?out|[Tt]emporary failure in name resolution",
+        "The Hub does not answer.",
+        "Look at the connection, or give a folder.",
+    ),
+    (r"RevisionNotFound|is not a valid git identifier", "It has no such revision.", "Correct the revision."),
+    (r"trust_remote_code", "Its repository brings code.", "Pass --trust_remote_code true if you trust it."),
+    (r"no file named|does not appear to have a file named|config\.json", "", "Give a folder with a whole model."),
+    (r"corresponds to no data|EmptyDataset|No \(supported\) data files", "It has no rows.", "Set it to another."),
+    (r"DatasetGeneration|ArrowInvalid|JSON parse|CastError", "A file of it is broken.", "Mend the file."),
+    (r"BuilderConfig", "It has no such configuration.", "Set dataset_config to one of these."),
+    (
+        r"SafetensorError|safetensors|UnpicklingError|PytorchStreamReader|incomplete metadata|deserializing",
+        "A file of weights is broken or cut off.",
+        "Copy or download it again.",
+    ),
+    (r"JSONDecodeError|not a valid JSON|Expecting ", "A file of it is no valid JSON.", "Copy or download it again."),
+    (r"Unrecognized model|model type|not recognize this architecture", "", "Choose another, or update transformers."),
+    (r"[Tt]okenizer|vocab", "Its tokenizer cannot be read.", "Save the tokenizer beside the model."),
+    (r"No valid checkpoint", "There is none yet.", "Leave it out, or set the folder of one."),
+    (r"Target modules", "", "Name modules of the model, or all-linear."),
+    (
+        r"out of memory|OutOfMemory|can't allocate",
+        "",
+        "Lower it and raise gradient_accumulation_steps, or shorten completions.",
+    ),
+    (
+        r"ImportError|ModuleNotFoundError|pip install|not installed",
+        "A package is missing.",
+        "Install it, or change the setting.",
+    ),
+    (r"(?:wandb|trackio|tensorboard|mlflow|comet)", "", "Set up the tracker, or leave the setting out."),
+    (r"repo id|repo_id|Repo id", "", "Write name/model with letters, digits, `-`, `_` and `.`."),
+)
+
+
+@contextmanager
+def explained(settings: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Tell errors from outside as errors of the package.
+
+    Args:
+        settings: returns those of the command by name; their values are what other libraries were given.
+
+    Raises:
+        SGOPDConfigError: for a foreign error whose setting is known.
+    """
+    try:
+        yield
+    except SGOPDError:
+        raise
+    except Exception as error:
+        given = settings()
+        name = _setting_of(error, given)
+        if name is None:
+            raise
+        raise SGOPDConfigError(_message(name, given.get(name), error)) from error
+
+
+@contextmanager
+def concerning(setting: str, value: Any) -> Iterator[None]:
+    """Say which setting a call reads, for whatever goes wrong in it.
+
+    Raises:
+        SGOPDConfigError: for a foreign error.
+    """
+    try:
+        yield
+    except SGOPDError:
+        raise
+    except Exception as error:
+        raise SGOPDConfigError(_message(setting, value, error)) from error
+
+
+def check_folder(setting: str, path: Path) -> None:
+    """Refuse a folder that cannot be written into, before hours of work end there.
+
+    Raises:
+        SGOPDConfigError: it is a file, or may not be written.
+    """
+    # What will be made is not made here: a run that is refused leaves nothing behind.
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"{there} is a file" if there.is_file() else error.strerror
+        raise SGOPDConfigError(
+            f"`{setting}` must be a folder that can be written, got {str(path)!r}: {reason}. Results are kept there. "
+            "Set it to another folder."
+        ) from error
+
+
+def check_file(setting: str, path: str | None) -> None:
+    """Refuse a file that cannot be written, before hours of work end there; None is no file.
+
+    Raises:
+        SGOPDConfigError: it is a folder, or may not be written.
+    """
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise SGOPDConfigError(
+            f"`{setting}` must be a file, got the folder {path!r}. Results are written into it. Add a file's name."
+        )
+    check_folder(setting, Path(path).absolute().parent)
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise SGOPDConfigError(f"`{setting}` must be a file that can be written, got {path!r}. Set it to another.")
+
+
+def check_vocabulary(setting: str, value: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer without tokens, which transformers makes where a model's folder has none.
+
+    Raises:
+        SGOPDConfigError: all its tokens are special ones, so that every text is nothing.
+    """
+    if tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        return
+    raise SGOPDConfigError(
+        f"`{setting}` must have a tokenizer, got {value!r} without its files. Every text would be read as nothing. "
+        "Save the tokenizer beside the model."
+    )
+
+
+def _setting_of(error: BaseException, settings: Mapping[str, Any]) -> str | None:
+    text = _whole_text(error)
+    return (
+        _first(_TELLING, text, settings)
+        or _being_loaded(error, settings)
+        or _of_file(error, settings)
+        or _first(_KNOWN, text, settings)
+    )
+
+
+def _first(known: tuple[tuple[str, str], ...], text: str, settings: Mapping[str, Any]) -> str | None:
+    return next((name for pattern, name in known if name in settings and re.search(pattern, text)), None)
+
+
+def _being_loaded(error: BaseException, settings: Mapping[str, Any]) -> str | None:
+    """The setting whose value another library was loading when the error was raised."""
+    for each in _chain(error):
+        for frame in _frames(each.__traceback__):
+            for local in _LOADED:
+                name = _setting_with(frame.get(local), settings)
+                if name is not None:
+                    return name
+    return None
+
+
+def _of_file(error: BaseException, settings: Mapping[str, Any]) -> str | None:
+    """The setting below whose path an operation of the file system failed."""
+    for each in _chain(error):
+        if isinstance(each, OSError) and isinstance(each.filename, str):
+            for name, value in settings.items():
+                inside = (
+                    isinstance(value, str)
+                    and value
+                    and Path(each.filename).absolute().is_relative_to(Path(value).absolute())
+                )
+                if inside:
+                    return name
+    return None
+
+
+def _setting_with(value: Any, settings: Mapping[str, Any]) -> str | None:
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        return None
+    for name, given in settings.items():
+        parts = given.values() if isinstance(given, Mapping) else [given]
+        if any(isinstance(part, str) and part == str(value) for part in parts):
+            return name
+    return None
+
+
+def _frames(trace: TracebackType | None) -> Iterator[Mapping[str, Any]]:
+    for frame, _ in traceback.walk_tb(trace):
+        yield frame.f_locals
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _whole_text(error: BaseException) -> str:
+    return "\n".join(f"{type(each).__name__}: {each}" for each in _chain(error))
+
+
+def _message(setting: str, value: Any, error: BaseException) -> str:
+    # Where results go is made when they come; elsewhere a path that is not there explains everything else.
+    absent = "" if setting == "output_dir" else missing(value)
+    if absent:
+        return f"`{setting}` cannot be used, got {value!r}. {absent} Correct the path, or give a name on the Hub."
+    text = _whole_text(error)
+    reason, way_out = next(
+        ((reason, way_out) for pattern, reason, way_out in _WAYS_OUT if re.search(pattern, text)),
+        ("", "Correct it. --debug shows where it happened."),
+    )
+    # `datasets` says that something went wrong, and keeps to itself what.
+    told = list(_chain(error))[-1] if type(error).__name__ == "DatasetGenerationError" else error
+    said = re.split(r"\n|(?<=[.!]) (?=[A-Z])", str(told).strip(), maxsplit=1)[0][:300].rstrip(".!")
+    found = f"`{setting}` cannot be used, got {value!r}: {type(told).__name__}{f', {said}' if said else ''}."
+    return " ".join(part for part in (found, reason, way_out) if part)
+
+
+def missing(value: Any) -> str:
+    """What is seen of a path from here, as a sentence, where a library would say something about the Hub; or ""."""
+    if not isinstance(value, str):
+        return ""
+    path = Path(value).expanduser()
+    looks_like_one = value.startswith((".", "~", "/")) or value.count("/") > 1
+    if looks_like_one and not path.exists():
+        return "There is no such file or folder."
+    if path.is_dir() and not any(path.iterdir()):
+        return "The folder is empty."
+    return ""
