@@ -2,18 +2,21 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .extraction import (
+    answer_parts,
     answer_text,
     completion_text,
     final_text,
+    gold_answer,
     gold_text,
     last_box,
     require_same_length,
 )
 from .judge import Judge, Judgement, NoVerdictReason
+from .kinds import Outcome, Question, Settled, decide
 
 # One for the process: its child takes a second to start, and its cache serves every trainer. Nothing starts here.
 _JUDGE = Judge()
@@ -25,7 +28,10 @@ _NO_VERDICT: dict[NoVerdictReason, str] = {
     "wall_timeout": "verifier/no_verdict_wall_timeout",
     "memory": "verifier/no_verdict_memory",
     "crash": "verifier/no_verdict_crash",
+    "unsure": "verifier/no_verdict_unsure",
 }
+# Signs of an answer in several parts; the comma in 1,000 is none.
+_SEVERAL = re.compile(r",(?!\d{3}(?!\d))|;|\\pm|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 
 # `\left(` is spacing, `\leftarrow` is not: hence the look-aheads.
 _SPACING = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;:]|\\\s|~|\s")
@@ -70,10 +76,10 @@ def math_reward(
         [1.0, 0.0]
     """
     require_same_length(completions, solution)
-    answers = [answer_text(completion_text(completion)) for completion in completions]
-    judgements = _judge(answers, [gold_text(gold) for gold in solution])
+    texts = [completion_text(completion) for completion in completions]
+    judgements = _judge(texts, [gold_text(gold) for gold in solution])
     if log_extra is not None:
-        log_extra("answer", [_shown(answer, item) for answer, item in zip(answers, judgements, strict=True)])
+        log_extra("answer", [_shown(text, item) for text, item in zip(texts, judgements, strict=True)])
     if log_metric is not None and judgements:
         reasons = Counter(item.reason for item in judgements)
         log_metric("verifier/timeouts", (reasons["timeout"] + reasons["wall_timeout"]) / len(judgements))
@@ -128,15 +134,51 @@ def normalise(answer: str) -> str:
     return text.replace(",", "") if _THOUSANDS.match(text) else text
 
 
-def _judge(answers: Sequence[str], golds: Sequence[str | None]) -> list[Judgement]:
-    pairs = [(gold, answer) for gold, answer in zip(golds, answers, strict=True) if gold is not None]
-    found = iter(_JUDGE.judge(pairs))
-    return [_NO_GOLD if gold is None else next(found) for gold in golds]
+def _judge(texts: Sequence[str], golds: Sequence[str | None]) -> list[Judgement]:
+    # One request for the whole batch: most pairs are settled by their text, the rest is asked of the child together.
+    plans = [[] if gold is None else _outcomes(gold, text) for gold, text in zip(golds, texts, strict=True)]
+    questions = [outcome for plan in plans for outcome in plan if isinstance(outcome, Question)]
+    found = iter(_JUDGE.judge([(question.gold, question.answer) for question in questions]))
+    judged = [[_judgement(outcome, found) for outcome in plan] for plan in plans]
+    return [_together(parts) if parts else _NO_GOLD for parts in judged]
 
 
-def _shown(answer: str, judgement: Judgement) -> str:
-    box = last_box(answer)
-    return judgement.answer if box is None else box
+def _outcomes(gold: str, text: str) -> list[Outcome]:
+    """What there is to find out about one completion; all of it must be right."""
+    right, parts = gold_answer(gold), answer_parts(text)
+    if parts == []:
+        return [Settled(False)]
+    if right is None or parts is None:
+        return [Question(gold, answer_text(text))]
+    # Several boxes are one answer to a question with several answers. For a single one each of them must be right.
+    said = [", ".join(parts)] if len(parts) > 1 and _SEVERAL.search(right) else parts
+    return [_as_math(decide(right, part)) for part in said]
+
+
+def _as_math(outcome: Outcome) -> Outcome:
+    if isinstance(outcome, Settled):
+        return outcome
+    return outcome._replace(gold=f"${outcome.gold}$", answer=f"\\boxed{{{outcome.answer}}}")
+
+
+def _judgement(outcome: Outcome, found: Iterator[Judgement]) -> Judgement:
+    if isinstance(outcome, Settled):
+        return Judgement(outcome.verdict, "unsure" if outcome.verdict is None else "")
+    judgement = next(found)
+    if judgement.verdict is None:
+        return judgement
+    verdict = outcome.equal if judgement.verdict else outcome.different
+    return judgement._replace(verdict=verdict, reason="unsure" if verdict is None else "")
+
+
+def _together(parts: list[Judgement]) -> Judgement:
+    """One judgement of several boxes: the first wrong one, else the first without verdict, else the first."""
+    return min(parts, key=lambda part: {False: 0, None: 1, True: 2}[part.verdict])
+
+
+def _shown(text: str, judgement: Judgement) -> str:
+    parts = answer_parts(text)
+    return judgement.answer if parts is None else ", ".join(parts)
 
 
 def _compare(completion: Any, solution: Any) -> float | None:

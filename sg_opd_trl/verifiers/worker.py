@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 MAX_SHOWN_CHARACTERS = 200
@@ -29,38 +29,199 @@ Verdict = tuple[bool | None, str, str]
 
 
 def build_judge() -> Callable[[str, str], Verdict]:
-    """Imports math-verify and returns the function that judges one answer.
+    r"""Imports math-verify and returns the function that judges one answer.
 
-    Answers are parsed with the settings of TRL's `accuracy_reward`: LaTeX only, units removed, the box first, no guess
-    without an anchor such as "the answer is". math-verify's own time limits are off, because SIGPROF bounds the item.
+    Texts are found by the rules of TRL's `accuracy_reward`: LaTeX only, the box first, no guess without an anchor such
+    as "the answer is". Unlike there upper and lower case are two variables, no unit is cut off (`3t` is not 3), a gold
+    text is read as a whole or not at all, intervals equal inequalities, and "equal" is checked once more by numbers,
+    because math-verify rounds. Its own time limits are off, because SIGPROF bounds the item.
 
     Returns:
         A function of the gold text and the answer text that returns (verdict, reason, extracted answer). The verdict
-        is `None` with reason "gold" if the gold text holds no mathematical expression.
+        is `None` with reason "gold" if the gold text holds no mathematical expression, and with reason "unsure" if the
+        two are equal as far as math-verify rounds and no further.
 
     Raises:
         ImportError: If math-verify is not installed.
     """
-    from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.grader import should_treat_as_complex
 
     logging.disable(logging.CRITICAL)  # math-verify logs every answer that it cannot parse
-    answer_config = LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
+    normalization = NormalizationConfig()
+    conversion = ConversionConfig(lowercase_symbols=False)
+    finding = LatexExtractionConfig(
+        normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
     )
 
+    def find(text: str) -> str:
+        whole = _whole(text.strip())
+        if whole is not None:
+            return normalize_latex(whole, normalization).strip()
+        found = parse(text, extraction_config=[finding], extraction_mode="first_match", parsing_timeout=None)
+        return next((item for item in found if isinstance(item, str)), "")
+
+    def read(text: str) -> Any:
+        for part in dict.fromkeys((text, _last_side(text))):
+            try:
+                return latex2sympy(
+                    part,
+                    is_real=not should_treat_as_complex(part),
+                    convert_degrees=False,
+                    normalization_config=None,
+                    conversion_config=conversion,
+                )
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001  # The parser itself raises `Exception` on what it cannot read.
+                continue
+        return None
+
     def judge(gold: str, answer: str) -> Verdict:
-        gold_parsed = parse(gold, parsing_timeout=None)
-        # A gold answer that is left as a mere string would make every differently written answer wrong.
-        if all(isinstance(item, str) for item in gold_parsed):
+        gold_read = read(find(gold))
+        if gold_read is None:
             return None, "gold", ""
-        answer_parsed = parse(
-            answer, extraction_config=[answer_config], extraction_mode="first_match", parsing_timeout=None
-        )
-        shown = next((item for item in answer_parsed if isinstance(item, str)), "")
-        return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None)), "", shown[:MAX_SHOWN_CHARACTERS]
+        shown = find(answer)
+        answer_read = read(shown) if shown else None
+        shown = shown[:MAX_SHOWN_CHARACTERS]
+        if answer_read is None:
+            return False, "", shown
+        gold_read, answer_read = _as_sets(gold_read), _as_sets(answer_read)
+        if not verify(gold_read, answer_read, timeout_seconds=None, allow_set_relation_comp=True):
+            return False, "", shown
+        confirmed = confirm(gold_read, answer_read)
+        return confirmed, "unsure" if confirmed is None else "", shown
 
     return judge
+
+
+def _whole(text: str) -> str | None:
+    """What stands between `$` and `$` or in a box, if that is all of the text."""
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        inner = text[1:-1]
+    elif text.startswith("\\boxed{") and text.endswith("}"):
+        inner = text[len("\\boxed{") : -1]
+    else:
+        return None
+    return None if "$" in inner or "\\boxed" in inner else inner
+
+
+def _last_side(text: str) -> str:
+    """The last side of a chain of equations, which is where an answer ends; the text itself if it is none."""
+    sides = text.split("=")
+    return text if len(sides) < 3 or any(sign in text for sign in ",;<>") else sides[-1]
+
+
+def _as_sets(expression: Any) -> Any:
+    """The union that "x < 2 or x > 3" means, which is read as a set of two inequalities; anything else as it is."""
+    from sympy import Eq, FiniteSet, Union
+    from sympy.core.relational import Relational
+
+    parts = expression.args if isinstance(expression, FiniteSet) else ()
+    if len(parts) < 2 or not all(isinstance(part, Relational) and not isinstance(part, Eq) for part in parts):
+        return expression
+    if len({symbol for part in parts for symbol in part.free_symbols}) != 1:
+        return expression
+    try:
+        return Union(*(part.as_set() for part in parts))
+    except (NotImplementedError, TypeError, ValueError):
+        return expression
+
+
+# Of numbers that are equal, and of one written with six decimals or more, which is as far as math-verify looks.
+_EXACT, _ROUNDED = 1e-13, 2e-6
+_POINTS = ((17, 29), (7, 10), (-23, 11))
+
+
+def confirm(gold: Any, answer: Any) -> bool | None:
+    r"""Checks by numbers what math-verify found equal.
+
+    It rounds to six decimals, cuts differences below 1e-15 to zero, and compares names without case, so that tiny
+    numbers, `1.8782106` and `1.8782107`, or E and e are equal to it.
+
+    Args:
+        gold: the gold answer as sympy read it.
+        answer: the answer, likewise.
+
+    Returns:
+        True: equal, or nothing to compute. False: certainly not. None: equal after rounding only.
+    """
+    from sympy import Basic, Eq, Interval, MatrixBase, Set, Symbol, Tuple
+    from sympy.core.relational import Relational
+
+    if isinstance(gold, Symbol) or isinstance(answer, Symbol):
+        return gold == answer or _right_side(gold) == _right_side(answer)
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        return _all(confirm(*ends) for ends in ((gold.start, answer.start), (gold.end, answer.end)))
+    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+        return _all(confirm(*pair) for pair in zip(gold.flat(), answer.flat(), strict=True))
+    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
+        return _all(confirm(*pair) for pair in zip(gold.args, answer.args, strict=True))
+    if getattr(gold, "is_FiniteSet", False) and getattr(answer, "is_FiniteSet", False):
+        return _all(_any(confirm(one, other) for other in answer.args) for one in gold.args)
+    if isinstance(gold, Eq) and isinstance(answer, Eq) and not gold.free_symbols:
+        # An equation of numbers is a statement: both sides count, in either order.
+        straight, turned = ((answer.lhs, answer.rhs), (answer.rhs, answer.lhs))
+        return _any(_all((confirm(gold.lhs, sides[0]), confirm(gold.rhs, sides[1]))) for sides in (straight, turned))
+    gold, answer = (
+        _right_side(side) if isinstance(other, Basic) and not isinstance(other, Eq) else side
+        for side, other in ((gold, answer), (answer, gold))
+    )
+    if any(not isinstance(side, Basic) or isinstance(side, Relational | Set | Tuple) for side in (gold, answer)):
+        return True
+    return _by_numbers(gold, answer)
+
+
+def _right_side(expression: Any) -> Any:
+    from sympy import Eq
+
+    return expression.rhs if isinstance(expression, Eq) else expression
+
+
+def _all(verdicts: Iterable[bool | None]) -> bool | None:
+    found = list(verdicts)
+    return False if False in found else (None if None in found else True)
+
+
+def _any(verdicts: Iterable[bool | None]) -> bool | None:
+    found = list(verdicts)
+    return True if True in found else (None if None in found else False)
+
+
+def _by_numbers(gold: Any, answer: Any) -> bool | None:
+    """Compares two expressions at fixed points; a point at which one has no value does not count."""
+    from sympy import Float, Rational
+
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    exact = answer if gold.has(Float) else gold
+    # 1/2 needs no rounding: 0.5000001 is another number.
+    ends = isinstance(exact, Rational) and 10**60 % exact.q == 0
+    rounded = gold.has(Float) != answer.has(Float) and not ends
+    verdicts = []
+    for numerator, denominator in _POINTS if symbols else _POINTS[:1]:
+        point = {symbol: Rational(numerator + 2 * place, denominator) for place, symbol in enumerate(symbols)}
+        values = [_value(side, point) for side in (gold, answer)]
+        if None not in values:
+            verdicts.append(_close(*values, rounded=rounded))
+    return _all(verdicts)
+
+
+def _value(expression: Any, point: dict[Any, Any]) -> Any:
+    try:
+        value = expression.subs(point).doit().evalf(40)
+        return value if value.is_number and value.is_finite else None
+    except (AttributeError, ArithmeticError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _close(gold: Any, answer: Any, *, rounded: bool) -> bool | None:
+    # 28% is 28 and 0.28 to math-verify, and people write all three.
+    gap = min(abs(gold - answer * scale) / max(abs(gold), abs(answer * scale), 1e-300) for scale in (1, 100, 0.01))
+    if gap <= (_ROUNDED if rounded else _EXACT):
+        return True
+    return None if rounded and gap < 1e-2 else False
 
 
 def _reset_signals() -> None:

@@ -63,9 +63,15 @@ def test_final_text_takes_the_last_end_of_thought() -> None:
         ("  ", None),
         (r"\boxed{}", None),
         (r"\boxed{3", None),
-        ("True", None),
-        ("$no$", None),
+        ("True", "$True$"),
+        ("proof", None),
+        ("N/A", None),
+        (r"\text{notfound}", None),
+        ("see proof", None),
         ("truer", "$truer$"),
+        (r"\$18.90", r"$\$18.90$"),
+        ("$18.90", r"$\$18.90$"),
+        ("9+9=$<<9+9=18>>18 \n#### 18", "$18$"),
     ],
 )
 def test_gold_text(solution: object, asked: str | None) -> None:

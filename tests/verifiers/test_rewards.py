@@ -37,7 +37,7 @@ from sg_opd_trl.verifiers.judge import NoVerdictReason
         ("", "12", 0.0),
         (r"\boxed{12}", 12, 1.0),
         (r"\boxed{12}", "@@@", None),
-        (r"\boxed{@@@}", "@@@", None),
+        (r"\boxed{@@@}", "@@@", 1.0),  # Word for word: no mathematics is needed.
         ("", "@@@", None),
         (r"\boxed{12}", None, None),
         (r"\boxed{12}", "", None),
