@@ -69,14 +69,14 @@ _SET_BUILDER = re.compile(
     r"\\?\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\\vert|\\colon|\||:)(.*?)\\?\}", re.DOTALL
 )
 _PHRASE = re.compile(r"[A-Za-z][A-Za-z' ,.-]*")
-_WORD = re.compile(r"[a-z]{4}")
+_WORD = re.compile(r"[A-Za-z][a-z]{3}")
 _PROSE = re.compile(r"(?<![a-zA-Z\\{])[a-zA-Z]{4,}(?![a-zA-Z}])")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _AFFIRMED = {"true": True, "yes": True, "false": False, "no": False}
 # What math-verify drops or takes for another sign without a word.
 _UNSEEN = (
     re.compile(r"'|\\prime"),  # f'(x) is read as f(x)
-    re.compile(r"(?<![a-zA-Z])[a-zA-Z]\^\{-1\}"),  # f^{-1}(x) is read as 1/f(x)
+    re.compile(r"(?<![a-zA-Z])[fghFGH]\^\{-1\}"),  # f^{-1}(x) is read as 1/f(x)
     re.compile(r"\\Gamma"),  # as \gamma
     re.compile(r"\\Pi"),  # as \pi
     re.compile(r"\\overline|\\bar|\\vec|\\hat|\\tilde"),
@@ -280,15 +280,16 @@ def _units(gold: str, answer: str) -> Outcome | None:
     (right, unit), (said, other) = split_unit(gold), split_unit(answer)
     if not unit and not other:
         return None
-    question = _expressions(right, said)
-    if isinstance(question, Settled) or not unit or not other or unit == other:
-        return question
+    if not unit or not other or unit == other:
+        return _expressions(right, said)
     if UNKNOWN in (unit.dimension, other.dimension):
-        return question._replace(equal=None)
+        # Two names may mean one thing; two values do not.
+        outcome = _expressions(right, said)
+        return Settled(outcome.verdict and None) if isinstance(outcome, Settled) else outcome._replace(equal=None)
     if unit.dimension != other.dimension:
         return Settled(False)
     factor = Fraction(other.factor) / Fraction(unit.factor)
-    return question._replace(answer=rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({question.answer})")
+    return Question(right, rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({said})")
 
 
 def _expressions(gold: str, answer: str) -> Outcome:

@@ -49,6 +49,7 @@ _UNITS = {
     **_family("morning", n1="am"),
     **_family("afternoon", n1="pm"),
 }
+_COUNT = Unit("count", 1, "")
 _MULTIPLIERS = {
     "dozen": "12",
     "hundred": "10^{2}",
@@ -59,7 +60,7 @@ _MULTIPLIERS = {
 }
 # Words that say more than which unit.
 _NO_UNIT = frozenset(
-    [
+    {
         "or",
         "and",
         "mod",
@@ -76,8 +77,8 @@ _NO_UNIT = frozenset(
         "with",
         "when",
         "for",
-    ]
-    + ["other", "than", "where", "each", "about"]
+    }
+    | {"other", "than", "where", "each", "about"}
 )
 _FONT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
 _POWER = r"(?:\s*\^\s*\{?([23])\}?)?"
@@ -103,22 +104,23 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         return _multiplied(value), _UNITS["dollar"]
     if match := _DEGREES.fullmatch(value):
         return match[1], _UNITS["degree"]
-    match = _IN_FONT.fullmatch(value)
+    match = _IN_FONT.fullmatch(value) or _bare_unit(value)
     if match is None:
-        match = _BARE.fullmatch(value)
-        if (
-            match is None
-            or _unit(match[2], None) is None
-            or _unit(match[2], None).dimension == UNKNOWN
-            or len(match[2]) < 2
-        ):  # type: ignore[union-attr]
-            return _multiplied(value), None
+        scaled = _multiplied(value)
+        return scaled, None if scaled == value else _COUNT
     unit = _unit(match[2], match[3]) if re.search(r"\d|\\pi|\^", match[1]) else None
     words = match[2].lower().split()
     if words and words[0] in _MULTIPLIERS:
         scaled = rf"{match[1]} \times {_MULTIPLIERS[words[0]]}"
-        return scaled, _unit(" ".join(words[1:]), match[3])
+        return scaled, _unit(" ".join(words[1:]), match[3]) or _COUNT
     return (value, None) if unit is None else (match[1].removesuffix("\\").strip(), unit)
+
+
+def _bare_unit(value: str) -> re.Match[str] | None:
+    """`12 cm` without a font: known units of two letters or more only, because `3t` is a product."""
+    match = _BARE.fullmatch(value)
+    unit = None if match is None or len(match[2]) == 1 else _unit(match[2], None)
+    return None if unit is None or unit.dimension == UNKNOWN else match
 
 
 def _multiplied(value: str) -> str:

@@ -57,8 +57,7 @@ def build_judge() -> Callable[[str, str], Verdict]:
     )
 
     def find(text: str) -> str:
-        whole = _whole(text.strip())
-        if whole is not None:
+        if (whole := _whole(text.strip())) is not None:
             return normalize_latex(whole, normalization).strip()
         found = parse(text, extraction_config=[finding], extraction_mode="first_match", parsing_timeout=None)
         return next((item for item in found if isinstance(item, str)), "")
@@ -83,16 +82,14 @@ def build_judge() -> Callable[[str, str], Verdict]:
         gold_read = read(find(gold))
         if gold_read is None:
             return None, "gold", ""
-        shown = find(answer)
-        answer_read = read(shown) if shown else None
-        shown = shown[:MAX_SHOWN_CHARACTERS]
+        found = find(answer)
+        answer_read, shown = read(found), found[:MAX_SHOWN_CHARACTERS]
         if answer_read is None:
             return False, "", shown
-        gold_read, answer_read = _as_sets(gold_read), _as_sets(answer_read)
-        if not verify(gold_read, answer_read, timeout_seconds=None, allow_set_relation_comp=True):
-            return False, "", shown
-        confirmed = confirm(gold_read, answer_read)
-        return confirmed, "unsure" if confirmed is None else "", shown
+        sides = _as_sets(gold_read), _as_sets(answer_read)
+        equal = verify(*sides, timeout_seconds=None, allow_set_relation_comp=True)
+        verdict = confirm(*sides) if equal else False
+        return verdict, "unsure" if verdict is None else "", shown
 
     return judge
 
