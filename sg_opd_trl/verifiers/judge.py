@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 _MAX_CRASHES = 2  # the first may be the machine's doing, such as a killer of processes; the second is the answer's
 
 
-NoVerdictReason = Literal["gold", "timeout", "wall_timeout", "memory", "crash"]
-"""No gold answer, or none with a mathematical expression; processor time; wall-clock time; memory; the child died."""
+NoVerdictReason = Literal["gold", "timeout", "wall_timeout", "memory", "crash", "unsure"]
+"""No gold answer, or none with a mathematical expression; processor time; wall-clock time; memory; the child died;
+nothing that math-verify can tell."""
 
 
 class Judgement(NamedTuple):

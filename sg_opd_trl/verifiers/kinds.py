@@ -43,6 +43,7 @@ Outcome = Question | Settled
 _RELATION = re.compile(
     r"\\(?:notin|in|not|ne|le|ge|subseteq|supseteq|subset|supset|parallel|perp|mid|nmid)(?![a-zA-Z])|[<>=]"
 )
+_RESIDUES = re.compile(r"\\mathbb\{Z\}_\{\d+\}")
 _LETTER = re.compile(
     r"\(\s*(?P<a>[A-J])\s*\)[.:]?\s*(?P<a_text>.*)|(?P<b>[A-J])\s*[.):]\s+(?P<b_text>.+)|(?P<c>[A-J])\s*[.):]?",
     re.DOTALL,
@@ -81,6 +82,7 @@ _UNSEEN = (
     re.compile(r"\\Pi"),  # as \pi
     re.compile(r"\\overline|\\bar|\\vec|\\hat|\\tilde"),
     re.compile(r"\\(?:p?mod|bmod)"),
+    re.compile(r"\\(?:gcd|lcm|operatorname\{lcm\})(?![^()]*\(\d+(?:,\d+)*\))"),  # \gcd(a,b) is read as 1
     re.compile(r"\\o?i+nt|\\partial|\\nabla"),
 )
 
@@ -153,7 +155,9 @@ def _opposite(gold: str, answer: str) -> Outcome | None:
     # Before spaces go: behind `\in` one keeps the next letter away.
     texts = [unwrapped(canonical(text)) for text in (gold, answer)]
     right, said = ("".join(_RELATION.sub("?", text).split()) for text in texts)
-    return Settled(False) if right == said and "?" in right else None
+    if right == said and "?" in right:
+        return Settled(False)
+    return Settled(False) if all(_RESIDUES.fullmatch(text) for text in texts) else None
 
 
 def _base(gold: str, answer: str) -> Outcome | None:

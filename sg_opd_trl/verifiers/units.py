@@ -85,6 +85,7 @@ _POWER = r"(?:\s*\^\s*\{?([23])\}?)?"
 _GAP = r"(?:\\[,;:! ]|~|\s)*"
 _IN_FONT = re.compile(rf"(.*[^\s\\]){_GAP}{_FONT}{_POWER}", re.DOTALL)
 _BARE = re.compile(rf"(.*[\d}}])(?:{_GAP})([a-zA-Z][a-zA-Z.]*(?: [a-zA-Z.]+)?){_POWER}", re.DOTALL)
+_WORD = re.compile(r"[a-z]{4,}")
 _DEGREES = re.compile(r"(.*\S)\s*\^\s*\{?\s*\\circ\s*\}?", re.DOTALL)
 _MONEY = re.compile(r"\s*(?:\\\$|\$(?=\d[^$]*$))")
 
@@ -117,10 +118,12 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def _bare_unit(value: str) -> re.Match[str] | None:
-    """`12 cm` without a font: known units of two letters or more only, because `3t` is a product."""
+    """`12 cm` without a font: known units of two letters or more, or words, because `3t` and `3abc` are products."""
     match = _BARE.fullmatch(value)
     unit = None if match is None or len(match[2]) == 1 else _unit(match[2], None)
-    return None if unit is None or unit.dimension == UNKNOWN else match
+    if match is None or unit is None or (unit.dimension == UNKNOWN and not _WORD.fullmatch(match[2])):
+        return None
+    return match
 
 
 def _multiplied(value: str) -> str:

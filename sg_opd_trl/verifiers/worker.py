@@ -215,7 +215,9 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
 
 def _close(gold: Any, answer: Any, *, rounded: bool) -> bool | None:
     # 28% is 28 and 0.28 to math-verify, and people write all three.
-    gap = min(abs(gold - answer * scale) / max(abs(gold), abs(answer * scale), 1e-300) for scale in (1, 100, 0.01))
+    if gold == answer:
+        return True
+    gap = min(abs(gold - answer * scale) / max(abs(gold), abs(answer * scale)) for scale in (1, 100, 0.01))
     if gap <= (_ROUNDED if rounded else _EXACT):
         return True
     return None if rounded and gap < 1e-2 else False

@@ -20,6 +20,7 @@ RUN_METRICS = [
     "anchor/dropped_filtered", "anchor/cache_hits", "anchor/cache_misses",
     "verifier/abstained", "verifier/timeouts", "verifier/no_verdict_gold", "verifier/no_verdict_timeout",
     "verifier/no_verdict_wall_timeout", "verifier/no_verdict_memory", "verifier/no_verdict_crash",
+    "verifier/no_verdict_unsure",
     "time/rollout", "time/verify", "time/teacher", "time/reference", "time/loss", "time/anchor",
 ]  # fmt: skip
 

@@ -124,7 +124,7 @@ UNREADABLE: list[Case] = [
     (r"0.\overline{3}", "0", 0),
     (r"0.\overline{3}", "0.3", 0),
     (r"\mathbb{Z}/5\mathbb{Z}", r"\mathbb{Z}_5", 1),
-    (r"\mathbb{Z}/5\mathbb{Z}", r"\mathbb{Z}_7", None),
+    (r"\mathbb{Z}/5\mathbb{Z}", r"\mathbb{Z}_7", 0),
 ]
 SENTINELS: list[Case] = [
     ("proof", "proof", None),
@@ -189,6 +189,8 @@ SMALL_NUMBERS: list[Case] = [
     (r"\frac{1}{3}", "0.333334", 0),
     (r"\frac{1}{3}", "0.33", 0),
     ("0.3333333333333333", r"\frac{1}{3}", 1),
+    (r"\frac{1}{400!}", r"\frac{1}{401!}", 0),
+    (r"\frac{1}{400!}", r"\frac{400}{400 \cdot 400!}", 1),
     ("28 = 2^2 * 7", "28 = 2^2 * 7", 1),
     ("28 = 2^2 * 7", "28 = 2^2 * 6", 0),
     ("28 = 2^2 * 7", "28 = 7 * 2^2", 1),
@@ -223,10 +225,15 @@ UNITS: list[Case] = [
     ("3t", "3", 0),
     (r"5\text{ a.m.}", r"5\text{ p.m.}", 0),
     ("5 cm", "5", 1),
+    ("5", "5 apples", 1),
+    ("5", "6 apples", 0),
+    ("5 apples", "5 cm", None),
 ]
 STATEMENTS: list[Case] = [
     (r"7 \in S", r"7 \notin S", 0),
     (r"a \le b", r"a \ge b", 0),
+    (r"\gcd(m,n)", "1", None),
+    (r"\gcd(12,18)", "6", 1),
     (r"AB \parallel CD", r"AB \perp CD", 0),
     ("x = 3", r"x \ne 3", 0),
     (r"A \subset B", r"A \supset B", 0),
@@ -273,7 +280,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind(kind: str) -> None:
     cases = KINDS[kind]
-    verdicts = math_reward([rf"So it is \boxed{{{answer}}}." for _, answer, _ in cases], [gold for gold, _, _ in cases])
+    verdicts = math_reward(
+        [rf"So it is \boxed{{{answer}}}." for _, answer, _ in cases], [gold for gold, _, _ in cases]
+    )
     wrong = [(*case, verdict) for case, verdict in zip(cases, verdicts, strict=True) if verdict != case[2]]
     assert not wrong, "\n".join(map(str, wrong))
 

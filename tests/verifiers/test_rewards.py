@@ -77,6 +77,7 @@ def test_logs_answers_and_shares(monkeypatch: pytest.MonkeyPatch, judge: Judge) 
         "verifier/no_verdict_wall_timeout": 0,
         "verifier/no_verdict_memory": 0,
         "verifier/no_verdict_crash": 0,
+        "verifier/no_verdict_unsure": 0,
     }
 
 
