@@ -113,16 +113,15 @@ def _last_side(text: str) -> str:
 
 def _as_sets(expression: Any) -> Any:
     """The union that "x < 2 or x > 3" means, which is read as a set of two inequalities; anything else as it is."""
-    from sympy import Eq, FiniteSet, Union
-    from sympy.core.relational import Relational
+    import sympy
 
-    parts = expression.args if isinstance(expression, FiniteSet) else ()
-    if len(parts) < 2 or not all(isinstance(part, Relational) and not isinstance(part, Eq) for part in parts):
+    parts = expression.args if isinstance(expression, sympy.FiniteSet) else ()
+    if len(parts) < 2 or not all(isinstance(part, sympy.Rel) and not isinstance(part, sympy.Eq) for part in parts):
         return expression
     if len({symbol for part in parts for symbol in part.free_symbols}) != 1:
         return expression
     try:
-        return Union(*(part.as_set() for part in parts))
+        return sympy.Union(*(part.as_set() for part in parts))
     except (NotImplementedError, TypeError, ValueError):
         return expression
 
@@ -145,36 +144,38 @@ def confirm(gold: Any, answer: Any) -> bool | None:
     Returns:
         True: equal, or nothing to compute. False: certainly not. None: equal after rounding only.
     """
-    from sympy import Basic, Eq, Interval, MatrixBase, Set, Symbol, Tuple
-    from sympy.core.relational import Relational
+    import sympy
 
-    if isinstance(gold, Symbol) or isinstance(answer, Symbol):
+    if isinstance(gold, sympy.Symbol) or isinstance(answer, sympy.Symbol):
         return gold == answer or _right_side(gold) == _right_side(answer)
-    if isinstance(gold, Interval) and isinstance(answer, Interval):
+    if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
         return _all(confirm(*ends) for ends in ((gold.start, answer.start), (gold.end, answer.end)))
-    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+    if isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase):
         return _all(confirm(*pair) for pair in zip(gold.flat(), answer.flat(), strict=True))
-    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
+    if isinstance(gold, sympy.Tuple) and isinstance(answer, sympy.Tuple):
         return _all(confirm(*pair) for pair in zip(gold.args, answer.args, strict=True))
     if getattr(gold, "is_FiniteSet", False) and getattr(answer, "is_FiniteSet", False):
         return _all(_any(confirm(one, other) for other in answer.args) for one in gold.args)
-    if isinstance(gold, Eq) and isinstance(answer, Eq) and not gold.free_symbols:
+    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq) and not gold.free_symbols:
         # An equation of numbers is a statement: both sides count, in either order.
         straight, turned = ((answer.lhs, answer.rhs), (answer.rhs, answer.lhs))
         return _any(_all((confirm(gold.lhs, sides[0]), confirm(gold.rhs, sides[1]))) for sides in (straight, turned))
     gold, answer = (
-        _right_side(side) if isinstance(other, Basic) and not isinstance(other, Eq) else side
+        _right_side(side) if isinstance(other, sympy.Basic) and not isinstance(other, sympy.Eq) else side
         for side, other in ((gold, answer), (answer, gold))
     )
-    if any(not isinstance(side, Basic) or isinstance(side, Relational | Set | Tuple) for side in (gold, answer)):
+    if any(
+        not isinstance(side, sympy.Basic) or isinstance(side, sympy.Rel | sympy.Set | sympy.Tuple)
+        for side in (gold, answer)
+    ):
         return True
     return _by_numbers(gold, answer)
 
 
 def _right_side(expression: Any) -> Any:
-    from sympy import Eq
+    import sympy
 
-    return expression.rhs if isinstance(expression, Eq) else expression
+    return expression.rhs if isinstance(expression, sympy.Eq) else expression
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -189,16 +190,16 @@ def _any(verdicts: Iterable[bool | None]) -> bool | None:
 
 def _by_numbers(gold: Any, answer: Any) -> bool | None:
     """Compares two expressions at fixed points; a point at which one has no value does not count."""
-    from sympy import Float, Rational
+    import sympy
 
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    exact = answer if gold.has(Float) else gold
+    exact = answer if gold.has(sympy.Float) else gold
     # 1/2 needs no rounding: 0.5000001 is another number.
-    ends = isinstance(exact, Rational) and 10**60 % exact.q == 0
-    rounded = gold.has(Float) != answer.has(Float) and not ends
+    ends = isinstance(exact, sympy.Rational) and 10**60 % exact.q == 0
+    rounded = gold.has(sympy.Float) != answer.has(sympy.Float) and not ends
     verdicts = []
     for numerator, denominator in _POINTS if symbols else _POINTS[:1]:
-        point = {symbol: Rational(numerator + 2 * place, denominator) for place, symbol in enumerate(symbols)}
+        point = {symbol: sympy.Rational(numerator + 2 * place, denominator) for place, symbol in enumerate(symbols)}
         values = [_value(side, point) for side in (gold, answer)]
         if None not in values:
             verdicts.append(_close(*values, rounded=rounded))
