@@ -139,7 +139,7 @@ def load_adapter_student(
     """
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no JSON text by now
     revision = options.pop("revision", None)
-    if not isinstance(model, str) or not is_adapter(model, revision):
+    if not isinstance(model, str) or not _is_adapter(model, revision):
         return model, processing_class
     if peft_config is not None:
         raise SGOPDConfigError(
@@ -164,6 +164,14 @@ def load_adapter_student(
     base = create_model_from_path(config.base_model_name_or_path, revision=config.revision, **options)
     student = PeftModel.from_pretrained(base, model, revision=revision, config=config, is_trainable=True)
     return student, processing_class or _tokenizer_of_adapter(model, revision, args)
+
+
+def _is_adapter(path: str, revision: str | None) -> bool:
+    try:
+        return is_adapter(path, revision)
+    except OSError:
+        # Neither a folder nor a Hub id: whoever loads the model says so.
+        return False
 
 
 def _tokenizer_of_adapter(path: str, revision: str | None, args: SGOPDConfig) -> Any:

@@ -122,6 +122,22 @@ def test_the_students_end_token_ends_a_rollout(pair: Pair, tmp_path: Path) -> No
     assert trainer.generation_config.eos_token_id == [1]
 
 
+def test_the_students_own_settings_do_not_shape_its_rollouts(pair: Pair, tmp_path: Path) -> None:
+    from tiny import tiny_tokenizer
+
+    labels = []
+    for name, own in (("plain", {}), ("talkative", {"min_new_tokens": 6, "suppress_tokens": [*range(3, 20)]})):
+        model = tiny_model(0)
+        model.generation_config.update(**own)
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        trainer = built(Pair(str(tmp_path / name), pair.teacher), tmp_path / "run")
+        seen = recorded(trainer)
+        trainer.train()
+        labels.append([batch["labels"].tolist() for batch in seen])
+    assert labels[0] == labels[1]
+
+
 def test_prompts_are_padded_on_the_left_and_count_nothing() -> None:
     batch = PromptCollator(0)([{"prompt_ids": [5, 6]}, {"prompt_ids": [7]}])
     assert batch["prompts"].tolist() == [[5, 6], [0, 7]]
