@@ -166,6 +166,19 @@ def load_adapter_student(
     return student, processing_class or _tokenizer_of_adapter(model, revision, args)
 
 
+def check_full_student(model: str, revision: str | None, method: str) -> None:
+    """Refuse an adapter as the student of a method whose trainer is TRL's own, which loads full models alone.
+
+    Raises:
+        SGOPDConfigError: names the adapter and the way out.
+    """
+    if _is_adapter(model, revision):
+        raise SGOPDConfigError(
+            f"`model_name_or_path` must be a full model with `method: {method}`, got the adapter {model!r}. Only "
+            "`method: sg_opd` goes on from an adapter. Merge it into its base first (`merge_and_unload` of PEFT)."
+        )
+
+
 def _is_adapter(path: str, revision: str | None) -> bool:
     try:
         return is_adapter(path, revision)

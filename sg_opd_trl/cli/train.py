@@ -198,6 +198,7 @@ def build_trainer(
     from transformers import ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
+    from ..preflight import check_full_student
     from ..reporting.progress import CompactProgressCallback
 
     settings.training.model_init_kwargs = _model_init_kwargs(settings)
@@ -205,6 +206,8 @@ def build_trainer(
         "quantization_config": get_quantization_config(settings.model),
         "peft_config": get_peft_config(settings.model),
     }
+    if settings.script.method != "sg_opd":
+        check_full_student(settings.student, settings.model.model_revision, settings.script.method)
     build = METHODS[settings.script.method].build
     trainer = build(settings.student, settings.training, list(reward_funcs), train_dataset, eval_dataset, loading)
     # One bar of ours in place of transformers', which prints every log as a dictionary.

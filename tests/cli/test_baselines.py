@@ -176,3 +176,21 @@ def test_stage_one_of_timesep_is_the_same_on_two_processes(recipe_of, tmp_path):
     assert facts(tmp_path / "two")["teacher_tokens_scored"] == 0
     left, right = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("one", "two"))
     assert all(torch.allclose(left[name], right[name], atol=1e-6) for name in left)
+
+
+@pytest.mark.parametrize("method", ["sg_opd", "grpo", "sft", "gkd"])
+def test_an_adapter_as_student(method, recipe_of, tiny, tmp_path, capsys):
+    """What a LoRA run saves is trained on by sg_opd; TRL's own trainers load full models alone."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.student), config).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(tiny.student).save_pretrained(adapter)
+    status = main(["train", "--config", str(recipe_of(method)), "--model_name_or_path", str(adapter)])
+    if method == "sg_opd":
+        assert status == 0
+        assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
+    else:
+        assert status == 2
+        said = f"`model_name_or_path` must be a full model with `method: {method}`, got the adapter"
+        assert said in " ".join(capsys.readouterr().err.split())
