@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import SGOPDConfigError, did_you_mean
+from .outside import concerning
 from .parsing import ACCELERATE_CONFIG, CommandLine, accelerate_defaults, pop_option
 from .recipes import recipes_folder
 
@@ -89,7 +90,7 @@ def launch_words(command: CommandLine) -> list[str]:
     recipe = dict(command.launch)
     config = config or recipe.pop(ACCELERATE_CONFIG, None)
     recipe.pop(ACCELERATE_CONFIG, None)
-    words = ["--config_file", str(find_accelerate_config(config))] if config else []
+    words = ["--config_file", str(_readable(find_accelerate_config(config)))] if config else []
     defaults = accelerate_defaults()
     for key, value in recipe.items():
         words += _launch_word(key, value, is_switch=defaults[key] is False)
@@ -118,6 +119,15 @@ def find_accelerate_config(name: str) -> Path:
     raise SGOPDConfigError(
         f"`accelerate_config` must be a file or one of {known}, got {name!r}.{did_you_mean(name, known)}"
     )
+
+
+def _readable(path: Path) -> Path:
+    """A configuration that accelerate can read, seen before it starts anything."""
+    from accelerate.commands.config import load_config_from_file
+
+    with concerning(ACCELERATE_CONFIG, str(path)):
+        load_config_from_file(str(path))
+    return path
 
 
 def check_world_size(num_processes: int) -> None:

@@ -4,8 +4,9 @@ Models, data, the Hub, disks and trackers fail in other libraries, each in its o
 them into ours: `explained` around a command's work. It finds the setting in three ways, in this order:
 
 1. `concerning` around the one call that reads a setting says which it is;
-2. a library that was loading something knows what: the value is looked up among the settings;
-3. a few errors are known by their text (`_KNOWN`), and some of them so well that this goes first (`_TELLING`).
+2. a few errors are known by their text (`_TELLING`);
+3. a library that was loading something knows what: the value is looked up among the settings. So are files;
+4. some libraries are there for one setting (`_LIBRARIES`).
 
 What none of these knows is a mistake of a program, and keeps its traceback. With `--debug` everything does.
 """
@@ -25,25 +26,26 @@ from ..errors import SGOPDConfigError, SGOPDError
 # Locals of other libraries' functions that hold what is being loaded.
 _LOADED = ("pretrained_model_name_or_path", "path_or_repo_id", "pretrained_model_path", "model_id", "model_path")
 
-# What an error says -> the setting it is about, whatever was being loaded.
-_TELLING: tuple[tuple[str, str], ...] = (
-    (r"[Tt]arget modules .* not found", "lora_target_modules"),
-    (r"No space left on device|StorageFull|PytorchStreamWriter failed|disk quota", "output_dir"),
-    (r"out of memory|OutOfMemoryError|can't allocate memory", "per_device_train_batch_size"),
-    (r"Flash ?Attention|flash_attn|attn_implementation", "attn_implementation"),
-    (r"No valid checkpoint", "resume_from_checkpoint"),
-    (r"RevisionNotFound|is not a valid git identifier", "model_revision"),
+# What an error says -> the settings that it may be about, of which a command has one.
+_TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"[Tt]arget modules .* not found", ("lora_target_modules",)),
+    (r"No space left on device|StorageFull|PytorchStreamWriter failed|disk quota", ("output_dir", "output")),
+    (r"out of memory|MemoryError|can't allocate memory", ("per_device_train_batch_size", "batch_size")),
+    (r"Flash ?Attention|flash_attn|attn_implementation", ("attn_implementation",)),
+    (r"No valid checkpoint", ("resume_from_checkpoint",)),
+    (r"RevisionNotFound|is not a valid git identifier", ("model_revision", "revision")),
+    (r"doesn't support bf16", ("bf16",)),
+    (r"Error.*\bvllm\b.*install|No module named 'vllm", ("use_vllm",)),
 )
-# The same where nothing is known to have been loaded.
-_KNOWN: tuple[tuple[str, str], ...] = (
-    (r"bf16|bfloat16", "bf16"),
-    (r"bitsandbytes", "load_in_4bit"),
-    (r"vllm", "use_vllm"),
-    (r"[Dd]eep[Ss]peed", "accelerate_config"),
-    (r"PEFT|peft", "use_peft"),
-    (r"wandb|trackio|tensorboard|mlflow|comet|swanlab|clearml|neptune", "report_to"),
-    (r"repo id|repo_id|whoami|hf auth login|create_repo|/api/repos", "hub_model_id"),
-)
+# The library that raised an error while nothing was loaded -> the setting that calls for it.
+_LIBRARIES: Mapping[str, str] = {
+    **dict.fromkeys(("wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "swanlab", "clearml"), "report_to"),
+    "bitsandbytes": "load_in_4bit",
+    "deepspeed": "accelerate_config",
+    "huggingface_hub": "hub_model_id",
+    "peft": "use_peft",
+    "vllm": "use_vllm",
+}
 
 # What an error says -> the reason in plain words, and the way out. "" leaves the reason to the error.
 _WAYS_OUT: tuple[tuple[str, str, str], ...] = (
@@ -80,11 +82,11 @@ _WAYS_OUT: tuple[tuple[str, str, str], ...] = (
     ),
     (r"JSONDecodeError|not a valid JSON|Expecting ", "A file of it is no valid JSON.", "Copy or download it again."),
     (r"Unrecognized model|model type|not recognize this architecture", "", "Choose another, or update transformers."),
-    (r"[Tt]okenizer|vocab", "Its tokenizer cannot be read.", "Save the tokenizer beside the model."),
+    (r"[Tt]okenizer", "Its tokenizer cannot be read.", "Save the tokenizer beside the model."),
     (r"No valid checkpoint", "There is none yet.", "Leave it out, or set the folder of one."),
     (r"Target modules", "", "Name modules of the model, or all-linear."),
     (
-        r"out of memory|OutOfMemory|can't allocate",
+        r"out of memory|MemoryError|can't allocate",
         "",
         "Lower it and raise gradient_accumulation_steps, or shorten completions.",
     ),
@@ -93,7 +95,7 @@ _WAYS_OUT: tuple[tuple[str, str, str], ...] = (
         "A package is missing.",
         "Install it, or change the setting.",
     ),
-    (r"(?:wandb|trackio|tensorboard|mlflow|comet)", "", "Set up the tracker, or leave the setting out."),
+    (r"[Aa][Pp][Ii].?key|[Ll]og ?in|UsageError", "", "Log in to it, or set another."),
     (r"repo id|repo_id|Repo id", "", "Write name/model with letters, digits, `-`, `_` and `.`."),
 )
 
@@ -188,15 +190,24 @@ def check_vocabulary(setting: str, value: str, tokenizer: Any) -> None:
 def _setting_of(error: BaseException, settings: Mapping[str, Any]) -> str | None:
     text = _whole_text(error)
     return (
-        _first(_TELLING, text, settings)
+        _told(text, settings)
         or _being_loaded(error, settings)
         or _of_file(error, settings)
-        or _first(_KNOWN, text, settings)
+        or _of_library(error, settings)
     )
 
 
-def _first(known: tuple[tuple[str, str], ...], text: str, settings: Mapping[str, Any]) -> str | None:
-    return next((name for pattern, name in known if name in settings and re.search(pattern, text)), None)
+def _told(text: str, settings: Mapping[str, Any]) -> str | None:
+    found = (name for pattern, names in _TELLING if re.search(pattern, text) for name in names if name in settings)
+    return next(found, None)
+
+
+def _of_library(error: BaseException, settings: Mapping[str, Any]) -> str | None:
+    """The setting of the library that raised: of the innermost frame, as a model's forward passes through many."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    name = _LIBRARIES.get(module.partition(".")[0])
+    return name if name in settings else None
 
 
 def _being_loaded(error: BaseException, settings: Mapping[str, Any]) -> str | None:

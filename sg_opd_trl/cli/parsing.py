@@ -159,10 +159,10 @@ def build_settings(command: CommandLine) -> TrainSettings:
         built = parser.parse_args_into_dataclasses(args=command.flags, look_for_args_file=False)
     except SGOPDError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
         where = f" (recipe {command.config})" if command.config else ""
         owners = _owners(parser, command, str(error))
-        raise SGOPDConfigError(f"The settings{where} are not valid: {owners}{error}") from error
+        raise SGOPDConfigError(f"The settings{where} are not valid: {owners}{str(error).strip()}") from error
     settings = TrainSettings(*built)
     _check_numbers(settings)
     check_prompt_room(settings.training, settings.script.max_prompt_tokens, "`max_prompt_tokens`")

@@ -238,6 +238,51 @@ def test_memory_that_is_out(tiny_recipe, capsys, monkeypatch):
     assert "gradient_accumulation_steps" in one_message(capsys, words, "`per_device_train_batch_size`", "4")
 
 
+def fail_in(module, error):
+    """A function that raises as if it were of another library's module."""
+    scope = {"__name__": module, "error": error}
+    exec("def fail(*args, **kwargs):\n    raise error", scope)
+    return scope["fail"]
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "flags"),
+    [
+        ("wandb.sdk.wandb_login", "report_to", []),
+        ("huggingface_hub.utils._http", "hub_model_id", ["--hub_model_id", "me/it"]),
+        ("vllm.engine", "use_vllm", []),
+    ],
+)
+def test_an_error_of_a_library_that_is_there_for_one_setting(tiny_recipe, capsys, monkeypatch, module, setting, flags):
+    error = RuntimeError("No API key configured")
+    monkeypatch.setattr("sg_opd_trl.trainer.SGOPDTrainer.train", fail_in(module, error))
+    one_message(capsys, ["train", "--config", tiny_recipe, *flags], f"`{setting}`", "No API key configured")
+
+
+def test_a_fault_of_the_package_keeps_its_traceback(tiny_recipe, monkeypatch):
+    # Whatever words it has in it.
+    error = RuntimeError("vllm, peft and wandb got bfloat16 where float32 was meant")
+    monkeypatch.setattr("sg_opd_trl.trainer.SGOPDTrainer.train", fail_in("sg_opd_trl.trainer", error))
+    with pytest.raises(RuntimeError, match="where float32 was meant"):
+        main(["train", "--config", str(tiny_recipe)])
+
+
+def test_files_of_launchers_that_cannot_be_read(tiny_recipe, tmp_path, capsys):
+    words = ["train", "--config", tiny_recipe]
+    one_message(capsys, [*words, "--deepspeed", "./nowhere.json"], "deepspeed")
+    for name, text in (
+        ("broken.yaml", "a: ["),
+        ("strange.yaml", "no_such_key: 1\ncompute_environment: LOCAL_MACHINE\n"),
+    ):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        one_message(capsys, [*words, "--accelerate_config", path], "`accelerate_config`", name)
+
+
+def test_a_configuration_that_a_data_set_does_not_have(tiny_recipe, capsys):
+    one_message(capsys, ["train", "--config", tiny_recipe, "--dataset_config", "nope"], "dataset_config", "nope")
+
+
 # --- the other commands ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("flags", "named"),
@@ -267,6 +312,11 @@ def test_a_careless_flag_of_evaluate(tiny, capsys, monkeypatch, flags, named):
     monkeypatch.setattr("sg_opd_trl.evaluation.evaluate_model", never)
     words = ["evaluate", "--model", tiny.student, "--dataset_name", tiny.data, *flags]
     one_message(capsys, words, *named)
+
+
+def test_memory_that_is_out_while_evaluating(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("sg_opd_trl.evaluation.evaluate_model", fail_in("torch.nn", MemoryError()))
+    one_message(capsys, ["evaluate", "--model", tiny.student, "--dataset_name", tiny.data], "`batch_size`", "64")
 
 
 def test_careless_teacher_rollouts_serving_and_studies(tiny_recipe, tmp_path, capsys):

@@ -266,6 +266,41 @@ def test_keys_of_other_recipes_get_right_hints_all_at_once(read):
         assert hint in lines[key].partition(" in recipe ")[2], lines[key]
 
 
+OPEN_R1 = """\
+model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
+torch_dtype: bfloat16
+dataset_name: open-r1/OpenR1-Math-220k
+dataset_prompt_column: problem
+system_prompt: "You are a helpful assistant.\\n<think>\\n...\\n</think>"
+gradient_checkpointing_kwargs:
+  use_reentrant: false
+learning_rate: 1.0e-06
+lr_scheduler_kwargs:
+  min_lr_rate: 0.1
+max_prompt_length: 512
+num_generations: 16
+overwrite_output_dir: true
+push_to_hub_revision: true
+report_to:
+- wandb
+reward_weights:
+- 1.0
+save_strategy: "epoch"
+vllm_device: auto
+warmup_ratio: 0.1
+"""
+
+
+def test_a_whole_recipe_of_open_r1_says_what_to_change_at_once(read):
+    message = refused(read, OPEN_R1)
+    named = [line.split("`")[1] for line in message.splitlines() if line.startswith("Unknown key")]
+    assert named == [
+        *("torch_dtype", "dataset_prompt_column", "max_prompt_length", "overwrite_output_dir"),
+        *("push_to_hub_revision", "vllm_device", "warmup_ratio"),
+    ]
+    assert "Did you mean" not in message
+
+
 def test_unknown_flags_are_told_all_at_once():
     with pytest.raises(SGOPDConfigError) as error:
         read_command_line(["--torch_dtype", "bfloat16", "--max_stepz=3", "--dataset-prompt-column", "problem"])
