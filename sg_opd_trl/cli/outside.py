@@ -35,8 +35,10 @@ _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"No valid checkpoint", ("resume_from_checkpoint",)),
     (r"RevisionNotFound|is not a valid git identifier", ("model_revision", "revision")),
     (r"doesn't support bf16", ("bf16",)),
-    (r"Error.*\bvllm\b.*install|No module named 'vllm", ("use_vllm",)),
+    (r"bitsandbytes", ("load_in_4bit",)),
 )
+# Libraries that know our settings by name, as theirs they are.
+_SPEAK_OF_SETTINGS = ("accelerate", "transformers", "trl")
 # The library that raised an error while nothing was loaded -> the setting that calls for it.
 _LIBRARIES: Mapping[str, str] = {
     **dict.fromkeys(("wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "swanlab", "clearml"), "report_to"),
@@ -191,6 +193,8 @@ def _setting_of(error: BaseException, settings: Mapping[str, Any]) -> str | None
     text = _whole_text(error)
     return (
         _told(text, settings)
+        or _with_argument(text, settings)
+        or _spoken_of(error, settings)
         or _being_loaded(error, settings)
         or _of_file(error, settings)
         or _of_library(error, settings)
@@ -202,11 +206,30 @@ def _told(text: str, settings: Mapping[str, Any]) -> str | None:
     return next(found, None)
 
 
-def _of_library(error: BaseException, settings: Mapping[str, Any]) -> str | None:
-    """The setting of the library that raised: of the innermost frame, as a model's forward passes through many."""
+def _with_argument(text: str, settings: Mapping[str, Any]) -> str | None:
+    """The setting whose dictionary has an argument that a function does not take."""
+    strange = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if strange is None:
+        return None
+    return next((name for name, value in settings.items() if isinstance(value, dict) and strange[1] in value), None)
+
+
+def _spoken_of(error: BaseException, settings: Mapping[str, Any]) -> str | None:
+    """The setting that a library names in its message; the longest, as `eval_steps` is in `eval_steps_delay`."""
+    if not isinstance(error, (ImportError, TypeError, ValueError)) or _library(error) not in _SPEAK_OF_SETTINGS:
+        return None
+    text = str(error).replace(" ", "_")
+    return max((name for name in settings if "_" in name and name in text), key=len, default=None)
+
+
+def _library(error: BaseException) -> str:
+    """The library that raised: that of the innermost frame, as a model's forward passes through many."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
-    name = _LIBRARIES.get(module.partition(".")[0])
+    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+
+
+def _of_library(error: BaseException, settings: Mapping[str, Any]) -> str | None:
+    name = _LIBRARIES.get(_library(error))
     return name if name in settings else None
 
 

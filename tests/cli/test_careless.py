@@ -137,6 +137,13 @@ def test_what_is_said_of_an_offline_hub_and_of_a_missing_folder(tiny_recipe, cap
         (["--resume_from_checkpoint", "./nowhere"], ["`resume_from_checkpoint`", "./nowhere"]),
         (["--resume_from_checkpoint", "true"], ["`resume_from_checkpoint`"]),
         (["--use_peft", "--lora_target_modules", "no_such_module"], ["`lora_target_modules`", "no_such_module"]),
+        (["--reward_weights", "1", "2"], ["`reward_weights`"]),
+        (["--model_init_kwargs", '{"no_such": 3}'], ["`model_init_kwargs`", "no_such"]),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"no_such": 3}'],
+            ["`lr_scheduler_kwargs`", "no_such"],
+        ),
+        (["--use_peft", "--load_in_4bit", "true"], ["`load_in_4bit`"]),
         (["--attn_implementation", "flash_attention_2"], ["`attn_implementation`"]),
         (["--attn_implementation", "no_such_attention"], ["`attn_implementation`"]),
         (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "cosin"]),
