@@ -92,7 +92,8 @@ def load_training_data(
     if settings.mixture.datasets:
         from trl import get_dataset
 
-        splits = get_dataset(settings.mixture)
+        with concerning("datasets", [each.path for each in settings.mixture.datasets]):
+            splits = get_dataset(settings.mixture)
     elif script.dataset_name is not None:
         splits = load_splits(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
     else:

@@ -32,7 +32,8 @@ _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"No space left on device|StorageFull|PytorchStreamWriter failed|disk quota", ("output_dir", "output")),
     (r"out of memory|MemoryError|can't allocate memory", ("per_device_train_batch_size", "batch_size")),
     (r"Flash ?Attention|flash_attn|attn_implementation", ("attn_implementation",)),
-    (r"No valid checkpoint", ("resume_from_checkpoint",)),
+    (r"No valid checkpoint|find a valid checkpoint", ("resume_from_checkpoint",)),
+    (r"Using fsdp", ("fsdp",)),
     (r"RevisionNotFound|is not a valid git identifier", ("model_revision", "revision")),
     (r"doesn't support bf16", ("bf16",)),
     (r"bitsandbytes", ("load_in_4bit",)),
@@ -85,7 +86,7 @@ _WAYS_OUT: tuple[tuple[str, str, str], ...] = (
     (r"JSONDecodeError|not a valid JSON|Expecting ", "A file of it is no valid JSON.", "Copy or download it again."),
     (r"Unrecognized model|model type|not recognize this architecture", "", "Choose another, or update transformers."),
     (r"[Tt]okenizer", "Its tokenizer cannot be read.", "Save the tokenizer beside the model."),
-    (r"No valid checkpoint", "There is none yet.", "Leave it out, or set the folder of one."),
+    (r"No valid checkpoint|find a valid checkpoint", "There is none yet.", "Leave it out, or set the folder of one."),
     (r"Target modules", "", "Name modules of the model, or all-linear."),
     (
         r"out of memory|MemoryError|can't allocate",

@@ -165,6 +165,9 @@ def build_settings(command: CommandLine) -> TrainSettings:
         raise SGOPDConfigError(f"The settings{where} are not valid: {owners}{str(error).strip()}") from error
     settings = TrainSettings(*built)
     _check_numbers(settings)
+    optim_args = settings.named().get("optim_args")
+    if optim_args and not all("=" in part for part in optim_args.split(",")):
+        raise SGOPDConfigError(f"`optim_args` must be name=value pairs with commas between them, got {optim_args!r}.")
     check_prompt_room(settings.training, settings.script.max_prompt_tokens, "`max_prompt_tokens`")
     return settings
 

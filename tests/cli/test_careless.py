@@ -137,6 +137,9 @@ def test_what_is_said_of_an_offline_hub_and_of_a_missing_folder(tiny_recipe, cap
         (["--resume_from_checkpoint", "./nowhere"], ["`resume_from_checkpoint`", "./nowhere"]),
         (["--resume_from_checkpoint", "true"], ["`resume_from_checkpoint`"]),
         (["--use_peft", "--lora_target_modules", "no_such_module"], ["`lora_target_modules`", "no_such_module"]),
+        (["--optim_args", "nope"], ["`optim_args`", "name=value"]),
+        (["--fsdp", "full_shard"], ["`fsdp`", "distributed"]),
+        (["--resume_from_checkpoint", "."], ["`resume_from_checkpoint`", "'.'"]),
         (["--reward_weights", "1", "2"], ["`reward_weights`"]),
         (["--model_init_kwargs", '{"no_such": 3}'], ["`model_init_kwargs`", "no_such"]),
         (
@@ -284,6 +287,12 @@ def test_files_of_launchers_that_cannot_be_read(tiny_recipe, tmp_path, capsys):
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
         one_message(capsys, [*words, "--accelerate_config", path], "`accelerate_config`", name)
+
+
+def test_a_mixture_of_data_that_is_not_there(tiny_recipe, capsys):
+    with tiny_recipe.open("a", encoding="utf-8") as file:
+        file.write("datasets: [{path: ./nowhere}]\n")
+    one_message(capsys, ["train", "--config", tiny_recipe], "`datasets`", "./nowhere")
 
 
 def test_a_configuration_that_a_data_set_does_not_have(tiny_recipe, capsys):
