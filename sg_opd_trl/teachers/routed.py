@@ -282,7 +282,6 @@ def check_teacher_columns(run: Run, teacher_ids: Sequence[str] | None) -> None:
 
 def _check_setting(run: Run, column: str) -> None:
     refused = {
-        "remove_unused_columns=True": run.args.remove_unused_columns,
         "environment_factory": run.environment_factories is not None,
         "rollout_func": run.rollout_func is not None and column == TEACHER_PROMPT,
     }

@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[dict, dict, type, list[str]]] = {
         {"remove_unused_columns": True},
         {"train_dataset": labelled(["math", "code"] * 8)},
         SGOPDConfigError,
-        ["`remove_unused_columns=True`", "`teacher_id`", "Leave the setting out"],
+        ["`remove_unused_columns` must be False", "every other column would be gone", "Leave it out"],
     ),
     "nobody": ({}, {"teacher_model": {}}, SGOPDConfigError, ["`teacher_model`", "got {}", "Set for example"]),
     "the student among them": (
@@ -347,8 +347,13 @@ def test_refused_prompts(tmp_path: Path, dataset: Dataset, fragments: list[str])
 
 
 def test_refused_settings(tmp_path: Path) -> None:
-    with pytest.raises(SGOPDConfigError, match=r"`remove_unused_columns=True` is not supported.*`teacher_prompt`"):
-        tiny_trainer(tmp_path, settings={"remove_unused_columns": True}, train_dataset=rows([CHAT] * 16))
+    with pytest.raises(SGOPDConfigError, match=r"`rollout_func` is not supported.*`teacher_prompt`"):
+        tiny_trainer(
+            tmp_path,
+            settings={"teacher_sampling_enable": False},
+            rollout_func=lambda prompts, trainer: {},
+            train_dataset=rows([CHAT] * 16),
+        )
 
 
 def test_the_teacher_may_be_the_student_with_more_context(tmp_path: Path) -> None:
