@@ -50,6 +50,12 @@ _LETTER = re.compile(
 )
 _FONT = re.compile(r"\\(?:text|math|mbox)[a-z]*\s*\{")
 _OPERATOR = ("+", "*", "/", "^", "_", "=", ",", "\\cdot", "\\times", "\\cup", "!", "<", ">")
+_MORE_LETTERS = re.compile(r"(?:and|or|,|&|/)\s*\(?[A-J]\b")
+# The letters under these signs are points in order, which math-verify multiplies.
+_POINTS = re.compile(
+    r"\\(?:triangle|angle|overline|overrightarrow|overleftrightarrow|widehat|vec|bar|odot)(?![a-zA-Z])"
+)
+_NAMES = re.compile(r"[A-Z]{3,}")
 _BASES = {
     "two": 2,
     "three": 3,
@@ -62,7 +68,7 @@ _BASES = {
     "ten": 10,
     "sixteen": 16,
 }
-_BASE = re.compile(rf"([0-9A-Za-z]+)(?:_\{{?(?:base)?|\(?base)(\d{{1,2}}|{'|'.join(_BASES)})\}}?\)?")
+_BASE = re.compile(rf"(\d[0-9A-Za-z]*|[A-F][0-9A-F]+)(?:_\{{?(?:base)?|\(?base)(\d{{1,2}}|{'|'.join(_BASES)})\}}?\)?")
 _ANY_BASE = re.compile(r"\d\}?_")
 _RATIO = re.compile(r"\d{1,9}(?::\d{1,9})+")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")
@@ -144,6 +150,8 @@ def _letter_and_text(text: str) -> tuple[str, str] | None:
         return None
     letter = match["a"] or match["b"] or match["c"]
     rest = (match["a_text"] or match["b_text"] or "").strip()
+    if _MORE_LETTERS.match(rest):
+        return None
     # (A)+1 and (A,B) are mathematics; a choice in a font is not.
     if rest.startswith(_OPERATOR) and not _FONT.match(text.strip().lstrip("$")):
         return None
@@ -304,7 +312,8 @@ def _expressions(gold: str, answer: str) -> Outcome:
     if any(has_doubtful_float(text) for text in texts):
         return Settled(None)
     unseen = any(len(sign.findall(texts[0])) != len(sign.findall(texts[1])) for sign in _UNSEEN)
-    return Question(texts[0], texts[1], equal=None if unseen else True)
+    ordered = all(_POINTS.search(text) or _NAMES.fullmatch(text) for text in texts)
+    return Question(texts[0], texts[1], equal=None if unseen or ordered else True)
 
 
 def _condition(text: str) -> str:

@@ -135,8 +135,21 @@ def normalise(answer: str) -> str:
 
 
 def _judge(texts: Sequence[str], golds: Sequence[str | None]) -> list[Judgement]:
-    # One request for the whole batch: most pairs are settled by their text, the rest is asked of the child together.
     plans = [[] if gold is None else _outcomes(gold, text) for gold, text in zip(golds, texts, strict=True)]
+    judgements = _ask(plans)
+    # Where math-verify had to look for the answer, what it found is judged as if it stood in a box.
+    again = {
+        place: [_as_math(decide(right, judgement.answer))]
+        for place, (gold, text, judgement) in enumerate(zip(golds, texts, judgements, strict=True))
+        if gold is not None and judgement.answer and answer_parts(text) is None and (right := gold_answer(gold))
+    }
+    for place, judgement in zip(again, _ask(list(again.values())), strict=True):
+        judgements[place] = judgement._replace(answer=judgements[place].answer)
+    return judgements
+
+
+def _ask(plans: list[list[Outcome]]) -> list[Judgement]:
+    # One request for the whole batch: most pairs are settled by their text, the rest is asked of the child together.
     questions = [outcome for plan in plans for outcome in plan if isinstance(outcome, Question)]
     found = iter(_JUDGE.judge([(question.gold, question.answer) for question in questions]))
     judged = [[_judgement(outcome, found) for outcome in plan] for plan in plans]

@@ -133,6 +133,8 @@ def _multiplied(value: str) -> str:
 
 def _unit(text: str, power: str | None) -> Unit | None:
     """The unit that a text names; None if it names none."""
+    if "/" in text or " per " in text:
+        return _ratio_of_units(text)
     words = re.sub(r"[.]", "", text.lower()).split()
     if not words or len(words) > 3 or not all(word.isalpha() for word in words) or not _NO_UNIT.isdisjoint(words):
         return None
@@ -147,3 +149,9 @@ def _unit(text: str, power: str | None) -> Unit | None:
         return Unit(UNKNOWN, exponent, singular)
     dimension = known.dimension if exponent == 1 else f"{known.dimension}^{exponent}"
     return Unit(dimension, Fraction(known.factor) ** exponent, known.name)
+
+
+def _ratio_of_units(text: str) -> Unit | None:
+    """`m/s` and `meters per second` by one name; no conversion."""
+    parts = [_unit(part, None) for part in re.split(r"/| per ", text, maxsplit=1)]
+    return Unit(UNKNOWN, 1, "/".join(part.name for part in parts if part is not None)) if None not in parts else None
