@@ -93,12 +93,13 @@ _UNSEEN = (
 )
 
 
-def decide(gold: str, answer: str) -> Outcome:
+def decide(gold: str, answer: str, *, choices: bool = True) -> Outcome:
     r"""Says what is to be asked about a gold answer and an answer, both without `$` and box.
 
     Args:
         gold: what is right, not empty.
         answer: what was answered, not empty.
+        choices: whether a letter may stand for a choice; not so within the text of one.
 
     Returns:
         The verdict where the texts tell; else a question for math-verify, in one way of writing.
@@ -110,7 +111,7 @@ def decide(gold: str, answer: str) -> Outcome:
     written, said = plain(gold), plain(answer)
     if written == said != "":
         return Settled(True)
-    for rule in _RULES:
+    for rule in _RULES if choices else _RULES[1:]:
         outcome = rule(gold, answer)
         if outcome is not None:
             return outcome
@@ -122,14 +123,14 @@ def _choice(gold: str, answer: str) -> Outcome | None:
     right, said = _letter_and_text(gold), _letter_and_text(answer)
     if right is None:
         # A letter of its own, and the text of the choice as gold: the text tells.
-        return None if said is None or not said[1] else decide(gold, said[1])
+        return None if said is None or not said[1] else decide(gold, said[1], choices=False)
     letter, text = right
     if said is None:
-        return decide(text, answer) if text else _lone_letter(gold, letter, answer)
+        return decide(text, answer, choices=False) if text else _lone_letter(gold, letter, answer)
     if said[0] != letter:
         return Settled(False)
     if text and said[1]:
-        inner = decide(text, said[1])
+        inner = decide(text, said[1], choices=False)
         return Settled(inner.verdict or None) if isinstance(inner, Settled) else inner._replace(different=None)
     return Settled(True)
 

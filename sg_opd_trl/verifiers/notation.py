@@ -7,10 +7,11 @@ a product. What it cannot read it may read wrongly, so both gold and answer are 
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 # Answers are short. What is longer is a text or an attack, and rewriting it would take time for nothing.
 MAX_LENGTH = 2000
-_MAX_DEPTH = 40  # of commands inside the arguments of commands, far below Python's own limit
+_MAX_DEPTH = 20  # of commands inside the arguments of commands, far below Python's own limit
 
 _SIGNS = {
     "−": "-",
@@ -71,9 +72,13 @@ _RESIDUES = re.compile(r"\\mathbb\s*\{?Z\}?\s*(?:/\s*\(?\s*(\d+)\s*\\mathbb\s*\{
 _ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
 _TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])")
 _COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)", re.DOTALL)
-_SPACES = re.compile(r"\s*")
+_INDEX = re.compile(r"\s*(\[[^\[\]]*\])")
+_BRACKET = re.compile(r"\\.|[{}()]", re.DOTALL)
+_OPENING = {"}": "{", ")": "("}
 
 
+# Every rule asks for the same few texts.
+@lru_cache(maxsize=256)
 def canonical(text: str) -> str:
     r"""Rewrites an answer so that math-verify reads all of it.
 
@@ -133,49 +138,78 @@ def _repeating_decimal(match: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def braced(text: str, depth: int = 0) -> str:
+def braced(text: str) -> str:
     r"""Puts braces around the arguments of `\frac`, `\binom` and `\sqrt` as TeX reads them.
 
     `\frac12` is `\frac{1}{2}` and `\sqrt23` is `\sqrt{2}3`. Beyond TeX, an argument that is itself such a command
     takes its own arguments along (`\frac\sqrt32`), and `\sqrt(x+1)` takes the whole bracket.
     """
-    done, place = [], 0
-    while match := _TAKES_ARGUMENTS.search(text, place):
+    return _braced(text, 0, len(text), _partners(text), 0)
+
+
+def _partners(text: str) -> dict[int, int]:
+    """Where each bracket closes, found in one pass: nothing kills this process if a text made for it takes long."""
+    partners: dict[int, int] = {}
+    opened: dict[str, list[int]] = {"{": [], "(": []}
+    for match in _BRACKET.finditer(text):
+        sign = match.group()
+        if sign in opened:
+            opened[sign].append(match.start())
+        elif sign in _OPENING and opened[_OPENING[sign]]:
+            partners[opened[_OPENING[sign]].pop()] = match.start()
+    return partners
+
+
+def _braced(text: str, start: int, end: int, partners: dict[int, int], depth: int) -> str:
+    done, place = [], start
+    while match := _TAKES_ARGUMENTS.search(text, place, end):
         done.append(text[place : match.start()])
-        command, place = _with_arguments(text, match, depth)
-        done.append(command)
-    return "".join([*done, text[place:]])
+        # All arguments are found before any is rewritten, so that a missing one costs no work twice.
+        spans = _arguments(text, match, end, partners, depth)
+        place = match.end()
+        if spans:
+            index = _INDEX.match(text, place, end) if match[1] == "sqrt" else None
+            written = ["{" + _braced(text, *span, partners, depth + 1) + "}" for span, _ in spans]
+            done += [f"\\{match[1]}", index[1] if index else "", *written]
+            place = spans[-1][1]
+        else:
+            done.append(match.group())
+    return "".join([*done, text[place:end]])
 
 
-def _with_arguments(text: str, match: re.Match[str], depth: int) -> tuple[str, int]:
-    """The command at `match` with its arguments in braces, and where it ends; the bare command if one is missing."""
-    name, place = match[1], match.end()
-    parts = [f"\\{name}"]
-    if name == "sqrt" and (index := re.compile(r"\s*(\[[^\[\]]*\])").match(text, place)):
-        parts.append(index[1])
+# Where the inside of an argument starts and ends, and where reading goes on.
+_Span = tuple[tuple[int, int], int]
+
+
+def _arguments(text: str, match: re.Match[str], end: int, partners: dict[int, int], depth: int) -> list[_Span] | None:
+    """The arguments of the command at `match`; None if one is missing or they are nested too deeply."""
+    place = match.end()
+    if match[1] == "sqrt" and (index := _INDEX.match(text, place, end)):
         place = index.end()
-    for _ in range(_ARGUMENTS[name]):
-        argument = _argument(text, place, depth, bracket=name == "sqrt")
-        if argument is None:
-            return match.group(), match.end()
-        parts.append("{" + argument[0] + "}")
-        place = argument[1]
-    return "".join(parts), place
+    spans = []
+    for _ in range(_ARGUMENTS[match[1]]):
+        span = _argument(text, place, end, partners, depth, bracket=match[1] == "sqrt")
+        if span is None:
+            return None
+        spans.append(span)
+        place = span[1]
+    return spans
 
 
-def _argument(text: str, place: int, depth: int, *, bracket: bool) -> tuple[str, int] | None:
-    place = _SPACES.match(text, place).end()  # type: ignore[union-attr]
-    if place >= len(text) or text[place] in "}&^_=" or depth > _MAX_DEPTH:
+def _argument(text: str, place: int, end: int, partners: dict[int, int], depth: int, *, bracket: bool) -> _Span | None:
+    while place < end and text[place].isspace():
+        place += 1
+    if place >= end or text[place] in "}&^_=" or depth > _MAX_DEPTH:
         return None
-    opening = text[place]
-    if opening == "{" or (opening == "(" and bracket):
-        end = closing(text, place + 1, opening, "}" if opening == "{" else ")")
-        return None if end is None else (braced(text[place + 1 : end], depth + 1), end + 1)
-    if inner := _TAKES_ARGUMENTS.match(text, place):
-        return _with_arguments(text, inner, depth + 1)
-    if command := _COMMAND.match(text, place):
-        return command.group(), command.end()
-    return opening, place + 1
+    if text[place] == "{" or (text[place] == "(" and bracket):
+        close = partners.get(place, end)
+        return None if close >= end else ((place + 1, close), close + 1)
+    if inner := _TAKES_ARGUMENTS.match(text, place, end):
+        spans = _arguments(text, inner, end, partners, depth + 1)
+        return None if spans is None else ((place, spans[-1][1]), spans[-1][1])
+    command = _COMMAND.match(text, place, end)
+    after = command.end() if command else place + 1
+    return (place, after), after
 
 
 def closing(text: str, start: int, opening: str = "{", close: str = "}") -> int | None:

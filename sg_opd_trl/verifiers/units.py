@@ -82,11 +82,13 @@ _NO_UNIT = frozenset(
 )
 _FONT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
 _POWER = r"(?:\s*\^\s*\{?([23])\}?)?"
-_GAP = r"(?:\\[,;:! ]|~|\s)*"
-_IN_FONT = re.compile(rf"(.*[^\s\\]){_GAP}{_FONT}{_POWER}", re.DOTALL)
-_BARE = re.compile(rf"(.*[\d}}])(?:{_GAP})([a-zA-Z][a-zA-Z.]*(?: [a-zA-Z.]+)?){_POWER}", re.DOTALL)
+# Anchored at the end and without a leading `.*`, so that no text takes long.
+_IN_FONT = re.compile(rf"{_FONT}{_POWER}$")
+_BARE = re.compile(rf"([a-zA-Z][a-zA-Z.]*(?: [a-zA-Z.]+)?){_POWER}$")
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?$")
+_NUMBER_ENDS = (*"0123456789", "}")
+_GAPS = ("\\,", "\\;", "\\:", "\\!", "\\ ", "~")
 _WORD = re.compile(r"[a-z]{4,}")
-_DEGREES = re.compile(r"(.*\S)\s*\^\s*\{?\s*\\circ\s*\}?", re.DOTALL)
 _MONEY = re.compile(r"\s*(?:\\\$|\$(?=\d[^$]*$))")
 
 
@@ -103,27 +105,34 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     value = canonical(text)
     if _MONEY.match(text):
         return _multiplied(value), _UNITS["dollar"]
-    if match := _DEGREES.fullmatch(value):
-        return match[1], _UNITS["degree"]
-    match = _IN_FONT.fullmatch(value) or _bare_unit(value)
-    if match is None:
+    if (match := _DEGREES.search(value)) and match.start():
+        return _before(value, match), _UNITS["degree"]
+    match = _IN_FONT.search(value) or _bare_unit(value)
+    head = "" if match is None else _before(value, match)
+    if match is None or not head:
         scaled = _multiplied(value)
         return scaled, None if scaled == value else _COUNT
-    unit = _unit(match[2], match[3]) if re.search(r"\d|\\pi|\^", match[1]) else None
-    words = match[2].lower().split()
+    unit = _unit(match[1], match[2]) if re.search(r"\d|\\pi|\^", head) else None
+    words = match[1].lower().split()
     if words and words[0] in _MULTIPLIERS:
-        scaled = rf"{match[1]} \times {_MULTIPLIERS[words[0]]}"
-        return scaled, _unit(" ".join(words[1:]), match[3]) or _COUNT
-    return (value, None) if unit is None else (match[1].removesuffix("\\").strip(), unit)
+        return rf"{head} \times {_MULTIPLIERS[words[0]]}", _unit(" ".join(words[1:]), match[2]) or _COUNT
+    return (value, None) if unit is None else (head, unit)
+
+
+def _before(value: str, match: re.Match[str]) -> str:
+    head = value[: match.start()].rstrip()
+    while head.endswith(_GAPS) or head.endswith("\\"):
+        head = head[:-1].rstrip()
+    return head
 
 
 def _bare_unit(value: str) -> re.Match[str] | None:
     """`12 cm` without a font: known units of two letters or more, or words, because `3t` and `3abc` are products."""
-    match = _BARE.fullmatch(value)
-    unit = None if match is None or len(match[2]) == 1 else _unit(match[2], None)
-    if match is None or unit is None or (unit.dimension == UNKNOWN and not _WORD.fullmatch(match[2])):
+    match = _BARE.search(value)
+    if match is None or len(match[1]) == 1 or not _before(value, match).endswith(_NUMBER_ENDS):
         return None
-    return match
+    unit = _unit(match[1], None)
+    return None if unit is None or (unit.dimension == UNKNOWN and not _WORD.fullmatch(match[1])) else match
 
 
 def _multiplied(value: str) -> str:

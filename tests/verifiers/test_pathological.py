@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sg_opd_trl.verifiers import Judge
-from sg_opd_trl.verifiers.extraction import answer_text
+from sg_opd_trl.verifiers.extraction import answer_parts, answer_text, gold_answer, gold_text
+from sg_opd_trl.verifiers.kinds import decide
+from sg_opd_trl.verifiers.notation import MAX_LENGTH
 
 PATHOLOGICAL = {
     "tower of nines": "9^{9^{9^{9}}}",
@@ -70,3 +72,69 @@ def test_ends_in_time_and_judging_goes_on(run: Callable[[Callable[[], None]], No
     assert set(verdicts.values()) <= {None, False}
     # Far beyond any machine's 0.3 s, hence no verdict, as opposed to "wrong".
     assert [verdicts[name] for name in ("tower of nines", "huge factorial", "huge sum")] == [None] * 3
+
+
+REPEATED = [
+    *(
+        "1 ",
+        "12 ",
+        "a ",
+        "A ",
+        "1,",
+        "1:",
+        "-",
+        "(",
+        "[",
+        "{ ",
+        "~",
+        " ",
+        "'",
+        "$",
+        "0.",
+        "1e5 ",
+        "12cm ",
+        "(A) ",
+        "m.",
+    ),
+    *(
+        "\\frac",
+        "\\frac{",
+        "\\frac1",
+        "\\sqrt",
+        "\\sqrt(",
+        "\\sqrt[",
+        "\\binom{1}",
+        "\\text{",
+        "\\text{ m}",
+        "\\,",
+        "1\\,",
+    ),
+    *(
+        "123\\,",
+        "\\ ",
+        "^\\circ",
+        "12^\\circ ",
+        "\\ldots,",
+        "1,\\ldots,",
+        "\\mathbb{Z}",
+        "\\{x|",
+        "1.\\overline{3}",
+        "\\left(",
+    ),
+    *("\\boxed{", "\\boxed{1},", "\\boxed 1 ", "\\fbox", "answer: **", "</think>", "#### "),
+]
+
+
+@pytest.mark.parametrize("unit", REPEATED)
+def test_reading_of_texts_is_quick(unit: str) -> None:
+    """This process reads texts before the child does, and nothing ends it: no text may take long."""
+    short, long = (unit * MAX_LENGTH)[: MAX_LENGTH - 1] + "x", unit * (100_000 // len(unit))
+    begin = time.process_time()
+    for other in ("5", r"12\text{ m}", r"\textbf{(B)}\ 12", r"1,\ldots,n", short + "y"):
+        decide(short, other)
+        decide(other, short)
+    answer_parts(long)
+    gold = gold_text(long)
+    if gold is not None:
+        gold_answer(gold)
+    assert time.process_time() - begin < 2.0  # tens of milliseconds on an idle machine; without a bound, for ever
