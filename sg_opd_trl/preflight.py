@@ -1,20 +1,24 @@
 """Everything that is refused or warned about before the first step.
 
 In the order of a run: `check_arguments` before a model is loaded, `prepare_student` before anything changes the
-student, `check_run` once TRL has set up models, data and tokenizer. What concerns teacher and reference alone is
-checked where they are built, in `teachers.build`; single settings are checked by the configuration.
+student, `check_run` once TRL has set up models, data and tokenizer, `check_log_probs` once every model is there. What
+concerns teacher and reference alone is checked where they are built, in `teachers.build`; single settings are checked
+by the configuration.
 """
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from datasets import IterableDataset
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
+from .agreement import Agreement, bounds_of, check_model, made_up_rows
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
@@ -23,13 +27,12 @@ from .run import Run
 from .teacher_sampling.callback import is_anchor_callback
 from .teachers.adapter import adapter_config, is_adapter
 from .teachers.build import check_given_models, default_reference
-from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, save_without_reference
-from .trl_seam import create_model_from_path, get_config_model_id, has_adapters_inside
+from .teachers.local import ModelScorer
+from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, evaluating, save_without_reference
+from .teachers.routed import RoutedTeacher
+from .trl_seam import create_model_from_path, get_config_model_id, has_adapters_inside, is_prepared_later
 
 logger = logging.getLogger(__name__)
-
-# What transformers calls tables of learned absolute positions.
-_ABSOLUTE_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed")
 
 
 class PreparedRun(Run, Protocol):
@@ -265,10 +268,10 @@ def check_run(run: PreparedRun) -> None:
 
 
 def _check_student(model: Any) -> None:
-    """Refuse students whose log-probs depend on how a batch is padded, and adapters that TRL cannot switch.
+    """Refuse adapters that TRL cannot switch.
 
     Raises:
-        SGOPDConfigError: learned absolute positions, or an adapter loaded into a plain model.
+        SGOPDConfigError: an adapter loaded into a plain model.
     """
     if has_adapters_inside(model):
         raise SGOPDConfigError(
@@ -276,13 +279,6 @@ def _check_student(model: Any) -> None:
             "into it. They cannot be switched off for the reference. Load it with "
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
         )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _ABSOLUTE_POSITIONS:
-            raise SGOPDConfigError(
-                f"`model` must not learn a vector per position, got {name!r} in {type(model).__name__}. Prompts are "
-                "padded on the left, which would move every token of a short row to other positions in student and "
-                "teacher. Use a model with rotary or relative positions."
-            )
 
 
 def check_rollout_engine(run: Run) -> None:
@@ -358,3 +354,126 @@ def _largest_dropout(model: Any) -> float:
     config = model.config.to_dict()
     # Attention has its dropout in the configuration alone, without a module.
     return max([0.0, *inside, *(v for k, v in config.items() if k.endswith("dropout") and isinstance(v, float))])
+
+
+# --- once every model is there ---------------------------------------------------------------------------------------
+class ScoringRun(Run, Protocol):
+    """A run whose models are built.
+
+    Attributes:
+        teacher: one, or several by name.
+        reference: of the extrapolation, or None.
+        ref_model: TRL's own reference of the KL penalty, or None.
+        agreements: what `check_log_probs` found.
+    """
+
+    teacher: Any
+    reference: Any
+    ref_model: Any
+    agreements: list[Agreement]
+
+    def add_callback(self, callback: Any) -> None:
+        """Have a callback told of what happens in the run."""
+
+
+def check_log_probs(run: ScoringRun) -> None:
+    """Have student, teachers and reference score made-up rows in the run's layouts, against each row alone.
+
+    What was found is kept in `run.agreements`. A student that is sharded or moved to its device when training starts
+    is checked then.
+
+    Raises:
+        SGOPDConfigError: a model whose rows depend on one another in every layout.
+    """
+    run.agreements = []
+    if is_prepared_later(run.accelerator):
+        run.add_callback(_CheckOnceSharded(run))
+    else:
+        _check_models(run)
+
+
+class _CheckOnceSharded(TrainerCallback):
+    def __init__(self, run: ScoringRun) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._run.agreements:
+            _check_models(self._run)
+
+
+def _check_models(run: ScoringRun) -> None:
+    accelerator = run.accelerator
+    device = accelerator.device
+
+    def over_ranks(difference: float) -> float:
+        return float(accelerator.gather(torch.tensor([difference], device=device)).max())
+
+    longest: int | None = None
+    for role, lent in _models_that_score(run):
+        with lent as model:
+            config = accelerator.unwrap_model(model).config
+            # Rendering prompts takes longer than scoring rows, and few models ask how long rows can be.
+            if longest is None and bounds_of(config):
+                longest = _longest_row(run)
+            ids = _plain_ids(run.tokenizer, config.get_text_config().vocab_size)
+            found = check_model(
+                model,
+                made_up_rows(config, ids, longest or 0, device, run.tokenizer.pad_token_id),
+                role=role,
+                temperature=run.temperature,
+                autocast=accelerator.autocast,
+                agree=over_ranks if accelerator.num_processes > 1 else float,
+            )
+        run.agreements.append(found)
+
+
+def _models_that_score(run: ScoringRun) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+    """Every model in this process that gives log-probs: its role, and what lends it in evaluation mode."""
+    yield "student", _student_without_dropout(run)
+    if run.ref_model is not None:
+        yield "reference", _evaluated(run.ref_model)
+    parts = run.teacher.distinct if isinstance(run.teacher, RoutedTeacher) else [run.teacher]
+    for scorer in (*parts, run.reference):
+        # Servers and teachers of the caller's own score as they do.
+        if isinstance(scorer, ModelScorer):
+            yield scorer.role, _lent(scorer)
+
+
+@contextmanager
+def _student_without_dropout(run: ScoringRun) -> Iterator[Any]:
+    with run.student_scoring() as model, evaluating(model):
+        yield model
+
+
+@contextmanager
+def _evaluated(model: Any) -> Iterator[Any]:
+    with evaluating(model):
+        yield model
+
+
+@contextmanager
+def _lent(scorer: ModelScorer) -> Iterator[Any]:
+    with scorer.lent():
+        yield scorer.model
+
+
+def _longest_row(run: ScoringRun) -> int:
+    """Tokens that a row of the run can have, as far as its first prompts tell."""
+    prompts: list = []
+    # An environment writes its own prompts.
+    if not run.environment_factories and run.train_dataset is not None:
+        prompts = run.tokenize_prompts(first_prompts(run.train_dataset))
+    completion: int = run.args.max_completion_length or 0
+    if run.args.teacher_sampling_enable:
+        completion = max(completion, run.args.teacher_completion_length)
+    return max(map(len, prompts), default=0) + completion
+
+
+def _plain_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Some ids of ordinary text, from all over the vocabulary."""
+    size = min(len(tokenizer), vocab_size)
+    ids = range(0, size, max(1, size // _PLAIN_IDS))
+    return [token for token in ids if token not in tokenizer.added_tokens_decoder] or list(ids)
+
+
+_PLAIN_IDS = 512

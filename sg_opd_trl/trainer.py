@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import core
+from .agreement import Agreement
 from .bookkeeping import (
     TIMED_PARTS,
     LastStep,
@@ -58,7 +59,14 @@ from .models.forward import HeadRequest, scattered
 from .models.head import OutputHead
 from .objectives import Objective, Positions, Scores, build_objective
 from .prefetch import prefetched_scores
-from .preflight import check_arguments, check_run, default_config, load_adapter_student, prepare_student
+from .preflight import (
+    check_arguments,
+    check_log_probs,
+    check_run,
+    default_config,
+    load_adapter_student,
+    prepare_student,
+)
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
 from .run import inherits
@@ -153,6 +161,9 @@ class SGOPDTrainer(GRPOSeam):
     num_generations: int
     num_generations_eval: int
 
+    agreements: list[Agreement]
+    """How the rows of every model are scored, and how far that is from plain logits of each row alone."""
+
     evaluations: dict | None = None
     """Results by name that the model card shows; a name with `after` in it is the student's own."""
 
@@ -225,6 +236,7 @@ class SGOPDTrainer(GRPOSeam):
         self.teacher_sampling: Sampling = sampling_of(self)
         self.rollout_cache: RolloutCache | None = open_cache(self)
         self.add_callback(AnchorBinding(self))
+        check_log_probs(self)
 
     def _build_verifier(self) -> RunVerifier:
         """The verifier among the reward functions; it must be binary where something depends on its verdicts."""

@@ -33,7 +33,7 @@ from trl.trainer.utils import (  # noqa: F401
 )
 
 from .data import flat_prompt, without_images
-from .models.forward import ForwardOutput, HeadRequest, packed_forward, padded_forward, should_pack
+from .models.forward import ForwardOutput, HeadRequest, layouts_of, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
@@ -63,12 +63,12 @@ def fused_forward(
         request: what to compute from the hidden states in the same forward.
         auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
     """
+    layouts = layouts_of(model)
+    rows = input_ids, attention_mask, completion_length
     with compact_head(input_ids.device):
-        if not auxiliary_loss and should_pack(model, attention_mask):
-            return packed_forward(model, input_ids, attention_mask, completion_length, request)
-        return padded_forward(
-            model, input_ids, attention_mask, completion_length, request, auxiliary_loss=auxiliary_loss
-        )
+        if layouts.packed and not auxiliary_loss and should_pack(model, attention_mask):
+            return packed_forward(model, *rows, request)
+        return padded_forward(model, *rows, request, auxiliary_loss=auxiliary_loss, flush_left=not layouts.padded)
 
 
 # Columns of the vocabulary that are projected at once on the CPU.
@@ -190,6 +190,11 @@ def is_sharded(accelerator: Any) -> bool:
     """Whether a forward of a prepared frozen model is a collective operation."""
     backend = DistributedBackend(accelerator)
     return backend.is_fsdp or backend.is_zero3
+
+
+def is_prepared_later(accelerator: Any) -> bool:
+    """Whether the student is moved to its device, or split, only when training starts."""
+    return DistributedBackend(accelerator).is_fsdp or accelerator.state.deepspeed_plugin is not None
 
 
 def agree_on_calls(accelerator: Any, calls: int) -> int:

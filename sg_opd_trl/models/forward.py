@@ -1,9 +1,10 @@
 """One forward of a causal LM on prompts and completions, padded or packed, with a second output if one is requested.
 
-`padded_forward` takes rows as they are. `packed_forward` puts them behind one another without their padding, which is
-exact where tokens meet in attention alone (`should_pack`): attention is then a variable-length kernel, or SDPA row by
-row (`rows_apart`). Both run a model with TRL's fused head, which gives log-probs and never builds logits;
-`trl_seam.fused_forward` picks one of them.
+`padded_forward` takes rows as they are, or with all padding behind them. `packed_forward` puts them behind one another
+without their padding, which is exact where tokens meet in attention alone (`should_pack`): attention is then a
+variable-length kernel, or SDPA row by row (`rows_apart`). Both run a model with TRL's fused head, which gives
+log-probs and never builds logits; `trl_seam.fused_forward` picks one of them, among those that are right for the
+model (`Layouts`).
 """
 
 import itertools
@@ -71,10 +72,14 @@ def padded_forward(
     request: HeadRequest | None = None,
     *,
     auxiliary_loss: bool = False,
+    flush_left: bool = False,
 ) -> ForwardOutput:
-    """One forward on rows as they are, for arguments as in `pack`, of a model with TRL's fused head."""
-    options = {"output_router_logits": True} if auxiliary_loss else {}
-    output = _forward(model, pad(input_ids, attention_mask, completion_length), request, options)
+    """One forward on padded rows, for arguments as in `pack`, of a model with TRL's fused head.
+
+    `flush_left` moves all padding behind the rows, where causal models never see it.
+    """
+    rows = (move_left if flush_left else pad)(input_ids, attention_mask, completion_length)
+    output = _forward(model, rows, request, {"output_router_logits": True} if auxiliary_loss else {})
     return output if auxiliary_loss else output._replace(auxiliary_loss=None)
 
 
@@ -93,7 +98,7 @@ def packed_forward(
 
 
 def _forward(
-    model: nn.Module, rows: "PaddedRows | PackedRows", request: HeadRequest | None, options: dict[str, Any]
+    model: nn.Module, rows: "PaddedRows | MovedRows | PackedRows", request: HeadRequest | None, options: dict[str, Any]
 ) -> ForwardOutput:
     inputs = rows.model_inputs | options
     if request is not None:
@@ -110,7 +115,7 @@ def _forward(
     )
 
 
-def _bound(request: HeadRequest, rows: "PaddedRows | PackedRows") -> Compute:
+def _bound(request: HeadRequest, rows: "PaddedRows | MovedRows | PackedRows") -> Compute:
     """The request as the model's forward calls it, with the values of all its positions.
 
     Where a token's position is in this forward is settled here: the model and its wrappers know of no layout.
@@ -134,7 +139,38 @@ def scattered(values: Tensor, chosen: Tensor) -> Tensor:
     return result
 
 
-# --- the two layouts -------------------------------------------------------------------------------------------------
+# --- the layouts -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Layouts:
+    """The layouts in which a model gives rows that are scored together what each of them gets alone.
+
+    Attributes:
+        packed: rows behind one another, where `should_pack` says so too.
+        padded: prompts padded on the left, as TRL has them; otherwise all padding must stand behind the rows.
+    """
+
+    packed: bool = True
+    padded: bool = True
+
+
+def layouts_of(model: nn.Module) -> Layouts:
+    """What is known to be right for a model; everything, until `restrict_layouts` has said otherwise."""
+    # In the instance, where copies and wrappers of the model find it.
+    return vars(_inner(model)).get(_LAYOUTS, Layouts())
+
+
+def restrict_layouts(model: nn.Module, layouts: Layouts) -> None:
+    """Have all further forwards of a model keep to these layouts, whoever runs them."""
+    setattr(_inner(model), _LAYOUTS, layouts)
+
+
+_LAYOUTS = "sg_opd_layouts"
+
+
+def _inner(model: nn.Module) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
 _IGNORED = -100  # label of a position that predicts nothing, as transformers has it
 _LABELS = ("labels", "shift_labels")
 
@@ -167,6 +203,53 @@ def pad(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Pa
     labels[:, :-completion_length] = _IGNORED
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     return PaddedRows(inputs, (input_ids.size(0), completion_length))
+
+
+@dataclass(frozen=True)
+class MovedRows:
+    """Rows moved to the left, so that all padding stands behind them; `W` columns, the longest row's.
+
+    Attributes:
+        model_inputs: arguments of the model: `input_ids`, `attention_mask` and `labels`, `(B, W)` each.
+        scored: `(B, W - 1)` bool, positions that predict a token of a completion.
+        targets: `(B, T)` bool, the tokens that they predict, in the same order.
+    """
+
+    model_inputs: dict[str, Any]
+    scored: Tensor
+    targets: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, T)`."""
+        return self.targets.shape
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Back to `(B, T)` from one value per position that predicts another, `(B, W - 1)`."""
+        return scattered(self._of_text(values)[self.scored], self.targets)
+
+    def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """`(N, ...)` values `(B, W - 1, ...)` of the positions that predict the chosen tokens, `(B, T)` bool."""
+        positions = scattered(self.scored.flatten().nonzero().flatten(), self.targets)
+        return self._of_text(values).flatten(0, 1)[positions[chosen]]
+
+    def _of_text(self, values: Tensor) -> Tensor:
+        # Virtual tokens of an adapter add positions in front.
+        return values[:, values.size(1) - self.scored.size(1) :]
+
+
+def move_left(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> MovedRows:
+    """Rows with all their padding behind them, their completions labelled; arguments as in `pack`."""
+    present = attention_mask != 0
+    # Stable: tokens keep their order.
+    order = (~present).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(present.sum(dim=1).max()))]
+    labels = input_ids.masked_fill(~present, _IGNORED)
+    labels[:, :-completion_length] = _IGNORED
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    inputs = {name: values.gather(1, order) for name, values in inputs.items()}
+    # Nothing predicts the first token of a row.
+    targets = present & (present.cumsum(dim=1) > 1)
+    return MovedRows(inputs, inputs["labels"][:, 1:] != _IGNORED, targets[:, -completion_length:])
 
 
 @dataclass(frozen=True)
