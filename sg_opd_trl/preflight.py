@@ -24,7 +24,7 @@ from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
 from .models.sampling import check_generation_kwargs, own_settings
 from .run import Run
-from .teacher_sampling.callback import is_anchor_callback
+from .teacher_sampling.callback import check_anchor_callbacks, is_anchor_callback
 from .teachers.adapter import adapter_config, is_adapter
 from .teachers.build import check_given_models, default_reference
 from .teachers.local import ModelScorer
@@ -88,13 +88,9 @@ def check_arguments(
     # A server compares the settings with its own names where it is bound.
     local_teacher_writes = args.teacher_sampling_enable and not args.teacher_model_server_url
     check_generation_kwargs(kwargs, use_vllm=args.use_vllm, local_teacher_writes=local_teacher_writes)
+    check_anchor_callbacks([callback for callback in callbacks or [] if is_anchor_callback(callback)], args)
     if args.teacher_sampling_enable:
         _check_anchor(tools, rollout_func, environment_factory, args, train_dataset)
-    elif any(map(is_anchor_callback, callbacks or [])):
-        raise SGOPDConfigError(
-            "`callbacks` must not hold a TeacherAnchorCallback with teacher_sampling_enable=False, got one. It would "
-            "have the teacher generate against the setting. Leave it out, or set teacher_sampling_enable=True."
-        )
 
 
 def _check_anchor(

@@ -70,7 +70,14 @@ from .preflight import (
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
 from .run import inherits
-from .teacher_sampling.callback import AnchorBinding, sampling_of, with_anchor_callback
+from .teacher_sampling.callback import (
+    AnchorBinding,
+    anchor_callbacks,
+    is_anchor_callback,
+    make_way_for,
+    sampling_of,
+    with_anchor_callback,
+)
 from .teacher_sampling.step import AnchorStep
 from .teacher_sampling.stored.cache import RolloutCache, open_cache
 from .teachers.base import Sampling, Teacher
@@ -655,6 +662,11 @@ class SGOPDTrainer(GRPOSeam):
         return list(by_prompt.values())
 
     @property
+    def processes(self) -> int:
+        """That train, each on its own part of a step."""
+        return self.accelerator.num_processes
+
+    @property
     def student_prompts_per_step(self) -> float:
         """Student prompts of the current optimizer step over all ranks."""
         rows = self.args.per_device_train_batch_size * self.current_gradient_accumulation_steps
@@ -769,14 +781,41 @@ class SGOPDTrainer(GRPOSeam):
             self.report_metric(self.mode, name, value)
         super().log(logs, start_time)
 
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, see `transformers.Trainer`; a `TeacherAnchorCallback` takes the place of the default's."""
+        make_way_for(self, callback)
+        super().add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback and return it; without a `TeacherAnchorCallback` there is no anchor."""
+        if is_anchor_callback(callback):
+            self.anchor = None
+        return super().pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback; without a `TeacherAnchorCallback` there is no anchor."""
+        if is_anchor_callback(callback):
+            self.anchor = None
+        super().remove_callback(callback)
+
+    def lasting_callbacks(self) -> list[Any]:
+        """The anchor's: what its constructor was given is in no checkpoint."""
+        return anchor_callbacks(self)
+
     def checkpoint_state(self) -> dict:
-        """Who taught and what was the reference, so that a resumed run can be told from another."""
-        return checkpoint_facts(self)
+        """Who taught and what was the reference, so that a resumed run can be told from another, and what was counted.
+
+        The anchor's counters are here too: transformers' own restoring of callbacks is off by default.
+        """
+        counters = [callback.counters for callback in anchor_callbacks(self)]
+        return checkpoint_facts(self) | ({"anchor": counters[0]} if counters else {})
 
     def check_checkpoint_state(self, state: dict) -> None:
-        """Refuse to continue a run with another teacher or reference, and count on from its tokens."""
+        """Refuse to continue a run with another teacher or reference, and count on from its tokens and rollouts."""
         compare_checkpoint_facts(self, state)
         self._tokens_before = state.get("teacher_tokens", (0, 0))
+        for callback in anchor_callbacks(self) if "anchor" in state else []:
+            callback.restore_counters(**state["anchor"])
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

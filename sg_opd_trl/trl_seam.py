@@ -251,6 +251,7 @@ class GRPOSeam(GRPOTrainer):
     | the policy's one forward inside the loss | `policy_forward` |
     | the gradient before the optimizer's step | `on_grad_norm` |
     | a checkpoint written, and read again | `checkpoint_state`, `check_checkpoint_state` |
+    | callbacks made anew from their checkpoint | `lasting_callbacks` |
     """
 
     args: Any
@@ -335,6 +336,10 @@ class GRPOSeam(GRPOTrainer):
 
     def check_checkpoint_state(self, state: dict) -> None:
         """Called with the facts of the checkpoint that training resumes from."""
+
+    def lasting_callbacks(self) -> list[Any]:
+        """Callbacks whose instances go on in a resumed run, with their attributes in its checkpoint."""
+        return []
 
     # --- what a subclass may use ---------------------------------------------------------------------------------
     @property
@@ -546,6 +551,23 @@ class GRPOSeam(GRPOTrainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
+
+    def _load_callback_state(self) -> None:
+        # Transformers would make them anew from arguments that a subclass need not export, and lose its own.
+        lasting, states = self.lasting_callbacks(), self._stored_callbacks()
+        for callback in lasting:
+            stored = states.pop(type(callback).__name__, None)
+            if stored is not None and self.args.restore_callback_states_from_checkpoint:
+                last = stored[-1] if isinstance(stored, list) else stored
+                vars(callback).update(last.get("attributes", {}))
+        super()._load_callback_state()
+        # A checkpoint is written over the entries that are there, also for one that the loaded checkpoint lacks.
+        states |= {type(callback).__name__: callback.state() for callback in lasting}
+
+    def _stored_callbacks(self) -> dict[str, Any]:
+        # By name in a run and in its checkpoints, whatever transformers declares.
+        states: Any = self.state.stateful_callbacks
+        return states
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

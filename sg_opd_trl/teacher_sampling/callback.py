@@ -5,7 +5,7 @@ it had never stopped.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..core import anchor_schedule, separated_prompts, separated_schedule
+from ..errors import SGOPDConfigError
 from ..random_state import forked_random_state, mixed_seed
 from ..run import inherits
 from ..teachers.routed import prefetching_teachers, teacher_prompt_ids
@@ -22,15 +23,27 @@ from .prompts import (
     STUDENT_PROMPTS_SEED,
     PromptSource,
     assign_slots,
+    micro_batches_of,
     prompt_stream,
     step_samples,
     stream_samples,
-    teacher_prompts_per_step,
+    teacher_prompts_before,
+    teacher_prompts_of,
 )
 from .rollouts import DropReporter, TeacherRollout, drop_reason
 from .step import AnchorRun, AnchorStep, StepCounts, StepPlan, begin, count, sampling_of, write
 
-__all__ = ["AnchorBinding", "AnchorStep", "TeacherAnchorCallback", "is_anchor_callback", "sampling_of"]
+__all__ = [
+    "AnchorBinding",
+    "AnchorStep",
+    "TeacherAnchorCallback",
+    "anchor_callbacks",
+    "check_anchor_callbacks",
+    "is_anchor_callback",
+    "make_way_for",
+    "sampling_of",
+    "with_anchor_callback",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +72,9 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
     The trainer adds one when `teacher_sampling_enable` is on. Pass a subclass in `callbacks` to change a decision:
     `alpha` (the schedule), `keep` (the filter), `reserved_examples`, `student_examples` and `prompt_range` (the
     prompts).
+
+    A run has one, of the caller's making or the trainer's: the instance goes on in a resumed run, with whatever its
+    own constructor was given, and its counters are in every checkpoint.
 
     Attributes:
         rollouts: teacher rollouts so far, over all ranks and the runs before a resumed one.
@@ -93,10 +109,12 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
     def prompt_range(self, trainer: PromptSource, step: int) -> tuple[int, int]:
         """The step's teacher prompts, counted over the run: the first, and the one after the last."""
         args = trainer.args
-        prompts = teacher_prompts_per_step(args.teacher_sampling_ratio, trainer.student_prompts_per_step)
         if not args.teacher_sampling_time_separated:
-            return (step - 1) * prompts, step * prompts
-        return separated_prompts(step, trainer.state.max_steps, *_schedule(args), per_step=prompts)
+            first = teacher_prompts_before(trainer, step)
+            return first, first + teacher_prompts_of(trainer, step)
+        return separated_prompts(
+            step, trainer.state.max_steps, *_schedule(args), per_step=teacher_prompts_of(trainer, 1)
+        )
 
     def reserved_examples(self, trainer: AnchorRun, step: int, prompts: int) -> list[dict]:
         """The step's teacher prompts from their own permutation of the training set, the same on every rank."""
@@ -115,8 +133,11 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if no step that is left will use the teacher's rollouts."""
-        self._drops, self._taken_names = self._new_reporter(), set()
+        self._drops, self._taken_names, self._generator_released = self._new_reporter(), set(), False
         done, total = state.global_step, state.max_steps
+        if not done:
+            # A run from its start: another one that this callback was in, or an earlier `train`, counts no more.
+            self.restore_counters(0, 0, 0)
         if done >= total or any(self.alpha(args, step, total) > 0 for step in range(done + 1, total + 1)):
             return
         # The last step first: a schedule that is over ended not long ago, or at the start.
@@ -188,10 +209,12 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
         args, accelerator = run.args, run.accelerator
         first, end = self.prompt_range(run, step)
         each, share = args.teacher_num_generations, args.teacher_sampling_prompts == "share"
+        # The current step's are known, also where a data loader of the caller's own makes the batches.
+        now = step == run.state.global_step + 1
         slots = assign_slots(
             (end - first) * each,
             accelerator.num_processes,
-            run.current_gradient_accumulation_steps,
+            run.current_gradient_accumulation_steps if now else micro_batches_of(run, step),
             accelerator.process_index,
             # Ranks know only their own student prompts, so that all rollouts of one of them are made on its rank.
             together=each if share else 1,
@@ -296,10 +319,16 @@ class TeacherAnchorCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What a checkpoint keeps; the schedule itself is a function of the step."""
-        return {
-            "args": {},
-            "attributes": {"rollouts": self.rollouts, "verified": self.verified, "tokens": self.tokens},
-        }
+        return {"args": {}, "attributes": self.counters}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What a run has had from its teacher so far, by name."""
+        return {"rollouts": self.rollouts, "verified": self.verified, "tokens": self.tokens}
+
+    def restore_counters(self, rollouts: int, verified: int, tokens: int) -> None:
+        """Count on from an earlier run's `counters`."""
+        self.rollouts, self.verified, self.tokens = rollouts, verified, tokens
 
     def _bound(self) -> AnchorRun:
         if self._run is None:
@@ -321,8 +350,14 @@ def _schedule(args: Any) -> tuple[float, float, float, float]:
 
 
 def with_anchor_callback(callbacks: list | None, args: Any) -> list | None:
-    """Add the anchor's callback unless the caller brought one."""
-    if not args.teacher_sampling_enable or any(map(is_anchor_callback, callbacks or [])):
+    """Add the anchor's callback unless the caller brought one.
+
+    Raises:
+        SGOPDConfigError: several, or one with teacher sampling switched off.
+    """
+    given = [callback for callback in callbacks or [] if is_anchor_callback(callback)]
+    check_anchor_callbacks(given, args)
+    if not args.teacher_sampling_enable or given:
         return callbacks
     return [*(callbacks or []), TeacherAnchorCallback()]
 
@@ -331,6 +366,30 @@ def is_anchor_callback(callback: Any) -> bool:
     """Whether a callback, or a class of callbacks as transformers takes them too, is the anchor's."""
     kind = callback if isinstance(callback, type) else type(callback)
     return issubclass(kind, TeacherAnchorCallback)
+
+
+def check_anchor_callbacks(given: Sequence[Any], args: Any) -> None:
+    """Refuse anchors that a run cannot have.
+
+    Args:
+        given: callbacks, or their classes, of which all are the anchor's.
+        args: the configuration.
+
+    Raises:
+        SGOPDConfigError: several, or one with teacher sampling switched off.
+    """
+    if given and not args.teacher_sampling_enable:
+        raise SGOPDConfigError(
+            "`callbacks` must not hold a TeacherAnchorCallback with teacher_sampling_enable=False, got one. It would "
+            "have the teacher generate against the setting. Leave it out, or set teacher_sampling_enable=True."
+        )
+    if len(given) > 1:
+        names = [(one if isinstance(one, type) else type(one)).__name__ for one in given]
+        raise SGOPDConfigError(
+            f"A run must have one TeacherAnchorCallback, got {names}. Each would have the teacher write in every "
+            "step, and the last one's rollouts and weight would be used. Decide everything in one subclass, or call "
+            "`trainer.remove_callback` with the one that is not wanted."
+        )
 
 
 class CallingRun(AnchorRun, Protocol):
@@ -343,8 +402,29 @@ class CallingRun(AnchorRun, Protocol):
     callback_handler: Any
 
 
+def anchor_callbacks(run: CallingRun) -> list[TeacherAnchorCallback]:
+    """Those among a run's callbacks."""
+    return [one for one in run.callback_handler.callbacks if isinstance(one, TeacherAnchorCallback)]
+
+
+def make_way_for(run: CallingRun, callback: Any) -> None:
+    """Before a callback is added: a caller's anchor takes the place of the one that the trainer has added.
+
+    Raises:
+        SGOPDConfigError: there is one of the caller's already, or teacher sampling is switched off.
+    """
+    if not is_anchor_callback(callback):
+        return
+    present = anchor_callbacks(run)
+    # A subclass is somebody's decision; the class itself decides nothing that another would lose.
+    own = [one for one in present if type(one) is not TeacherAnchorCallback]
+    check_anchor_callbacks([*own, callback], run.args)
+    for one in present:
+        run.callback_handler.remove_callback(one)
+
+
 class AnchorBinding(TrainerCallback):
-    """Binds every anchor callback to the run when training starts, those restored from a checkpoint too."""
+    """Binds the anchor's callback to the run when training starts."""
 
     def __init__(self, run: CallingRun) -> None:
         self._run = run
@@ -352,7 +432,14 @@ class AnchorBinding(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bind."""
-        for callback in self._run.callback_handler.callbacks:
-            if isinstance(callback, TeacherAnchorCallback):
-                callback.bind(self._run)
+        """Bind.
+
+        Raises:
+            SGOPDConfigError: the callback handler was given anchors that the run cannot have.
+        """
+        present = anchor_callbacks(self._run)
+        check_anchor_callbacks(present, self._run.args)
+        # Without one, the step that the loss reads would be what an earlier `train` has left.
+        self._run.anchor = None
+        for callback in present:
+            callback.bind(self._run)

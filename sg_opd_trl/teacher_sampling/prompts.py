@@ -3,8 +3,9 @@
 Pure functions of seed, step and sizes: nothing has to be remembered to resume, and every rank finds the same answer.
 """
 
+import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,8 +34,8 @@ class PromptSource(Protocol):
     train_dataset: Any
 
     @property
-    def student_prompts_per_step(self) -> float:
-        """Student prompts of one optimizer step over all ranks."""
+    def processes(self) -> int:
+        """That train, each on its own part of a step."""
 
 
 class PromptStream:
@@ -74,6 +75,54 @@ def prompt_stream(source: PromptSource) -> PromptStream:
 def teacher_prompts_per_step(ratio: float, student_prompts: float) -> int:
     """Number of teacher prompts that makes them the fraction `ratio` of all prompts; at least 1."""
     return max(1, round(ratio / (1 - ratio) * student_prompts))
+
+
+def micro_batches_of(source: PromptSource, step: int) -> int:
+    """Micro-batches of a 1-based optimizer step on each rank; the last step of an epoch may have fewer than others."""
+    args, steps = source.args, _steps_per_epoch(source)
+    if steps is None or step % steps:
+        return args.gradient_accumulation_steps
+    return _micro_batches_per_epoch(source) - (steps - 1) * args.gradient_accumulation_steps
+
+
+def teacher_prompts_of(source: PromptSource, step: int) -> int:
+    """Teacher prompts of a 1-based step: fewer in one that is shorter."""
+    return _teacher_prompts(source, micro_batches_of(source, step))
+
+
+def teacher_prompts_before(source: PromptSource, step: int) -> int:
+    """Teacher prompts of all steps before a 1-based one, where its own begin in the run's stream.
+
+    Counted by epochs and not as `(step - 1)` times the step's own number: after a shorter step that would be a place
+    that an earlier step has used.
+    """
+    whole = _teacher_prompts(source, source.args.gradient_accumulation_steps)
+    steps = _steps_per_epoch(source)
+    if steps is None:
+        return whole * (step - 1)
+    epochs, inside = divmod(step - 1, steps)
+    return epochs * ((steps - 1) * whole + teacher_prompts_of(source, steps)) + inside * whole
+
+
+def _teacher_prompts(source: PromptSource, micro_batches: int) -> int:
+    args = source.args
+    rows = args.per_device_train_batch_size * micro_batches * source.processes
+    return teacher_prompts_per_step(args.teacher_sampling_ratio, rows / args.num_generations)
+
+
+def _steps_per_epoch(source: PromptSource) -> int | None:
+    """Optimizer steps of an epoch; None for a stream, whose end is not known and whose prompts are not numbered."""
+    if not isinstance(source.train_dataset, Sized):
+        return None
+    return max(1, math.ceil(_micro_batches_per_epoch(source) / source.args.gradient_accumulation_steps))
+
+
+def _micro_batches_per_epoch(source: PromptSource) -> int:
+    """Of each rank: whole generation batches alone, each used `num_iterations` times; TRL's sampler drops the rest."""
+    args: Any = source.args  # TRL has filled in by now what its fields leave open
+    rows = args.per_device_train_batch_size * args.steps_per_generation * source.processes
+    generation_batches = len(source.train_dataset) // max(1, rows // args.num_generations)
+    return generation_batches * args.steps_per_generation * args.num_iterations
 
 
 def assign_slots(slots: int, world_size: int, micro_batches: int, rank: int, together: int = 1) -> list[list[int]]:

@@ -51,8 +51,8 @@ class AnchorRun(CacheRun, Protocol):
         """An attribute of TRL's trainer, read only here."""
 
     @property
-    def student_prompts_per_step(self) -> float:
-        """Student prompts of the current optimizer step over all ranks."""
+    def processes(self) -> int:
+        """That train."""
 
     def judge(self, examples: list[dict], completion_ids: list[list[int]]) -> list[float | None]:
         """The verifier's verdicts on completions for these rows: 1 right, 0 wrong, None no verdict."""

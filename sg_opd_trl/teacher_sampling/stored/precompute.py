@@ -60,12 +60,12 @@ class RolloutCounts:
 
 @dataclass
 class _PlannedRun:
-    """A run of so many steps and processes, for its prompts: see `prompts.PromptSource`."""
+    """A run of so many steps and processes, for its prompts: see `PromptSource`."""
 
     args: "SGOPDConfig"
     state: TrainerState
     train_dataset: Any
-    student_prompts_per_step: float
+    processes: int
 
 
 def planned_rollouts(run: PrecomputeRun, processes: int | None = None) -> list[tuple[int, int]]:
@@ -87,8 +87,7 @@ def planned_rollouts(run: PrecomputeRun, processes: int | None = None) -> list[t
             "follows from the number of processes. Set max_steps, or start as many processes as will train."
         )
     total = total_steps(run)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    planned = _PlannedRun(args, TrainerState(max_steps=total), run.train_dataset, rows / args.num_generations)
+    planned = _PlannedRun(args, TrainerState(max_steps=total), run.train_dataset, processes)
     callback, stream, each = TeacherAnchorCallback(), prompt_stream(planned), args.teacher_num_generations
     wanted: dict[tuple[int, int], None] = {}
     for step in range(1, total + 1):
