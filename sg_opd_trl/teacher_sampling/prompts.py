@@ -105,7 +105,7 @@ def teacher_prompts_before(source: PromptSource, step: int) -> int:
 
 
 def _teacher_prompts(source: PromptSource, micro_batches: int) -> int:
-    args = source.args
+    args: Any = source.args  # TRL declares as optional what it always fills in
     rows = args.per_device_train_batch_size * micro_batches * source.processes
     return teacher_prompts_per_step(args.teacher_sampling_ratio, rows / args.num_generations)
 
@@ -119,7 +119,7 @@ def _steps_per_epoch(source: PromptSource) -> int | None:
 
 def _micro_batches_per_epoch(source: PromptSource) -> int:
     """Of each rank: whole generation batches alone, each used `num_iterations` times; TRL's sampler drops the rest."""
-    args: Any = source.args  # TRL has filled in by now what its fields leave open
+    args: Any = source.args
     rows = args.per_device_train_batch_size * args.steps_per_generation * source.processes
     generation_batches = len(source.train_dataset) // max(1, rows // args.num_generations)
     return generation_batches * args.steps_per_generation * args.num_iterations
