@@ -443,6 +443,11 @@ class SGOPDConfig(GRPOConfig):
         help="Token budget, padding included, of one teacher or reference forward. Default: what one training "
         "micro-batch of full length holds (our choice).",
     )
+    preflight: bool = setting(
+        True,
+        help="Whether the first seconds of training look at versions, memory and verifier, as `sg-opd check` does at "
+        "length: what is doubtful is a warning, what cannot go well ends the run before its first step (our choice).",
+    )
     eval_with_teacher: bool = setting(
         False,
         help="Score the evaluation rollouts with the teacher too. Off: TRL's metrics only (our choice).",

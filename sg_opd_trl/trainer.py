@@ -45,6 +45,7 @@ from .bookkeeping import (
 )
 from .config import SGOPDConfig
 from .errors import TeacherError
+from .inspection import Report, first_seconds, inspect_run
 from .models.batch import (
     TokenBatch,
     joined_rows,
@@ -232,6 +233,7 @@ class SGOPDTrainer(GRPOSeam):
         add_head_output(self.model)
         self.token_weights = TokenWeights(args, self.tokenizer)
         self.verifier = self._build_verifier()
+        self.tokenizers: dict[str, Any] = {}
         self.teacher: Teacher | RoutedTeacher = build_teacher(self, teacher_model, teacher_processing_class)
         # With a KL penalty to the initial student TRL has its log-probs already.
         initial = default_reference(args, reference_model)
@@ -717,9 +719,34 @@ class SGOPDTrainer(GRPOSeam):
         """Size of a group, in training or in evaluation."""
         return int(self.num_generations if self.mode == "train" else self.num_generations_eval)
 
+    # === before the first step ===================================================================================
+    def check(self, prompts: int = 4) -> Report:
+        """Look at everything that can be seen without training, as `sg-opd check` does.
+
+        A few rollouts are sampled, judged and scored; random state, weights and metrics stay as they are. What
+        teachers score and write here they have scored and written: their counts go on.
+
+        Args:
+            prompts: that are sampled, a group of rollouts each; 0 samples nothing.
+
+        Returns:
+            Rows in green, yellow and red; printed it is text, in a notebook a table.
+        """
+        return inspect_run(self, prompts)
+
+    def rollouts_aside(self, examples: list[dict]) -> dict:
+        """A scored generation batch as in training, of which nothing stays in the run."""
+        metrics, self.metrics = self.metrics, TrainingMetrics()
+        try:
+            return super().rollouts_aside(examples)
+        finally:
+            self.metrics = metrics
+
     # === what surrounds a step: running, logging, writing ========================================================
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; whichever way that ends, a teacher does not go on with what nobody will ask for."""
+        if self.args.preflight:
+            first_seconds(self)
         last = LastStep(self)
         self.add_callback(last)
         try:

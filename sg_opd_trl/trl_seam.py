@@ -1,5 +1,6 @@
 """The private steps of TRL's GRPO trainer as hooks with public names."""
 
+import copy
 import functools
 import inspect
 import json
@@ -37,6 +38,7 @@ from .models.forward import ForwardOutput, HeadRequest, layouts_of, packed_forwa
 from .models.generate import generate_completions
 from .models.head import OutputHead
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
+from .random_state import forked_random_state
 
 
 # --- one forward -----------------------------------------------------------------------------------------------------
@@ -405,6 +407,25 @@ class GRPOSeam(GRPOTrainer):
         first = self._step % self.args.steps_per_generation
         wanted = [(first + i) % self.args.steps_per_generation for i in range(slices)]
         return torch.cat([self._buffered_inputs[i][name] for i in wanted])
+
+    def rollouts_aside(self, examples: list[dict]) -> dict:
+        """A scored generation batch as in training, of which nothing stays: no metric, no table, no count, no draw.
+
+        Args:
+            examples: rows of the data set, each as often as a group has rollouts.
+        """
+        metrics, logs, seen = self._metrics, self._logs, self.state.num_input_tokens_seen
+        seconds, training = dict(self.seconds), self.model.training
+        self._metrics, self._logs = copy.deepcopy(metrics), copy.deepcopy(logs)
+        self.model.train()
+        try:
+            with forked_random_state(self.accelerator.device):
+                return self._generate_and_score_completions(examples)
+        finally:
+            self.model.train(training)
+            self._metrics, self._logs, self.state.num_input_tokens_seen = metrics, logs, seen
+            self.seconds.clear()
+            self.seconds.update(seconds)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step, as the training loop does."""

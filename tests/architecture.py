@@ -27,7 +27,7 @@ LAYERS = (
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "prefetch", "token_weights"),
     ("baselines", "reporting"),
-    ("preflight",),
+    ("inspection", "preflight"),
     ("trainer",),
     ("cli", "study"),
 )

@@ -1,4 +1,4 @@
-"""The `sg-opd` command: `train`, `evaluate`, `teacher-rollouts`, `serve-teacher`, `study`, `demo`.
+"""The `sg-opd` command: `train`, `check`, `evaluate`, `teacher-rollouts`, `serve-teacher`, `study`, `demo`.
 
 Nothing heavy is imported here: `sg-opd --help` answers before torch would have been loaded. `python -m sg_opd_trl.cli`
 and `accelerate launch -m sg_opd_trl.cli` are the same program.
@@ -20,6 +20,7 @@ from ..errors import SGOPDError
 
 COMMANDS = {
     "train": "distil a student as a recipe says",
+    "check": "look at all that a recipe needs, in seconds and without training: what is wrong, and what to change",
     "evaluate": "measure avg@k and pass@k of a model on a data set",
     "teacher-rollouts": "write the teacher's rollouts of a recipe before its runs, which then only read them",
     "serve-teacher": "start the vLLM server of a recipe's teacher, or show its command",

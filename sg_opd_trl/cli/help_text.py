@@ -27,7 +27,16 @@ _OWN = {
     "help_all": "All fields, those of TRL and transformers included.",
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Run": ("config", "method", "output_dir", "seed", "max_steps", "num_train_epochs", "resume_from_checkpoint"),
+    "Run": (
+        "config",
+        "method",
+        "output_dir",
+        "seed",
+        "max_steps",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "preflight",
+    ),
     "Models": (
         *("model_name_or_path", "teacher_model_name_or_path", "teacher_model_server_url"),
         *("reference_model_name_or_path", "dtype", "use_peft"),

@@ -35,9 +35,11 @@ class BuildingRun(RenderingRun, LendingRun, Protocol):
 
     Attributes:
         reuses_trl_reference: whether TRL's own reference of the KL penalty is the initial student that is wanted.
+        tokenizers: receives those of teachers and reference by what messages call them, None where one is not known.
     """
 
     reuses_trl_reference: bool
+    tokenizers: dict[str, Any]
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------
@@ -117,6 +119,7 @@ def _build_one(run: BuildingRun, given: Any, tokenizer: Any, role: str) -> Teach
         teacher = LocalTeacher(teacher)
     if tokenizer is None:
         tokenizer = _tokenizer_of_teacher(run, given)
+    run.tokenizers[role] = tokenizer
     _make_ready(run, teacher, tokenizer, role)
     if tokenizer is not None:
         check_fits_student(run, tokenizer, role)
@@ -175,8 +178,10 @@ def build_reference(
     if isinstance(given, str):
         revision = args.reference_model_revision
         reference = _load(FrozenModel, run, given, "reference", revision, args.reference_model_init_kwargs)
-        check_fits_student(run, _tokenizer(run, given, revision), "reference")
+        run.tokenizers["reference"] = _tokenizer(run, given, revision)
+        check_fits_student(run, run.tokenizers["reference"], "reference")
     elif given is not None:
+        run.tokenizers["reference"] = None
         # Before it is frozen: the student would be.
         _check_not_the_student(run, given, "reference_model")
         reference = FrozenModel(given, role="reference")

@@ -21,6 +21,12 @@ class RunVerifier:
         binary: whether verdicts must be 1, 0 or None; off where nothing depends on them.
         event_loop: running loop of another thread, where an async verifier is called; None without one.
 
+    Attributes:
+        index: of the verifier among the reward functions.
+        name: of the verifier.
+        function: the verifier itself.
+        binary: whether its verdicts must be 1, 0 or None.
+
     Raises:
         SGOPDConfigError: no reward function has the wanted name, or it is a reward model where verdicts are binary.
     """
@@ -43,9 +49,9 @@ class RunVerifier:
         self.name = names[self.index]
         self.binary = binary
         self._event_loop = event_loop
-        self._function: Callable[..., Any] = reward_funcs[self.index]
+        self.function: Callable[..., Any] = reward_funcs[self.index]
         self._logged: dict[str, tuple[float, int]] = {}
-        if binary and isinstance(self._function, nn.Module):
+        if binary and isinstance(self.function, nn.Module):
             raise SGOPDConfigError(
                 "`verifier_reward_func` must be a function that answers 1, 0 or None, got the reward model "
                 f"{self.name!r}. Its scores have no right and wrong. Put a verifier such as math_reward first, name "
@@ -118,12 +124,12 @@ class RunVerifier:
         self._logged[name] = total + float(value), times + 1
 
     def _call(self, **arguments: Any) -> list:
-        if not is_async_callable(self._function):
-            return self._function(**arguments)
+        if not is_async_callable(self.function):
+            return self.function(**arguments)
         if self._event_loop is not None:
             # Not asyncio.run: a notebook's thread has a running loop, and sessions belong to the loop they met.
-            return asyncio.run_coroutine_threadsafe(self._function(**arguments), self._event_loop).result()
-        return asyncio.run(self._function(**arguments))
+            return asyncio.run_coroutine_threadsafe(self.function(**arguments), self._event_loop).result()
+        return asyncio.run(self.function(**arguments))
 
     def _refuse(self, value: float) -> None:
         raise VerifierError(

@@ -148,7 +148,7 @@ def fail_on_one_rank(folder: Path) -> None:
     """The last rank's teacher rollout gets a verdict that is none; the run must end on every rank."""
     trainer, _ = build(folder, {}, BOTH)
     last = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
-    trainer.reward_funcs[0] = trainer.verifier._function = lambda completion_ids, **_: [
+    trainer.reward_funcs[0] = trainer.verifier.function = lambda completion_ids, **_: [
         0.5 if last and len(completion_ids) < 3 else 1.0 for _ in completion_ids
     ]
     trainer.train()

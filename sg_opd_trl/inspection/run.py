@@ -1,0 +1,171 @@
+"""All rows of a run; and those that are looked at in the first seconds of training."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from transformers import TrainerState
+
+from ..data import datasets_of, first_prompts, first_rows
+from ..errors import SGOPDConfigError, SGOPDError
+from ..random_state import forked_random_state
+from ..run import Run
+from ..teachers.fit import RenderingRun
+from ..teachers.local import FrozenModel
+from ..teachers.routed import RoutedTeacher
+from ..verifiers.verdicts import RunVerifier
+from .machine import estimated_need, memory_of, memory_row, time_row
+from .report import Report, Row, rows_of_error
+from .rollouts import PROMPTS, FirstRollouts, SampledRun, make_first_rollouts, rollout_rows
+from .servers import server_rows
+from .stack import stack_row
+from .texts import chat_rows, tokenizer_rows
+from .verifier import GOLDS_COUNTED, GOLDS_TRIED, Judge, gold_column, is_built_in, verifier_rows
+
+logger = logging.getLogger(__name__)
+
+
+class InspectedRun(SampledRun, RenderingRun, Protocol):
+    """A run that is ready to train.
+
+    Attributes:
+        tokenizers: of teachers and reference, by what messages call them; None where one is not known.
+        reference: the model, None without one of its own.
+    """
+
+    tokenizers: dict[str, Any]
+    reference: Any
+
+
+def inspect_run(run: InspectedRun, prompts: int = PROMPTS) -> Report:
+    """Look at everything; an error in one part is a red row of it, and hides no other.
+
+    Args:
+        run: ready to train.
+        prompts: that are sampled, a group of rollouts each; 0 samples nothing.
+    """
+    start = time.perf_counter()
+    with forked_random_state(run.accelerator.device):
+        rows = [stack_row(), *_text_rows(run), *_verifier_rows(run)]
+        rows += server_rows(_teachers(run), _probe(run), run.args.gate_dead_zone)
+        rows.append(_memory_row(run))
+        rows += _sampled_rows(run, prompts)
+    return Report(tuple(rows), time.perf_counter() - start)
+
+
+def first_seconds(run: InspectedRun) -> None:
+    """Look at what takes no time, before the first step: yellow rows are warnings, a red one ends the run.
+
+    No model runs, nothing is sampled, and no function of the caller's is called: a run goes on as it would without.
+
+    Raises:
+        SGOPDConfigError: names what cannot go well.
+    """
+    with forked_random_state(run.accelerator.device):
+        # An estimate is no reason to stop.
+        rows = [stack_row(), _as_doubt(_memory_row(run))]
+        if is_built_in(run.verifier.function):
+            rows += _verifier_rows(run, counted=GOLDS_TRIED)
+    report = Report(tuple(rows))
+    if run.accelerator.is_main_process:
+        for row in report.in_state("yellow"):
+            logger.warning("%s: %s %s", row.name, row.found, row.change)
+    wrong = [f"{row.name}: {row.found} {row.change}" for row in report.in_state("red")]
+    if wrong:
+        raise SGOPDConfigError("\n".join([*wrong, "To train all the same set preflight=False."]))
+
+
+def _as_doubt(row: Row) -> Row:
+    return Row(row.name, "yellow", row.found, row.change) if row.state == "red" else row
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+def _text_rows(run: InspectedRun) -> Iterator[Row]:
+    yield from tokenizer_rows(run.tokenizer, run.tokenizers)
+    # An environment writes its own prompts, which nobody knows yet.
+    if run.environment_factories is None:
+        prompts, kwargs = first_prompts(run.train_dataset), dict(run.chat_template_kwargs or {})
+        yield from chat_rows(run.tokenizer, run.tokenizers, prompts, kwargs, run.eos_token_ids)
+
+
+def _verifier_rows(run: InspectedRun, counted: int = GOLDS_COUNTED) -> list[Row]:
+    datasets = {name: first_rows(dataset)[:counted] for name, dataset in datasets_of(run)}
+    rows = rows_of_verifier(run.verifier, run.tokenizer, datasets, run.state, counted)
+    # What the verifier logged on these answers belongs to no rollouts.
+    run.verifier.take_metrics()
+    return rows
+
+
+def rows_of_verifier(
+    verifier: RunVerifier,
+    tokenizer: Any,
+    datasets: dict[str, list[dict]],
+    state: Any = None,
+    counted: int = GOLDS_COUNTED,
+) -> list[Row]:
+    """The verifier's rows, see `verifier_rows`, also where there is no run yet.
+
+    Args:
+        verifier: of the run.
+        tokenizer: the student's.
+        datasets: rows by the data set's name.
+        state: of transformers.
+        counted: golds of each data set that are counted.
+    """
+
+    def judge(examples: Sequence[dict], texts: Sequence[str]) -> Sequence[float | None]:
+        ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        completions = [
+            text if isinstance(example["prompt"], str) else [{"role": "assistant", "content": text}]
+            for example, text in zip(examples, texts, strict=True)
+        ]
+        return verifier.judge(list(examples), completions, ids, state or TrainerState())
+
+    asked: Judge = judge
+    return verifier_rows(verifier.name, asked, gold_column(verifier.function), datasets, counted)
+
+
+def _teachers(run: InspectedRun) -> Sequence[object]:
+    return run.teacher.distinct if isinstance(run.teacher, RoutedTeacher) else [run.teacher]
+
+
+def _probe(run: InspectedRun) -> list[int]:
+    """The beginning of a real prompt, or some ids where prompts are not known."""
+    if run.environment_factories is not None:
+        return sorted(run.tokenizer.get_vocab().values())[:32]
+    return run.tokenize_prompts(first_prompts(run.train_dataset)[:1])[0][:32]
+
+
+def _memory_row(run: InspectedRun) -> Row:
+    args: Any = run.args  # TRL has filled in by now what its fields leave open
+    frozen = [each.model for each in (*_teachers(run), run.reference) if isinstance(each, FrozenModel)]
+    tokens = args.per_device_train_batch_size * (args.max_completion_length or 0)
+    need = estimated_need(
+        run.accelerator.unwrap_model(run.model), frozen, tokens, checkpointing=args.gradient_checkpointing
+    )
+    return memory_row(need, memory_of(run.accelerator.device))
+
+
+def _sampled_rows(run: InspectedRun, prompts: int) -> list[Row]:
+    several = run.accelerator.num_processes > 1
+    if not prompts or several or run.environment_factories is not None:
+        why = "there are several processes" if several else "nothing was to be sampled"
+        return [Row("rollouts", "yellow", f"No rollout was made: {why}.", "Look in one process, with some prompts.")]
+    try:
+        found = make_first_rollouts(run, prompts)
+    except SGOPDError as error:
+        return rows_of_error("rollouts", error)
+    return [*rollout_rows(found, gated=run.args.sign_gated_extrapolation), _time_row(run, found)]
+
+
+def _time_row(run: Run, found: FirstRollouts) -> Row:
+    args: Any = run.args  # TRL has filled in by now what its fields leave open
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else _steps_of_epochs(run, args, rows)
+    return time_row(found.seconds, found.rollouts, rows, steps, checkpointing=args.gradient_checkpointing)
+
+
+def _steps_of_epochs(run: Run, args: Any, rows: int) -> int:
+    """Each prompt of an epoch has a group of rollouts."""
+    return max(1, round(args.num_train_epochs * len(run.train_dataset) * args.num_generations / rows))
