@@ -36,7 +36,7 @@ def compared_with_tested(installed: Mapping[str, str]) -> Row:
         "versions",
         "yellow",
         f"Not tested with {', '.join(others)}.",
-        "Install the tested ones (constraints/cpu.txt of the repository), or look at a short run of the built-in task.",
+        "Install the tested ones (constraints/cpu.txt of the repository), or look at a short run of the built-in one.",
     )
 
 
