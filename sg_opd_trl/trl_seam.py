@@ -414,18 +414,18 @@ class GRPOSeam(GRPOTrainer):
         Args:
             examples: rows of the data set, each as often as a group has rollouts.
         """
-        metrics, logs, seen = self._metrics, self._logs, self.state.num_input_tokens_seen
-        seconds, training = dict(self.seconds), self.model.training
-        self._metrics, self._logs = copy.deepcopy(metrics), copy.deepcopy(logs)
+        books = self._metrics, self._logs, self.seconds
+        before, seen, training = copy.deepcopy(books), self.state.num_input_tokens_seen, self.model.training
         self.model.train()
         try:
             with forked_random_state(self.accelerator.device):
                 return self._generate_and_score_completions(examples)
         finally:
             self.model.train(training)
-            self._metrics, self._logs, self.state.num_input_tokens_seen = metrics, logs, seen
-            self.seconds.clear()
-            self.seconds.update(seconds)
+            self.state.num_input_tokens_seen = seen
+            for book, kept in zip(books, before, strict=True):
+                book.clear()
+                book.update(kept)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step, as the training loop does."""
