@@ -414,7 +414,7 @@ class GRPOSeam(GRPOTrainer):
         Args:
             examples: rows of the data set, each as often as a group has rollouts.
         """
-        books = self._metrics, self._logs, self.seconds
+        books: list[dict] = [self._metrics, self._logs, self.seconds]
         before, seen, training = copy.deepcopy(books), self.state.num_input_tokens_seen, self.model.training
         self.model.train()
         try:
