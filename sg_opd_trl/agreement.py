@@ -1,27 +1,29 @@
-"""Whether rows that are scored together get the log-probs that each of them gets alone: measured for every model.
+"""Whether rows that are run together get the log-probs that each of them gets alone: measured for every model.
 
 A log-prob of this package comes from a forward over several rows, padded or packed, through a head that never builds
 logits. For many models that is not what plain `model(input_ids).logits / T` says of the row alone: positions that
 count padding, recurrent layers that run over it, windows that only a mask knows of, heads with more than an output
 embedding, frequencies that follow the longest row. No list of architectures is complete, so a few made-up rows are
-scored both ways before the first step. Where another layout is right it is taken, and said; otherwise the run ends.
+scored both ways before the first step, and continued both ways by a model that writes rollouts. Where another layout
+is right it is taken, and said; otherwise the run ends.
 """
 
 import inspect
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .errors import SGOPDConfigError
-from .models.batch import TokenBatch
+from .models.batch import TokenBatch, pad_rows
+from .models.context import bounds_of, follows_length, positions_of
 from .models.forward import Layouts, layouts_of, packed_forward, padded_forward, restrict_layouts, should_pack
+from .models.sampling import without_own_settings
 from .trl_seam import compact_head
 
 logger = logging.getLogger(__name__)
@@ -29,19 +31,15 @@ logger = logging.getLogger(__name__)
 Agree = Callable[[float], float]
 """A rank's difference -> the largest over all ranks: they must decide alike."""
 
-#: Mean difference of a row's log-probs, in nats, up to which it is rounding. Rows that see padding, or one another, or
-#: another head, differ by a hundred times that in a trained model.
-TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+#: Mean difference of a row's log-probs, in nats, up to which it is rounding. Models that agree differ by 1e-5 at most
+#: in float32; those that do not, by more than this even with random weights.
+TOLERANCES = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 # Rounding of half-precision experts can pass the tolerance: a router's choice flips. Then this many times the rounding
 # that is measured on the same rows still is rounding.
 _TIMES_ROUNDING = 4.0
-# Tokens by which the longest row passes the longest window.
-_BEYOND = 16
+# Tokens by which the longest row passes the longest window, that no earlier one may see, and that are written.
+_BEYOND, _BEHIND, _WRITTEN = 16, 8, 2
 _SHORTEST = 24
-# Names of configuration fields after which a model treats longer rows differently.
-_BOUNDS = re.compile(r"window(?!_layers)|chunk|local_attention|original_max_position_embeddings")
-# Kinds of RoPE whose frequencies follow the longest row once it passes the original context.
-_FOLLOWS_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -99,41 +97,6 @@ def row_length(config: Any, longest: int) -> int:
     return wanted if limit is None else min(wanted, limit)
 
 
-def bounds_of(config: Any) -> list[int]:
-    """Lengths from which a model of this configuration may treat rows differently: windows, chunks, RoPE's context."""
-    found = set(_integers(config.get_text_config().to_dict(), named=False))
-    if follows_length(config):
-        found.update(filter(None, [positions_of(config)]))
-    return sorted(found)
-
-
-def positions_of(config: Any) -> int | None:
-    """Tokens that the model has positions for; None where nothing says."""
-    settings = config.get_text_config().to_dict()
-    limits = [settings.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
-def _integers(settings: Any, *, named: bool) -> Iterator[int]:
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            yield from _integers(value, named=bool(_BOUNDS.search(str(key))))
-    elif isinstance(settings, list | tuple):
-        for value in settings:
-            yield from _integers(value, named=named)
-    elif named and isinstance(settings, int) and not isinstance(settings, bool) and settings > 0:
-        yield settings
-
-
-def follows_length(config: Any) -> bool:
-    """Whether RoPE frequencies change with the longest row."""
-    settings = config.get_text_config().to_dict()
-    ropes = [settings.get("rope_scaling") or {}, settings.get("rope_parameters") or {}]
-    # One entry per kind of layer, in some models.
-    ropes += [nested for rope in ropes for nested in rope.values() if isinstance(nested, dict)]
-    return any(rope.get("rope_type", rope.get("type")) in _FOLLOWS_LENGTH for rope in ropes)
-
-
 # --- the check -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def check_model(
@@ -142,56 +105,48 @@ def check_model(
     *,
     role: str,
     temperature: float,
+    writes: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     agree: Agree = lambda difference: difference,
 ) -> Agreement:
-    """Have a model score the rows in every layout it may be run in, and keep it to those that agree with plain logits.
+    """Have a model run the rows in every layout of the run, and keep it to those that agree with plain logits.
 
     Args:
         model: with a fused head, in evaluation mode, plain or wrapped.
         batch: rows of unequal length, see `made_up_rows`.
-        role: what messages call it: a setting's name or `student`.
+        role: what messages call it.
         temperature: all logits are divided by it.
+        writes: whether it also writes rollouts, with `generate`.
         autocast: the run's precision.
         agree: see `Agree`; called equally often on every rank.
 
     Raises:
         SGOPDConfigError: no layout agrees; names the model, the difference and the reason.
     """
-    with autocast():
+    with autocast(), _told_of_errors(model, role):
         check = _Check(model, batch, role, temperature, agree)
-        padded = check.difference(padded_forward)
-        flush = None
-        if not check.is_rounding(padded):
-            flush = check.difference(padded_forward, flush_left=True)
-            if not check.is_rounding(flush):
-                raise check.refusal(flush)
-        packed = check.difference(packed_forward) if should_pack(model, batch.joined()[1]) else None
-        packs = packed is None or check.is_rounding(packed)
-    known = layouts_of(model)
+        check.is_causal()
+        check.padded()
+        check.packed()
+        if writes:
+            check.sampled()
     # A base that serves several roles keeps to what is right for all of them.
-    layouts = Layouts(packed=known.packed and packs, padded=known.padded and flush is None)
-    reasons = []
-    if flush is not None:
-        reasons.append(check.told("padded on the left", padded, "what it computes depends on the padding in front"))
-    if packed is not None and not packs:
-        reasons.append(check.told("packed", packed, "packed rows see one another, or more of themselves than alone"))
-    for reason in reasons if layouts != known else ():
-        logger.warning("%s %s", reason, _SLOWER[layouts.padded])
+    known, found = layouts_of(model), check.layouts
+    layouts = Layouts(*(old and new for old, new in zip(astuple(known), astuple(found), strict=True)))
+    for reason in check.reasons if layouts != known else ():
+        logger.warning("%s", reason)
     restrict_layouts(model, layouts)
-    used = [padded if flush is None else flush, packed if packs else None]
-    difference = max(value for value in used if value is not None)
-    return Agreement(role, check.name, layouts, difference, check.tolerance, " ".join(reasons) or None)
-
-
-_SLOWER = {
-    True: "Its rows are padded instead, which is slower and right.",
-    False: "Its padding is moved behind the rows instead, which is right.",
-}
+    return Agreement(role, check.name, layouts, check.largest, check.tolerance, " ".join(check.reasons) or None)
 
 
 class _Check:
-    """One model and what plain logits say of its rows."""
+    """One model and what plain logits say of its rows; every method compares one thing.
+
+    Attributes:
+        layouts: those that agree so far.
+        reasons: a sentence for each of the others.
+        largest: difference in those that agree.
+    """
 
     def __init__(self, model: nn.Module, batch: TokenBatch, role: str, temperature: float, agree: Agree) -> None:
         self.model, self.batch, self.role = model, batch, role
@@ -199,96 +154,207 @@ class _Check:
         base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         self.name, self.config = type(base).__name__, base.config
         self.keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
-        self.alone = self._plain_logps(behind=0)
-        self.tolerance = TOLERANCES.get(_precision(base), TOLERANCES[torch.float32])
-        self._rounding: float | None = None
+        self.tolerance = _tolerance(base)
+        self.layouts, self.reasons, self.largest = Layouts(), list[str](), 0.0
+        self.rows = [_row(batch, number) for number in range(len(batch))]
+        self.alone = [self._plain_logps(prompt, completion) for prompt, completion in self.rows]
 
-    def difference(self, forward: Callable, **options: Any) -> float:
-        """Largest mean difference of a row in one layout, over all ranks; infinite for what is not finite."""
+    # --- what is compared ----------------------------------------------------------------------------------------
+    def is_causal(self) -> None:
+        """A token's log-prob must not depend on what stands behind it; the difference that rounding makes, besides."""
+        prompt, completion = self.rows[0]
+        behind = torch.cat([prompt, completion])[:_BEHIND]
+        if follows_length(self.config):
+            # More tokens change every frequency of such a model once they pass its context.
+            return
+        longer = self._plain_logps(prompt, completion, behind)
+        difference = self.agree(_distance(longer, self.alone[0]))
+        half = self.tolerance > TOLERANCES[torch.float32]
+        if difference > (_TIMES_ROUNDING * self.tolerance if half else self.tolerance):
+            raise self._refusal(
+                difference,
+                "tokens that come later change the log-probs of earlier ones, so that it does not write from left to "
+                "right",
+                "Use a causal language model (some need is_decoder=True in their configuration).",
+            )
+        if half:
+            self.tolerance = max(self.tolerance, _TIMES_ROUNDING * difference)
+
+    def padded(self) -> None:
+        """Prompts padded on the left as TRL has them, or else all padding behind the rows."""
+        padded = self._difference(padded_forward)
+        if self._agrees(padded):
+            return
+        moved = self._difference(padded_forward, flush_left=True)
+        if not self._agrees(moved):
+            raise self._refusal(moved, *self._why_not_even_moved())
+        self._leave_out(
+            "padded", padded, "rows that are padded on the left",
+            "its padding is moved behind the rows, which costs nothing",
+        )  # fmt: skip
+
+    def packed(self) -> None:
+        """Rows behind one another, if the run would pack them."""
+        if not should_pack(self.model, self.batch.joined()[1]):
+            return
+        packed = self._difference(packed_forward)
+        if not self._agrees(packed):
+            self._leave_out("packed", packed, "packed rows", "its rows are padded, which is slower")
+
+    def sampled(self) -> None:
+        """Prompts of unequal length continued together by `generate`, or else those of one length at a time."""
+        short, long = self.rows[0][0], self.rows[2][0]
+        together = self.agree(self._distance_of_written([short, long]))
+        if self._agrees(together):
+            return
+        # Two of them still: some models mix up the states of rows.
+        apart = self.agree(self._distance_of_written([short, long[: len(short)]]))
+        if not self._agrees(apart):
+            raise self._refusal(
+                apart,
+                "what `generate` continues a row with is not what the model's logits say of it",
+                "Use a model whose `generate` works, or write rollouts with vLLM (use_vllm=True).",
+            )
+        self._leave_out(
+            "written_together", together, "prompts of unequal length that are continued together",
+            "prompts of one length are sampled at a time, which is slower",
+        )  # fmt: skip
+
+    # --- how -----------------------------------------------------------------------------------------------------
+    def _agrees(self, difference: float) -> bool:
+        if difference > self.tolerance:
+            return False
+        self.largest = max(self.largest, difference)
+        return True
+
+    def _difference(self, forward: Callable, **options: Any) -> float:
+        """Largest mean difference of a row in one layout, over all ranks."""
         with compact_head(self.batch.prompt_ids.device):
             logps = forward(self.model, *self.batch.joined(), self.batch.completion_ids.size(1), **options).logps
-        return self.agree(self._distance(logps))
-
-    def _distance(self, logps: Tensor) -> float:
-        mask = self.batch.completion_mask
-        distance = ((logps - self.alone).abs() * mask).sum(dim=1) / mask.sum(dim=1)
-        return float(distance.nan_to_num(nan=torch.inf).max())
-
-    def is_rounding(self, difference: float) -> bool:
-        """Whether a difference is no more than the order of the sums makes it."""
-        # Rows of RoPE that follows their length cannot be told from rounding so: it is more tokens that change them.
-        half = self.tolerance > TOLERANCES[torch.float32]
-        if difference > self.tolerance and half and not follows_length(self.config):
-            self.tolerance = max(self.tolerance, _TIMES_ROUNDING * self.rounding)
-        return difference <= self.tolerance
-
-    @property
-    def rounding(self) -> float:
-        """What a row alone differs by with a few more tokens behind it, which no earlier token sees."""
-        if self._rounding is None:
-            self._rounding = self.agree(self._distance(self._plain_logps(behind=8)))
-        return self._rounding
-
-    def _plain_logps(self, *, behind: int) -> Tensor:
-        """`(B, T)` float32 from plain logits of each row alone, with some tokens behind it."""
-        batch = self.batch
-        result = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
-        for row in range(len(batch)):
-            prompt = batch.prompt_ids[row, batch.prompt_mask[row] == 1]
-            completion = batch.completion_ids[row, batch.completion_mask[row] == 1]
-            count = len(completion)
-            tokens = torch.cat([prompt, completion])
-            ids = torch.cat([tokens, tokens[:behind]]).unsqueeze(0)
-            options = {"logits_to_keep": count + 1 + behind} if self.keeps else {}
-            logits = self.model(input_ids=ids, use_cache=False, **options).logits[0]
-            last = logits.size(0) - behind
-            logps = (logits[last - count - 1 : last - 1].float() / self.temperature).log_softmax(dim=-1)
-            result[row, :count] = logps.gather(1, completion.unsqueeze(1)).squeeze(1)
-        return result
-
-    def told(self, layout: str, difference: float, reason: str) -> str:
-        """The fact in a sentence."""
-        return (
-            f"The {self.role} ({self.name}) gives rows that are {layout} other log-probs than each of them alone, by "
-            f"{difference:.2g} nats on average (rounding: up to {self.tolerance:.2g}): {reason}."
+        return self.agree(
+            max(_distance(row[: len(alone)], alone) for row, alone in zip(logps, self.alone, strict=True))
         )
 
-    def refusal(self, difference: float) -> SGOPDConfigError:
-        """Neither layout of padded rows agrees: why, as far as it can be told."""
-        if not self.is_rounding(self._difference_of_one_row()):
-            reason = (
-                "even one row without padding differs, so that its logits are not its last hidden states times its "
-                "output embedding, which is what the fused head computes"
+    def _difference_of_rows_alone(self) -> float:
+        """That of rows which are run one by one through the fused head: of the head, then, and of no layout."""
+        largest = 0.0
+        for number, alone in enumerate(self.alone):
+            part = self.batch.select(torch.tensor([number], device=self.batch.prompt_ids.device))
+            with compact_head(part.prompt_ids.device):
+                logps = padded_forward(self.model, *part.joined(), part.completion_ids.size(1)).logps[0]
+            largest = max(largest, _distance(logps, alone))
+        return self.agree(largest)
+
+    def _plain_logps(self, prompt: Tensor, completion: Tensor, behind: Tensor | None = None) -> Tensor:
+        """`(T,)` float32 of a completion, from plain logits of its row alone, with some tokens behind it."""
+        tokens = [prompt, completion] if behind is None else [prompt, completion, behind]
+        after = 0 if behind is None else len(behind)
+        options = {"logits_to_keep": len(completion) + 1 + after} if self.keeps else {}
+        ids = torch.cat(tokens).unsqueeze(0)
+        logits = self.model(input_ids=ids, use_cache=False, **options).logits[0]
+        last = logits.size(0) - after
+        logps = (logits[last - len(completion) - 1 : last - 1].float() / self.temperature).log_softmax(dim=-1)
+        return logps.gather(1, completion.unsqueeze(1)).squeeze(1)
+
+    def _distance_of_written(self, prompts: list[Tensor]) -> float:
+        """Of the log-probs that `generate` saw while it wrote, from plain logits of each row alone."""
+        device = self.batch.prompt_ids.device
+        ids, mask = pad_rows([prompt.tolist() for prompt in prompts], 0, left=True)
+        config = GenerationConfig(
+            max_new_tokens=_WRITTEN,
+            min_new_tokens=_WRITTEN,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            disable_compile=True,
+        )
+        with without_own_settings(self.model):
+            # Wrappers of data parallelism only run forward.
+            model: Any = self.model if hasattr(self.model, "generate") else self.model.module
+            written = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
-            way_out = "Use a model whose head is its output embedding alone."
-        elif follows_length(self.config):
+        tokens = written.sequences[:, ids.size(1) :]
+        logps = torch.stack(written.logits, dim=1).float().div(self.temperature).log_softmax(dim=-1)
+        logps = logps.gather(2, tokens.unsqueeze(2)).squeeze(2)
+        pairs = zip(prompts, tokens, logps, strict=True)
+        return max(_distance(seen, self._plain_logps(prompt, row)) for prompt, row, seen in pairs)
+
+    # --- what is said --------------------------------------------------------------------------------------------
+    def _leave_out(self, layout: str, difference: float, rows: str, instead: str) -> None:
+        self.layouts = replace(self.layouts, **{layout: False})
+        self.reasons.append(
+            f"The {self.role} ({self.name}) gives {rows} other log-probs than each of them alone, by "
+            f"{difference:.2g} nats on average (rounding: up to {self.tolerance:.2g}): {instead}."
+        )
+
+    def _why_not_even_moved(self) -> tuple[str, str]:
+        """Reason and way out, as far as they can be told."""
+        if self._difference_of_rows_alone() > self.tolerance:
+            return (
+                "even one row without padding differs, so that its logits are not its last hidden states times its "
+                "output embedding, which is what the fused head computes",
+                "Use a model whose head is its output embedding alone.",
+            )
+        if follows_length(self.config):
             bound = max(bound for bound in bounds_of(self.config) if bound < self.batch.joined()[0].size(1))
-            reason = f"beyond {bound} tokens its RoPE frequencies follow the longest row"
-            way_out = f"Keep prompt and completion within {bound} tokens, or set a rope_type of fixed frequencies."
-        else:
-            reason = "what it computes for a row depends on the rows beside it"
-            way_out = "Use a model that treats rows of a batch apart."
+            return (
+                f"beyond {bound} tokens its RoPE frequencies follow the longest row",
+                f"Keep prompt and completion within {bound} tokens, or set a rope_type of fixed frequencies.",
+            )
+        return (
+            "what it computes for a row depends on the rows beside it, or on the padding behind it",
+            "Use a model that treats rows of a batch apart.",
+        )
+
+    def _refusal(self, difference: float, reason: str, way_out: str) -> SGOPDConfigError:
         return SGOPDConfigError(
-            f"`{_SETTINGS.get(self.role, self.role)}` must give rows that are scored together the log-probs of each "
-            f"row alone, got {self.name}, which is off by {difference:.2g} nats on average (rounding: up to "
+            f"`{_setting(self.role)}` must give rows that are run together the log-probs of each row alone, got the "
+            f"{self.role} {self.name}, which is off by {difference:.2g} nats on average (rounding: up to "
             f"{self.tolerance:.2g}): {reason}. Distillation would compare wrong numbers. {way_out}"
         )
 
-    def _difference_of_one_row(self) -> float:
-        """That of rows which are forwarded one by one through the fused head."""
-        worst = 0.0
-        for row in range(len(self.batch)):
-            part = self.batch.select(torch.tensor([row], device=self.batch.prompt_ids.device))
-            with compact_head(part.prompt_ids.device):
-                logps = padded_forward(self.model, *part.joined(), part.completion_ids.size(1)).logps
-            distance = (logps - self.alone[row : row + 1, : logps.size(1)]).abs().mean()
-            worst = max(worst, float(distance.nan_to_num(nan=torch.inf)))
-        return self.agree(worst)
+
+@contextmanager
+def _told_of_errors(model: nn.Module, role: str) -> Iterator[None]:
+    """Give whatever a model's own code raises on a few rows of token ids the name of the model."""
+    try:
+        yield
+    except (SGOPDConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        raise SGOPDConfigError(
+            f"`{_setting(role)}` must run on rows of token ids, padded and alone, got the {role} "
+            f"{type(base).__name__}, which ended in {type(error).__name__}: {error}. Rollouts could not be scored or "
+            "written. Use another model, or another version of transformers."
+        ) from error
+
+
+def _setting(role: str) -> str:
+    # A teacher of several is called `teacher NAME`.
+    return _SETTINGS.get(role.partition(" ")[0], role)
 
 
 _SETTINGS = {"student": "model", "teacher": "teacher_model", "reference": "reference_model"}
 
 
-def _precision(model: PreTrainedModel) -> torch.dtype:
+def _row(batch: TokenBatch, number: int) -> tuple[Tensor, Tensor]:
+    """Prompt and completion of a row, without padding."""
+    prompt = batch.prompt_ids[number, batch.prompt_mask[number] == 1]
+    return prompt, batch.completion_ids[number, batch.completion_mask[number] == 1]
+
+
+def _distance(logps: Tensor, alone: Tensor) -> float:
+    """Mean difference of a row; infinite for what is not finite, which no tolerance lets pass."""
+    return float((logps - alone).abs().mean().nan_to_num(nan=torch.inf))
+
+
+def _tolerance(model: PreTrainedModel) -> float:
     kind = model.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    if dtype == torch.float32 and kind == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        # Its products have the mantissa of float16.
+        dtype = torch.float16
+    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])

@@ -18,10 +18,11 @@ from datasets import IterableDataset
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
-from .agreement import Agreement, bounds_of, check_model, made_up_rows
+from .agreement import Agreement, check_model, made_up_rows
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
+from .models.context import bounds_of
 from .models.sampling import check_generation_kwargs, own_settings
 from .run import Run
 from .teacher_sampling.callback import check_anchor_callbacks, is_anchor_callback
@@ -30,7 +31,7 @@ from .teachers.build import check_given_models, default_reference
 from .teachers.local import ModelScorer
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, evaluating, save_without_reference
 from .teachers.routed import RoutedTeacher
-from .trl_seam import create_model_from_path, get_config_model_id, has_adapters_inside, is_prepared_later
+from .trl_seam import create_model_from_path, get_config_model_id, has_adapters_inside, is_prepared_later, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -405,7 +406,7 @@ def _check_models(run: ScoringRun) -> None:
         return float(accelerator.gather(torch.tensor([difference], device=device)).max())
 
     longest: int | None = None
-    for role, lent in _models_that_score(run):
+    for role, writes, lent in _models_that_score(run):
         with lent as model:
             config = accelerator.unwrap_model(model).config
             # Rendering prompts takes longer than scoring rows, and few models ask how long rows can be.
@@ -417,22 +418,28 @@ def _check_models(run: ScoringRun) -> None:
                 made_up_rows(config, ids, longest or 0, device, run.tokenizer.pad_token_id),
                 role=role,
                 temperature=run.temperature,
+                writes=writes,
                 autocast=accelerator.autocast,
                 agree=over_ranks if accelerator.num_processes > 1 else float,
             )
         run.agreements.append(found)
 
 
-def _models_that_score(run: ScoringRun) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
-    """Every model in this process that gives log-probs: its role, and what lends it in evaluation mode."""
-    yield "student", _student_without_dropout(run)
+def _models_that_score(run: ScoringRun) -> Iterator[tuple[str, bool, AbstractContextManager[Any]]]:
+    """Every model in this process that gives log-probs: its role, whether it writes, and what lends it, in evaluation.
+
+    A model that is sharded writes with its shards gathered, which only generation itself does.
+    """
+    args, whole = run.args, not is_sharded(run.accelerator)
+    yield "student", whole and not args.use_vllm and run.rollout_func is None, _student_without_dropout(run)
     if run.ref_model is not None:
-        yield "reference", _evaluated(run.ref_model)
+        yield "reference", False, _evaluated(run.ref_model)
     parts = run.teacher.distinct if isinstance(run.teacher, RoutedTeacher) else [run.teacher]
     for scorer in (*parts, run.reference):
         # Servers and teachers of the caller's own score as they do.
         if isinstance(scorer, ModelScorer):
-            yield scorer.role, _lent(scorer)
+            writes = whole and args.teacher_sampling_enable and hasattr(scorer, "generate")
+            yield scorer.role, writes, _lent(scorer)
 
 
 @contextmanager

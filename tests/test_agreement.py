@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from tiny import logged, relative_difference, tiny_model, tiny_trainer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from sg_opd_trl.agreement import Agreement, bounds_of, check_model, made_up_rows, row_length
+from sg_opd_trl.agreement import Agreement, check_model, made_up_rows, row_length
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.models.batch import TokenBatch
-from sg_opd_trl.models.forward import HeadRequest, Layouts, layouts_of, move_left, padded_forward
+from sg_opd_trl.models.context import bounds_of
+from sg_opd_trl.models.forward import HeadRequest, Layouts, layouts_of, move_left, padded_forward, restrict_layouts
+from sg_opd_trl.models.generate import generate_completions
 from sg_opd_trl.trl_seam import add_fused_head, fused_forward
 
 CPU = torch.device("cpu")
@@ -46,6 +49,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "window of every layer": ("mistral", SIZES | {"sliding_window": 30}),
     "recurrent": ("mamba", {"vocab_size": 26, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "recurrent, without a mask": (
+        "rwkv",
+        {"vocab_size": 26, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    ),
+    "not causal": (
+        "bert",
+        {"vocab_size": 26, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"intermediate_size": 64, "initializer_range": 0.3},
+    ),
+    "fails": ("llama4_text", SIZES | {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 64}),
     "head of its own": ("modernbert-decoder", SIZES | {"local_attention": 8, "bos_token_id": 2}),
     "frequencies that follow the row": (
         "phi3",
@@ -53,6 +66,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 PADDED, FLUSH = Layouts(packed=False), Layouts(padded=False)
+ONE_LENGTH = Layouts(padded=False, written_together=False)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -65,7 +79,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def check(model: Any, longest: int = 60) -> Agreement:
     rows = made_up_rows(model.config, IDS, longest, CPU)
-    return check_model(model, rows, role="teacher", temperature=0.8)
+    return check_model(model, rows, role="teacher", temperature=0.8, writes=True)
 
 
 def unequal_rows() -> TokenBatch:
@@ -113,7 +127,7 @@ def test_a_model_keeps_to_the_layouts_that_agree(
     assert found.difference < 1e-4
     # Said once, with the role, the model and the reason, where something was left out.
     said = [r.getMessage() for r in caplog.records if r.name == "sg_opd_trl.agreement"]
-    assert len(said) == (layouts != Layouts())
+    assert len(said) == astuple(layouts).count(False)
     assert all(f"The teacher ({found.model})" in message for message in said)
     assert (found.reason is None) == (layouts == Layouts())
     with torch.no_grad():
@@ -122,17 +136,46 @@ def test_a_model_keeps_to_the_layouts_that_agree(
     assert expected.min() < -1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
+        ("recurrent, without a mask", r"RwkvForCausalLM.*`generate` continues .*use_vllm=True"),
         ("head of its own", "ModernBertDecoderForCausalLM.*last hidden states times its output embedding"),
+        ("not causal", "BertLMHeadModel.*tokens that come later .*is_decoder=True"),
         ("frequencies that follow the row", r"Phi3ForCausalLM.*beyond 16 tokens its RoPE.*within 16 tokens"),
     ],
 )
-def test_a_model_without_a_right_layout_is_refused(name: str, reason: str, dtype: torch.dtype) -> None:
+def test_a_model_without_a_right_layout_is_refused(name: str, reason: str) -> None:
     with pytest.raises(SGOPDConfigError, match=rf"^`teacher_model` must .*{reason}"):
-        check(build(name, dtype))
+        check(build(name))
+
+
+@pytest.mark.parametrize("name", ["head of its own", "frequencies that follow the row"])
+def test_in_bfloat16_it_is_refused_too(name: str) -> None:
+    with pytest.raises(SGOPDConfigError, match=r"rounding: up to 0\.2"):
+        check(build(name, torch.bfloat16))
+
+
+def test_a_model_that_only_scores_is_not_asked_to_write() -> None:
+    model = build("recurrent, without a mask")
+    rows = made_up_rows(model.config, IDS, 60, CPU)
+    assert check_model(model, rows, role="reference", temperature=0.8).layouts == FLUSH
+
+
+def test_an_error_of_the_models_own_code_names_the_model() -> None:
+    with pytest.raises(SGOPDConfigError, match=r"^`teacher_model` must run .*Llama4ForCausalLM.*AttributeError"):
+        check(build("fails"))
+
+
+@pytest.mark.parametrize("length", [6, 10, 20])
+def test_rope_that_follows_the_row_is_left_to_generate(length: int) -> None:
+    """Beyond the original context, here 16 tokens, the cached keys of earlier tokens are not those of longer rows."""
+    model = build("frequencies that follow the row")
+    prompt = [5 + i % 20 for i in range(length)]
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=1, pad_token_id=0)
+    ids = torch.tensor([prompt])
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert generate_completions(model, [prompt], config) == [expected[0, length:].tolist()]
 
 
 def test_within_the_original_context_rope_that_follows_the_row_agrees() -> None:
@@ -278,7 +321,7 @@ def test_prompt_tuning_has_its_virtual_tokens_in_front_of_the_text(tmp_path: Pat
         for parameter in trainer.model.prompt_encoder.parameters():
             parameter.normal_()
     batch = unequal_rows()
-    assert layouts_of(trainer.model) == FLUSH
+    assert layouts_of(trainer.model) == ONE_LENGTH
     trainer.model.eval()
     with torch.no_grad():
         scored = trainer.run_policy(trainer.model, *batch.joined(), 6).logps
@@ -288,3 +331,10 @@ def test_prompt_tuning_has_its_virtual_tokens_in_front_of_the_text(tmp_path: Pat
             logits = trainer.model(input_ids=torch.cat([prompt, completion]).unsqueeze(0)).logits[0]
             logps = logits[-len(completion) - 1 : -1].log_softmax(-1).gather(1, completion.unsqueeze(1)).squeeze(1)
             assert (scored[row, : len(completion)] - logps).abs().max() < 1e-4
+    # Greedy completions are those of each prompt alone, whatever is written beside it.
+    prompts = [[5, 6, 7, 8, 9], [10], [11, 12], [13]]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=1, pad_token_id=0)
+    alone = [generate_completions(trainer.model, [prompt], config)[0] for prompt in prompts]
+    assert generate_completions(trainer.model, prompts, config) == alone
+    restrict_layouts(trainer.model, FLUSH)
+    assert generate_completions(trainer.model, prompts, config) != alone

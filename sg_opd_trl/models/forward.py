@@ -142,15 +142,17 @@ def scattered(values: Tensor, chosen: Tensor) -> Tensor:
 # --- the layouts -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Layouts:
-    """The layouts in which a model gives rows that are scored together what each of them gets alone.
+    """The layouts in which a model gives rows that are run together what each of them gets alone.
 
     Attributes:
         packed: rows behind one another, where `should_pack` says so too.
         padded: prompts padded on the left, as TRL has them; otherwise all padding must stand behind the rows.
+        written_together: prompts of unequal length padded on the left and continued; otherwise one length at a time.
     """
 
     packed: bool = True
     padded: bool = True
+    written_together: bool = True
 
 
 def layouts_of(model: nn.Module) -> Layouts:

@@ -16,6 +16,8 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 
 from ..errors import NonFiniteError
 from .batch import pad_rows
+from .context import bounds_of, follows_length
+from .forward import layouts_of
 from .internals import (
     cache_argument,
     can_select_rows,
@@ -65,9 +67,39 @@ def generate_completions(
     Raises:
         NonFiniteError: logits that are NaN or infinite.
     """
-    if not prompts:
-        return []
-    ids, mask = (x.to(model.device) for x in pad_rows(list(prompts), config.pad_token_id or 0, left=True))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for rows in _run_together(model, prompts):
+        told = None if on_ended is None else partial(_told_of, on_ended, rows)
+        written = _complete(model, [prompts[row] for row in rows], config, role, synced_gpus, told)
+        for row, ids in zip(rows, written, strict=True):
+            completions[row] = ids
+    return completions
+
+
+def _run_together(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Numbers of the rows of each batch: all of them, unless the model must not see padding in front of a prompt."""
+    if not prompts or layouts_of(model).written_together:
+        return [list(range(len(prompts)))] if prompts else []
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    return list(by_length.values())
+
+
+def _told_of(on_ended: OnEnded, rows: list[int], ended: list[int], completions: list[list[int]]) -> None:
+    on_ended([rows[number] for number in ended], completions)
+
+
+def _complete(
+    model: Any,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    role: str,
+    synced_gpus: bool,
+    on_ended: OnEnded | None,
+) -> list[list[int]]:
+    """One completion per prompt, all of them in one batch."""
+    ids, mask = (x.to(model.device) for x in pad_rows(prompts, config.pad_token_id or 0, left=True))
     arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
     try:
         with without_own_settings(model):
@@ -345,6 +377,10 @@ def _check_support(
         "no float64 on this device": model.device.type == "mps",
         "mixture of experts": switches_kernel_to_decode(model),
     }
+    if follows_length(model.config):
+        # Beyond it the cached keys of earlier tokens have other frequencies; `generate` knows when to drop them.
+        passed = [bound for bound in bounds_of(model.config) if bound < (config.max_length or 0)]
+        reasons[f"RoPE frequencies that change beyond {passed} tokens"] = bool(passed)
     refused = [reason for reason, applies in reasons.items() if applies]
     if refused:
         raise UnsupportedDecoding(", ".join(refused))
