@@ -21,6 +21,8 @@ from .report import Row
 
 PROMPTS = 4
 """Prompts that are sampled (our choice): with groups of eight as many rollouts as show what is wrong throughout."""
+TEACHER_PROMPTS = 8
+"""Prompts that the teacher writes for, once each (our choice)."""
 _SEED = 20_260_609
 # Mean |a2| in nats from which the teacher would hardly have written any of it (our choice).
 _STRANGE = 5.0
@@ -116,7 +118,8 @@ def make_first_rollouts(run: SampledRun, prompts: int = PROMPTS) -> FirstRollout
     gaps = gaps[counted].abs()
     groups = verdicts.view(-1, run.num_generations)
     tokens = int(counted.sum())
-    dropped = _anchor(run, chosen, seconds) if args.teacher_sampling_enable else None
+    asked = first_rows(run.train_dataset)[:TEACHER_PROMPTS]
+    dropped = _anchor(run, asked, seconds) if args.teacher_sampling_enable else None
     return FirstRollouts(
         limit=int(args.max_completion_length or 0),
         rollouts=len(examples),
@@ -133,7 +136,7 @@ def make_first_rollouts(run: SampledRun, prompts: int = PROMPTS) -> FirstRollout
         largest_gap=float(gaps.max()) if tokens else 0.0,
         seconds=seconds,
         dropped=dropped,
-        written=len(chosen) if dropped is not None else 0,
+        written=len(asked) if dropped is not None else 0,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerState
 
+from ..agreement import Agreement, positions_of
 from ..data import datasets_of, first_prompts, first_rows
 from ..errors import SGOPDConfigError, SGOPDError
 from ..random_state import forked_random_state
@@ -14,8 +15,10 @@ from ..run import Run
 from ..teachers.fit import RenderingRun
 from ..teachers.local import FrozenModel
 from ..teachers.routed import RoutedTeacher
+from ..teachers.server import ServerTeacher
 from ..verifiers.verdicts import RunVerifier
 from .machine import estimated_need, memory_of, memory_row, time_row
+from .models import context_row, log_prob_row
 from .report import Report, Row, rows_of_error
 from .rollouts import PROMPTS, FirstRollouts, SampledRun, make_first_rollouts, rollout_rows
 from .servers import server_rows
@@ -32,10 +35,12 @@ class InspectedRun(SampledRun, RenderingRun, Protocol):
     Attributes:
         tokenizers: of teachers and reference, by what messages call them; None where one is not known.
         reference: the model, None without one of its own.
+        agreements: what the check of log-probs has found when the run was set up.
     """
 
     tokenizers: dict[str, Any]
     reference: Any
+    agreements: list[Agreement]
 
 
 def inspect_run(run: InspectedRun, prompts: int = PROMPTS) -> Report:
@@ -47,7 +52,8 @@ def inspect_run(run: InspectedRun, prompts: int = PROMPTS) -> Report:
     """
     start = time.perf_counter()
     with forked_random_state(run.accelerator.device):
-        rows = [stack_row(), *_text_rows(run), *_verifier_rows(run)]
+        rows = [stack_row(), *_text_rows(run), *_context_rows(run), log_prob_row(run.agreements)]
+        rows += _verifier_rows(run)
         rows += server_rows(_teachers(run), _probe(run), run.args.gate_dead_zone)
         rows.append(_memory_row(run))
         rows += _sampled_rows(run, prompts)
@@ -87,6 +93,22 @@ def _text_rows(run: InspectedRun) -> Iterator[Row]:
     if run.environment_factories is None:
         prompts, kwargs = first_prompts(run.train_dataset), dict(run.chat_template_kwargs or {})
         yield from chat_rows(run.tokenizer, run.tokenizers, prompts, kwargs, run.eos_token_ids)
+
+
+def _context_rows(run: InspectedRun) -> Iterator[Row]:
+    if run.environment_factories is not None:
+        return
+    args: Any = run.args  # TRL has filled in by now what its fields leave open
+    rooms: dict[str, int | None] = {"student": positions_of(run.accelerator.unwrap_model(run.model).config)}
+    for model in _frozen(run):
+        rooms[model.role] = positions_of(run.accelerator.unwrap_model(model.model).config)
+    for teacher in _teachers(run):
+        if isinstance(teacher, ServerTeacher):
+            rooms["teacher server"] = teacher.client.max_length
+    prompts = [row["prompt"] for row in first_rows(run.train_dataset)[:GOLDS_COUNTED]]
+    longest = max(map(len, run.tokenize_prompts(prompts)))
+    written = run.args.teacher_completion_length if args.teacher_sampling_enable else 0
+    yield context_row(rooms, longest, max(args.max_completion_length or 0, written))
 
 
 def _verifier_rows(run: InspectedRun, counted: int = GOLDS_COUNTED) -> list[Row]:
@@ -130,6 +152,12 @@ def _teachers(run: InspectedRun) -> Sequence[object]:
     return run.teacher.distinct if isinstance(run.teacher, RoutedTeacher) else [run.teacher]
 
 
+def _frozen(run: InspectedRun) -> list[FrozenModel]:
+    """Models with weights of their own; an adapter on the student's has its model only while it scores."""
+    models = [each for each in (*_teachers(run), run.reference) if isinstance(each, FrozenModel)]
+    return [each for each in models if each.model is not None]
+
+
 def _probe(run: InspectedRun) -> list[int]:
     """The beginning of a real prompt, or some ids where prompts are not known."""
     if run.environment_factories is not None:
@@ -139,7 +167,7 @@ def _probe(run: InspectedRun) -> list[int]:
 
 def _memory_row(run: InspectedRun) -> Row:
     args: Any = run.args  # TRL has filled in by now what its fields leave open
-    frozen = [each.model for each in (*_teachers(run), run.reference) if isinstance(each, FrozenModel)]
+    frozen = [each.model for each in _frozen(run)]
     tokens = args.per_device_train_batch_size * (args.max_completion_length or 0)
     need = estimated_need(
         run.accelerator.unwrap_model(run.model), frozen, tokens, checkpointing=args.gradient_checkpointing
@@ -156,6 +184,9 @@ def _sampled_rows(run: InspectedRun, prompts: int) -> list[Row]:
         found = make_first_rollouts(run, prompts)
     except SGOPDError as error:
         return rows_of_error("rollouts", error)
+    except Exception as error:  # noqa: BLE001  # a reward function of the caller's, or a library under a model
+        said = f"No rollout could be made, scored and judged: {type(error).__name__}: {str(error)[:300]}"
+        return [Row("rollouts", "red", said, "Mend what raises it; a run would end in it with its traceback.")]
     return [*rollout_rows(found, gated=run.args.sign_gated_extrapolation), _time_row(run, found)]
 
 
