@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, SGOPDError, TeacherError, VerifierError
+from ..errors import DataError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
+from ..teacher_sampling.stored.store import is_hub_id
 from .command import CommandParser
 from .outside import check_file, concerning, explained
 from .parsing import CommandLine, TrainSettings, build_settings, pop_option, read_command_line
@@ -43,6 +45,11 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         0 where no row is red, 2 otherwise.
     """
     options, words = _own_options(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SGOPDConfigError(
+            f"`sg-opd check` must run as one process, got {os.environ['WORLD_SIZE']}. Each would say the same. Start "
+            "it without a launcher; keys of one in the recipe are left out."
+        )
     check_file("json", options.json)
     report = check(words, options.prompts, debug=debug)
     if options.json is not None:
@@ -173,11 +180,11 @@ def keep_inside(settings: TrainSettings, folder: str) -> None:
     training = settings.training
     training.output_dir = folder
     training.push_to_hub, training.report_to, training.disable_tqdm = False, [], True
-    if hasattr(training, "log_completions_hub_repo"):
+    if "log_completions_hub_repo" in settings.named():
         training.log_completions_hub_repo = None
-    stored = getattr(training, "teacher_rollouts_path", None)
-    # What is stored is compared with the run; what would be created is not.
-    if stored is not None and not Path(stored).is_dir():
+    stored = settings.named().get("teacher_rollouts_path")
+    # What is stored is compared with the run; a folder that would be created is not.
+    if stored is not None and not is_hub_id(stored) and not Path(stored).is_dir():
         training.teacher_rollouts_path = None
 
 
@@ -186,14 +193,14 @@ def _text_rows(settings: TrainSettings, data: Any) -> "Iterator[Row]":
     from ..data import first_prompts
     from ..inspection.texts import chat_rows, tokenizer_rows
 
-    student, *_ = _tokenizers(settings, "model_name_or_path").values()
+    (student,) = _tokenizers(settings, "model_name_or_path").values()
     others: dict[str, Any] = {}
     for role in ("teacher", "reference"):
         name = f"{role}_model_name_or_path"
         others |= _tokenizers(settings, name, role) if settings.named().get(name) is not None else {}
     yield from tokenizer_rows(student, others)
     if data:
-        kwargs = getattr(settings.training, "chat_template_kwargs", None) or {}
+        kwargs = settings.named().get("chat_template_kwargs") or {}
         yield from chat_rows(student, others, first_prompts(data[0]), kwargs, [student.eos_token_id])
 
 
@@ -201,27 +208,30 @@ def _tokenizers(settings: TrainSettings, setting: str, role: str = "student") ->
     """Those of the models that a setting names, by what messages call them."""
     from transformers import AutoTokenizer
 
-    value = settings.named()[setting]
+    named = settings.named()
+    value = named[setting]
     names = {f"{role} {key}": one for key, one in value.items()} if isinstance(value, dict) else {role: value}
+    revision = named.get("model_revision" if role == "student" else f"{role}_model_revision")
     found = {}
     for key, name in names.items():
         with concerning(setting, name):
-            found[key] = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.training.trust_remote_code)
+            found[key] = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=settings.training.trust_remote_code
+            )
     return found
 
 
 def _verifier_rows(settings: TrainSettings, rewards: Sequence[Any], data: Any) -> "list[Row]":
-    from transformers import AutoTokenizer
-
     from ..data import first_rows
     from ..inspection.run import rows_of_verifier
     from ..verifiers.verdicts import RunVerifier
 
-    wanted = getattr(settings.training, "verifier_reward_func", None)
+    wanted = settings.named().get("verifier_reward_func")
     verifier = RunVerifier(rewards, [each.__name__ for each in rewards], wanted, binary=False)
     named = {"train_dataset": data[0], "eval_dataset": data[1]}
     datasets = {name: first_rows(each) for name, each in named.items() if each is not None}
-    return rows_of_verifier(verifier, AutoTokenizer.from_pretrained(settings.student), datasets)
+    (student,) = _tokenizers(settings, "model_name_or_path").values()
+    return rows_of_verifier(verifier, student, datasets)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

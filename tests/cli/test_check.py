@@ -20,11 +20,23 @@ def test_a_good_recipe_is_told_row_by_row_and_leaves_nothing_behind(tiny_recipe,
     shown = capsys.readouterr().out
     told = json.loads(file.read_text(encoding="utf-8"))
     names = [row["name"] for row in told["rows"]]
-    assert names[:6] == ["versions", "tokenizer", "chat template", "thinking", "end token", "verifier"]
-    assert {"golds", "memory", "rollouts", "verdicts", "teacher", "gate", "anchor", "time"} <= set(names)
+    assert names[:7] == ["versions", "tokenizer", "chat template", "thinking", "end token", "context", "log-probs"]
+    assert {"verifier", "golds", "memory", "rollouts", "verdicts", "teacher", "gate", "anchor", "time"} <= set(names)
     assert all(name in shown for name in names)
     file.unlink()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rollouts_that_a_run_would_store_are_not(tiny_recipe, tmp_path):
+    folder = tmp_path / "stored"
+    assert checked(tiny_recipe, "--teacher_rollouts_path", str(folder)).of("anchor")
+    assert not folder.exists()
+
+
+def test_a_launcher_is_refused(tiny_recipe, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["check", "--config", str(tiny_recipe)]) == 2
+    assert "must run as one process, got 2" in capsys.readouterr().err
 
 
 def test_help_is_its_own(capsys):
