@@ -1,23 +1,28 @@
 """Sampled accuracy of a model: avg@k and pass@k with bootstrap intervals over problems."""
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import ends_with_an_answer, is_empty_prompt
 from .errors import DataError, SGOPDConfigError
+from .evaluation_files import EvaluationFiles
+from .evaluation_plan import Decoding, EvaluationPlan, Identity, read_rows
 from .files import write_atomically
 
 if TYPE_CHECKING:
     from .evaluation_sampling import Sample, Sampler
+
+logger = logging.getLogger(__name__)
+
+Interval = tuple[float, float]
 
 _RESAMPLED_AT_ONCE = 4_000_000  # values: 32 MB of float64, and as much of indices
 
@@ -88,19 +93,46 @@ def bootstrap_interval(
 class EvaluationResult:
     """Accuracy of one model on one data set, with the settings it belongs to.
 
-    Accuracies are shares in [0, 1], intervals 95% bootstrap intervals over problems. `abstained` counts completions
-    without a verdict, which count as not right; `truncated` those that ended at `max_new_tokens`. `mean_length` is in
-    tokens, `seconds` is the wall time of sampling and judging.
+    Accuracies are shares in [0, 1] of what could be judged. A completion without a verdict is neither right nor
+    wrong: it is left out, and so is a problem without any verdict. `avg_bounds` and `pass_bounds` say what the
+    accuracy would be if all of them were wrong, and if all were right. Where nothing could be judged, accuracies and
+    intervals are None.
+
+    Attributes:
+        model: what was evaluated; an adapter under its own name.
+        num_problems: problems of the data set.
+        num_samples: completions per problem, `n`.
+        k: of pass@k.
+        avg_at_k: mean over problems of the share of right completions.
+        avg_interval: its 95% bootstrap interval over problems.
+        pass_at_k: mean over problems of the chance that one of `k` completions is right, or one of those that were
+            judged where these are fewer.
+        pass_interval: likewise.
+        abstained: completions without a verdict.
+        truncated: completions that ended at `max_new_tokens`.
+        mean_length: of the completions, in tokens.
+        temperature: of sampling.
+        top_p: of sampling.
+        max_new_tokens: longest completion in tokens.
+        seed: of sampling and bootstrap.
+        seconds: wall time of sampling and judging, of the call that ended it.
+        dataset: name of the problems.
+        avg_bounds: lowest and highest `avg_at_k` that the missing verdicts leave open.
+        pass_bounds: likewise.
+        problems_without_verdict: problems of which no completion has a verdict.
+        base_model: model that an adapter is on; None for a whole model.
+        generation_kwargs: further sampling settings.
+        identity: hashes of problems, settings and model, by which a later call knows its files; None without files.
     """
 
     model: str
     num_problems: int
     num_samples: int
     k: int
-    avg_at_k: float
-    avg_interval: tuple[float, float]
-    pass_at_k: float
-    pass_interval: tuple[float, float]
+    avg_at_k: float | None
+    avg_interval: Interval | None
+    pass_at_k: float | None
+    pass_interval: Interval | None
     abstained: int
     truncated: int
     mean_length: float
@@ -110,6 +142,17 @@ class EvaluationResult:
     seed: int
     seconds: float
     dataset: str | None = None
+    avg_bounds: Interval | None = None
+    pass_bounds: Interval | None = None
+    problems_without_verdict: int = 0
+    base_model: str | None = None
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, str] | None = None
+
+    @property
+    def num_completions(self) -> int:
+        """All completions, with and without a verdict."""
+        return self.num_problems * self.num_samples
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as values that JSON can hold."""
@@ -121,7 +164,20 @@ class EvaluationResult:
         return (
             f"{self.num_problems} problems{source}, {self.num_samples} samples each, temperature "
             f"{self.temperature:g}, top-p {self.top_p:g}, at most {self.max_new_tokens} new tokens, seed {self.seed}"
+            + "".join(f", {name} {value}" for name, value in self.generation_kwargs.items())
         )
+
+    def describe_missing(self) -> str | None:
+        """What completions without a verdict leave open, in a sentence; None where there are none."""
+        if not self.abstained:
+            return None
+        found = f"{self.abstained} of {self.num_completions} completions have no verdict and are left out"
+        if self.avg_bounds is None or self.pass_bounds is None:
+            return f"{found}."
+        average, passed = (
+            f"{100 * low:.1f}% to {100 * high:.1f}%" for low, high in (self.avg_bounds, self.pass_bounds)
+        )
+        return f"{found}: from all wrong to all right, avg@{self.num_samples} {average}, pass@{self.k} {passed}."
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EvaluationResult":
@@ -130,14 +186,25 @@ class EvaluationResult:
         Raises:
             DataError: if fields are missing or unknown.
         """
-        names = {field.name for field in fields(cls)}
-        if names != set(values):
+        known = {each.name for each in fields(cls)}
+        needed = {each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING}
+        if not needed <= set(values) <= known:
             raise DataError(
-                f"an evaluation result must have the fields {sorted(names)}, got {sorted(values)}. Anything else was "
+                f"an evaluation result must have the fields {sorted(needed)}, got {sorted(values)}. Anything else was "
                 "not written by `EvaluationResult.save`. Set the path to a file that was."
             )
-        intervals = {name: tuple(values[name]) for name in ("avg_interval", "pass_interval")}
-        return cls(**{**values, **intervals})
+        if values["abstained"] and "avg_bounds" not in values:
+            raise DataError(
+                f"an evaluation result must tell what {values['abstained']} completions without a verdict leave open, "
+                "got one of an earlier version, which counted them as wrong. The accuracies are lower bounds. "
+                "Evaluate again."
+            )
+        pairs = {
+            name: tuple(value)
+            for name, value in values.items()
+            if name.endswith(("_interval", "_bounds")) and value is not None
+        }
+        return cls(**{**values, **pairs})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_dict` as JSON, whole or not at all, and return the path."""
@@ -155,10 +222,13 @@ def evaluate_model(
     top_p: float = 1.0,
     max_new_tokens: int = 1024,
     batch_size: int = 64,
+    generation_kwargs: Mapping[str, Any] | None = None,
     reward_func: Callable[..., Any] | None = None,
     seed: int = 0,
     samples_path: str | os.PathLike[str] | None = None,
+    output_path: str | os.PathLike[str] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    name: str | None = None,
     dataset_name: str | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -166,6 +236,10 @@ def evaluate_model(
 
     Afterwards torch's random state, the model's train/eval modes and its generation config are as before. Of the
     model's own generation config only the end-of-sequence ids are used; top-k, penalties and the like are off.
+
+    With a file, samples are kept as they come. The same call after an interruption goes on where it stopped, with the
+    result of one that was not interrupted, and after the end it samples nothing. What makes it the same: the weights,
+    the prompts as token ids, the rows, all settings, the verifier and the version of this package.
 
     Args:
         model: causal language model, or its name or path, which is then loaded onto the accelerator if there is one.
@@ -176,11 +250,14 @@ def evaluate_model(
         temperature: 0 decodes greedily.
         top_p: nucleus mass in (0, 1].
         max_new_tokens: longest completion in tokens.
-        batch_size: completions generated at once.
+        batch_size: completions generated at once; they share random numbers, so that another size gives other samples.
+        generation_kwargs: further fields of `transformers.GenerationConfig`, those that `SGOPDConfig` takes.
         reward_func: verifier with TRL's reward signature, answers 1, 0 or `None`; `None` means `math_reward`.
         seed: of sampling and bootstrap.
         samples_path: JSON Lines file that receives every sample as soon as it is judged.
+        output_path: JSON file that receives the result; without `samples_path` the samples are beside it until then.
         chat_template_kwargs: passed on to the chat template.
+        name: what the result calls the model; `None` means its name or path, with the adapters that are active.
         dataset_name: name of the problems, for reports and the model card.
         progress: show a progress bar.
 
@@ -188,62 +265,100 @@ def evaluate_model(
         Accuracies, intervals and settings.
 
     Raises:
-        SGOPDConfigError: if a setting is out of range.
+        SGOPDConfigError: if a setting is out of range, or a file is not this evaluation's or cannot be written.
         DataError: if the data set is empty or a prompt is missing.
         VerifierError: if the verifier answers with something else.
     """
-    k = num_samples if k is None else k
-    pass_at_k(num_samples, 0, k)  # for its checks, before a model is loaded
+    decoding = Decoding(temperature, top_p, max_new_tokens, batch_size, seed, generation_kwargs or {})
+    plan = plan_evaluation(dataset, decoding, num_samples, k, reward_func, chat_template_kwargs)
+    files = EvaluationFiles(samples_path, output_path)
+    files.check(plan.identity)
     # Here and not above: results can be read without torch and transformers.
-    from .evaluation_sampling import Decoding, Sampler, draw_samples
+    from .evaluation_sampling import Sampler
 
-    decoding = Decoding(temperature, top_p, max_new_tokens, batch_size, seed)
-    rows = _read_rows(dataset)
-    sampler = Sampler.build(model, processing_class, decoding, chat_template_kwargs or {})
+    sampler = Sampler.build(model, processing_class, plan, name)
+    result = _evaluate(plan, files, sampler, dataset_name, progress)
+    missing = result.describe_missing()
+    if missing is not None:
+        logger.warning("%s", missing)
+    return result
+
+
+def plan_evaluation(
+    dataset: Any,
+    decoding: Decoding,
+    num_samples: int,
+    k: int | None,
+    reward_func: Callable[..., Any] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> EvaluationPlan:
+    """All that `evaluate_model` checks of its arguments and can be known without the model.
+
+    Raises:
+        SGOPDConfigError: if a count is out of range.
+        DataError: if the data set is empty or a prompt is missing.
+    """
+    for name, count in (("num_samples", num_samples), ("k", num_samples if k is None else k)):
+        if not isinstance(count, int):
+            raise SGOPDConfigError(f"`{name}` must be a whole number, got {count!r}. It is a count. Set it to 8, say.")
+    k = num_samples if k is None else k
+    pass_at_k(num_samples, 0, k)  # for its checks
+    return EvaluationPlan(read_rows(dataset), decoding, num_samples, k, reward_func, chat_template_kwargs or {})
+
+
+def _evaluate(
+    plan: EvaluationPlan, files: EvaluationFiles, sampler: "Sampler", dataset_name: str | None, progress: bool
+) -> EvaluationResult:
+    from .evaluation_sampling import Sample, draw_samples, whole_batches
+
     started = time.perf_counter()
-    drawn = draw_samples(sampler, rows, num_samples, reward_func or _math_reward(), progress)
-    samples = _collect(drawn, samples_path)
-    result = _result(sampler, samples, len(rows), num_samples, k)
-    return replace(result, seconds=time.perf_counter() - started, dataset=dataset_name)
+    prompt_ids = [sampler.encode(row["prompt"]) for row in plan.rows]
+    identity, known = plan.identity, []
+    if files.there:
+        identity = replace(identity, model=sampler.model_hash(prompt_ids))
+        known = whole_batches(plan, prompt_ids, [Sample(**values) for values in files.samples(identity)])
+        done = files.result(identity)
+        # Whoever asks for the samples too gets them, though the result be there.
+        if done is not None and (not files.lasting or len(known) == len(plan.rows) * plan.num_samples):
+            return EvaluationResult.from_dict(done)
+        if known:
+            logger.info("%d of %d completions are there already", len(known), len(plan.rows) * plan.num_samples)
+        files.restart(identity, [sample.to_dict() for sample in known])
 
+    def keep(samples: "list[Sample]") -> None:
+        files.add(identity, [sample.to_dict() for sample in samples])
 
-def _math_reward() -> Callable[..., Any]:
-    from .verifiers import math_reward
-
-    return math_reward
-
-
-def _collect(drawn: "Generator[Sample, None, None]", path: str | os.PathLike[str] | None) -> "list[Sample]":
-    """All samples, each written as soon as it is there."""
-    samples = []
-    # Closed by hand: after an error or Ctrl-C the model is as before at once, not when the generator is collected.
-    with _open_samples(path) as file, closing(drawn):
-        for sample in drawn:
-            samples.append(sample)
-            if file is not None:
-                # A solution of any type must not end an evaluation: what JSON does not know is written as text.
-                file.write(json.dumps(sample.to_dict(), ensure_ascii=False, default=str) + "\n")
-    return samples
+    samples = draw_samples(sampler, plan, prompt_ids, known, keep, progress)
+    result = replace(
+        _result(sampler, plan, samples, identity if files.there else None),
+        seconds=time.perf_counter() - started,
+        dataset=dataset_name,
+    )
+    files.finish(result.to_dict())
+    return result
 
 
 def _result(
-    sampler: "Sampler", samples: "list[Sample]", num_problems: int, num_samples: int, k: int
+    sampler: "Sampler", plan: EvaluationPlan, samples: "list[Sample]", identity: Identity | None
 ) -> EvaluationResult:
-    decoding = sampler.decoding
-    correct = np.zeros(num_problems, dtype=np.int64)
+    decoding, num_samples, k = plan.decoding, plan.num_samples, plan.k
+    correct, judged = np.zeros((2, len(plan.rows)), dtype=np.int64)
     for sample in samples:
+        judged[sample.problem] += sample.verdict is not None
         correct[sample.problem] += sample.verdict == 1.0
-    averages = correct / num_samples
-    passes = [pass_at_k(num_samples, int(count), k) for count in correct]
+    known = judged > 0
+    averages = correct[known] / judged[known]
+    passes = [pass_at_k(int(n), int(c), min(k, int(n))) for n, c in zip(judged[known], correct[known], strict=True)]
+    extremes = (correct, correct + num_samples - judged)
     return EvaluationResult(
         model=sampler.name,
-        num_problems=num_problems,
+        num_problems=len(plan.rows),
         num_samples=num_samples,
         k=k,
-        avg_at_k=float(averages.mean()),
-        avg_interval=bootstrap_interval(averages, seed=decoding.seed),
-        pass_at_k=float(np.mean(passes)),
-        pass_interval=bootstrap_interval(passes, seed=decoding.seed),
+        avg_at_k=float(averages.mean()) if known.any() else None,
+        avg_interval=bootstrap_interval(averages, seed=decoding.seed) if known.any() else None,
+        pass_at_k=float(np.mean(passes)) if known.any() else None,
+        pass_interval=bootstrap_interval(passes, seed=decoding.seed) if known.any() else None,
         abstained=sum(sample.verdict is None for sample in samples),
         truncated=sum(sample.truncated for sample in samples),
         mean_length=sum(sample.num_tokens for sample in samples) / len(samples),
@@ -252,48 +367,17 @@ def _result(
         max_new_tokens=decoding.max_new_tokens,
         seed=decoding.seed,
         seconds=0.0,  # filled in by the caller, whose clock runs until here
+        avg_bounds=_pair(float((right / num_samples).mean()) for right in extremes),
+        pass_bounds=_pair(
+            float(np.mean([pass_at_k(num_samples, int(count), k) for count in right])) for right in extremes
+        ),
+        problems_without_verdict=int((~known).sum()),
+        base_model=sampler.base_model,
+        generation_kwargs=dict(decoding.generation_kwargs),
+        identity=None if identity is None else asdict(identity),
     )
 
 
-def _read_rows(dataset: Any) -> list[dict[str, Any]]:
-    if isinstance(dataset, Mapping):
-        raise DataError(
-            f"`dataset` must be one split, got the splits {list(dataset)}. One result belongs to one set of problems. "
-            "Set `dataset=dataset[...]` to one of them."
-        )
-    rows = [dict(row) for row in dataset]
-    if not rows:
-        raise DataError("`dataset` must have rows, got none. An accuracy needs problems. Set another split or filter.")
-    if "prompt" not in rows[0]:
-        raise DataError(
-            f"`dataset` must have the column `prompt`, got {sorted(rows[0])}. Completions are sampled from it. "
-            "Set it with `dataset.rename_column` or `sg_opd_trl.data.prepare_dataset`."
-        )
-    for index, row in enumerate(rows):
-        if row.keys() != rows[0].keys():
-            raise DataError(
-                f"the rows of `dataset` must have the same columns, got {sorted(row)} in row {index} and "
-                f"{sorted(rows[0])} in row 0. Columns go to the verifier as lists. Set what is missing to None."
-            )
-        if not isinstance(row["prompt"], (str, list)) or is_empty_prompt(row["prompt"]):
-            raise DataError(
-                f"`prompt` must be a chat or a string that is not empty, got {row['prompt']!r} in row {index}. There "
-                "is nothing to answer. Drop the row with `dataset.filter`."
-            )
-        if ends_with_an_answer(row["prompt"]):
-            raise DataError(
-                f"`prompt` must not end with an assistant's message, got one in row {index}. Templates close it, and "
-                "the model would answer anew instead of going on with it. Drop the message, or move its text into the "
-                "question."
-            )
-    return rows
-
-
-def _open_samples(path: str | os.PathLike[str] | None) -> Any:
-    if path is None:
-        return nullcontext()
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.open(
-        "w", encoding="utf-8", buffering=1
-    )  # line by line, so that a killed evaluation leaves its samples
+def _pair(values: Iterable[float]) -> Interval:
+    low, high = values
+    return low, high

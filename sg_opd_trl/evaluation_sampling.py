@@ -3,10 +3,11 @@
 Apart from `evaluation`, because this needs torch and transformers: a report reads results without them.
 """
 
+import hashlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,36 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from .data import flat_prompt
 from .errors import DataError, SGOPDConfigError, VerifierError
+from .evaluation_plan import Decoding, EvaluationPlan, short_hash
 from .models.generate import generate_completions
-from .models.sampling import end_tokens
+from .models.sampling import END_TOKENS, end_tokens
+from .random_state import mixed_seed
 from .verifiers.calls import read_completions, reward_arguments
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How completions are sampled.
-
-    Raises:
-        SGOPDConfigError: if a setting is out of range.
-    """
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a finite number >= 0",
-             "It divides the logits. Set it to 0 for greedy decoding."),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]", "It is a share of probability. Set it to 1 for all tokens."),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1", "It bounds a completion. Set it to 1024, say."),
-            ("batch_size", self.batch_size >= 1, "at least 1", "It is generated at once. Set it to 1 to save memory."),
-        )  # fmt: skip
-        for name, valid, bound, reason in checks:
-            if not valid:
-                raise SGOPDConfigError(f"`{name}` must be {bound}, got {getattr(self, name)}. {reason}")
 
 
 @dataclass(frozen=True)
@@ -69,24 +45,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model, its tokenizer and how to sample from them."""
+    """A model, its tokenizer and how to sample from them.
+
+    Attributes:
+        name: what results call the model: the name that was given, else its own.
+        base_model: of an adapter, the model that it is on; None for any other.
+    """
 
     model: Any
     processing_class: Any
     name: str
+    base_model: str | None
     decoding: Decoding
     chat_template_kwargs: Mapping[str, Any]
 
     @classmethod
-    def build(
-        cls, model: Any, processing_class: Any, decoding: Decoding, chat_template_kwargs: Mapping[str, Any]
-    ) -> "Sampler":
+    def build(cls, model: Any, processing_class: Any, plan: EvaluationPlan, name: str | None = None) -> "Sampler":
         """Load what is given by name; keep what is given as an object where and as it is."""
         if isinstance(model, (str, os.PathLike)):
             from .tasks import resolve
 
-            name = os.fspath(model)
-            path = resolve(name)
+            given = os.fspath(model)
+            name = name or given
+            path = resolve(given)
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(path)
             model = to_accelerator(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
@@ -95,9 +76,22 @@ class Sampler:
                 "`processing_class` must be the model's tokenizer, got None. A model object does not bring one. Set "
                 "`processing_class=AutoTokenizer.from_pretrained(...)`."
             )
-        else:
-            name = model.config.name_or_path or type(model).__name__
-        return cls(model, processing_class, name, decoding, chat_template_kwargs)
+        adapters = active_adapters(model)
+        base = _base_name(model)
+        own = f"{base} with adapter {' and '.join(adapters)}" if adapters else base
+        return cls(
+            model, processing_class, name or own, base if adapters else None, plan.decoding, plan.chat_template_kwargs
+        )
+
+    def model_hash(self, prompt_ids: Sequence[list[int]]) -> str:
+        """A short hash of all that the samples depend on besides problems and settings."""
+        digest = hashlib.sha256()
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        for tensor_name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+            digest.update(f"{tensor_name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if not tensor.is_meta:  # what is offloaded to a disk is known by its shape alone
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return short_hash([digest.hexdigest(), active_adapters(self.model), self.eos_ids, list(prompt_ids)])
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; chats get the template and the generation prompt."""
@@ -106,23 +100,26 @@ class Sampler:
     @property
     def eos_ids(self) -> list[int]:
         """Ids that end a completion."""
+        own = self.decoding.generation_kwargs.get(END_TOKENS)
+        if own is not None:
+            return sorted(end_tokens(own, self.processing_class))
         return end_token_ids(self.model, self.processing_class)
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Exactly the settings of `decoding`, with the KV cache on."""
+        """Exactly the settings of `decoding`, with the KV cache on unless they say otherwise."""
         sampled = self.decoding.temperature > 0
         settings = {"temperature": self.decoding.temperature, "top_p": self.decoding.top_p, "top_k": 0}
         eos_ids = self.eos_ids
-        return GenerationConfig(
-            do_sample=sampled,
-            # transformers warns about a temperature beside greedy decoding.
-            **(settings if sampled else {}),
-            max_new_tokens=self.decoding.max_new_tokens,
-            eos_token_id=eos_ids or None,
-            pad_token_id=self._pad_id(eos_ids),
-            use_cache=True,
-        )
+        fixed = {
+            "do_sample": sampled,
+            "max_new_tokens": self.decoding.max_new_tokens,
+            "pad_token_id": self._pad_id(eos_ids),
+            "use_cache": True,
+        }
+        # transformers warns about a temperature beside greedy decoding.
+        further = (settings if sampled else {}) | dict(self.decoding.generation_kwargs)
+        return GenerationConfig(**(fixed | further | {END_TOKENS: eos_ids or None}))
 
     def generate(self, prompt_ids: list[list[int]], config: GenerationConfig) -> list[list[int]]:
         """Completion ids of each prompt, the end-of-sequence id included, padding and prompt not."""
@@ -166,38 +163,78 @@ def encode_prompt(processing_class: Any, prompt: Any, chat_template_kwargs: Mapp
 
 
 def draw_samples(
-    sampler: Sampler, rows: list[dict[str, Any]], num_samples: int, reward_func: Callable[..., Any], progress: bool
-) -> Generator[Sample, None, None]:
-    """Samples of all problems, batch by batch, in the order of `order`."""
-    prompt_ids = [sampler.encode(row["prompt"]) for row in rows]
-    # Longest prompts first: prompts of a batch are of like length, and a lack of memory shows at once.
-    order = sorted(range(len(rows)), key=lambda problem: -len(prompt_ids[problem]))
-    jobs = [(problem, sample) for problem in order for sample in range(num_samples)]
-    size = sampler.decoding.batch_size
+    sampler: Sampler,
+    plan: EvaluationPlan,
+    prompt_ids: Sequence[list[int]],
+    known: Sequence[Sample],
+    keep: Callable[[list[Sample]], None],
+    progress: bool,
+) -> list[Sample]:
+    """Samples of all problems, in batches, of which each has random numbers of its own.
+
+    So a batch comes out the same whatever was sampled before it, and those that are known need not be made again.
+
+    Args:
+        sampler: whose samples.
+        plan: the problems.
+        prompt_ids: of each.
+        known: samples that an earlier call made.
+        keep: is given every new batch as soon as it is judged.
+        progress: show a bar.
+    """
+    batches = batches_of(plan, prompt_ids)
+    stored = {(sample.problem, sample.sample): sample for sample in known}
     label = f"Evaluating {os.path.basename(sampler.name.rstrip(os.sep)) or sampler.name}"
-    right = done = 0
+    samples: list[Sample] = []
     config = sampler.generation_config
     with (
-        tqdm(total=len(jobs), desc=label, unit=" completions", disable=not progress, dynamic_ncols=True) as bar,
+        tqdm(
+            total=sum(map(len, batches)), desc=label, unit=" completions", disable=not progress, dynamic_ncols=True
+        ) as bar,
         _untouched_state(sampler),
     ):
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            completion_ids = sampler.generate([prompt_ids[problem] for problem, _ in batch], config)
-            samples = _judge_batch(sampler, rows, batch, completion_ids, reward_func)
-            right, done = right + sum(sample.verdict == 1.0 for sample in samples), done + len(samples)
-            bar.set_postfix_str(f"{right / done:.1%} right", refresh=False)
+        for number, batch in enumerate(batches):
+            if all(job in stored for job in batch):
+                samples += [stored[job] for job in batch]
+            else:
+                # The first has the seed itself: what fits into one batch is what it was before batches had seeds.
+                _seed(sampler.model, mixed_seed(sampler.decoding.seed, number) if number else sampler.decoding.seed)
+                completion_ids = sampler.generate([prompt_ids[problem] for problem, _ in batch], config)
+                judged = _judge_batch(sampler, plan, batch, completion_ids)
+                keep(judged)
+                samples += judged
+            bar.set_postfix_str(_so_far(samples), refresh=False)
             bar.update(len(batch))
-            yield from samples
+    return samples
+
+
+def batches_of(plan: EvaluationPlan, prompt_ids: Sequence[list[int]]) -> list[list[tuple[int, int]]]:
+    """All samples to draw, `(problem, number)`, as they are generated together."""
+    # Longest prompts first: prompts of a batch are of like length, and a lack of memory shows at once.
+    order = sorted(range(len(plan.rows)), key=lambda problem: -len(prompt_ids[problem]))
+    jobs = [(problem, sample) for problem in order for sample in range(plan.num_samples)]
+    size = plan.decoding.batch_size
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+
+def whole_batches(plan: EvaluationPlan, prompt_ids: Sequence[list[int]], samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of those batches of which all are there; a part of one cannot be gone on with."""
+    stored = {(sample.problem, sample.sample): sample for sample in samples}
+    whole = (batch for batch in batches_of(plan, prompt_ids) if all(job in stored for job in batch))
+    return [stored[job] for batch in whole for job in batch]
+
+
+def _so_far(samples: Sequence[Sample]) -> str:
+    judged = [sample.verdict for sample in samples if sample.verdict is not None]
+    right = f"{sum(judged) / len(judged):.1%} right" if judged else "none judged"
+    without = len(samples) - len(judged)
+    return f"{right}, {without} without a verdict" if without else right
 
 
 def _judge_batch(
-    sampler: Sampler,
-    rows: list[dict[str, Any]],
-    batch: list[tuple[int, int]],
-    completion_ids: list[list[int]],
-    reward_func: Callable[..., Any],
+    sampler: Sampler, plan: EvaluationPlan, batch: list[tuple[int, int]], completion_ids: list[list[int]]
 ) -> list[Sample]:
+    rows = plan.rows
     texts = sampler.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
     own = [rows[problem] for problem, _ in batch]
     completions = read_completions(
@@ -206,7 +243,7 @@ def _judge_batch(
         completion_ids,
         lambda prompts: [sampler.encode(prompt) for prompt in prompts],
     )
-    verdicts = _judge(reward_func, own, completions, completion_ids)
+    verdicts = _judge(plan.reward_func or _math_reward(), own, completions, completion_ids)
     ends = set(sampler.eos_ids)
     return [
         Sample(
@@ -221,6 +258,12 @@ def _judge_batch(
         )
         for (problem, sample), text, ids, verdict in zip(batch, texts, completion_ids, verdicts, strict=True)
     ]
+
+
+def _math_reward() -> Callable[..., Any]:
+    from .verifiers import math_reward
+
+    return math_reward
 
 
 def _judge(
@@ -263,18 +306,43 @@ def _generation_owner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def active_adapters(model: Any) -> list[str]:
+    """Names of the PEFT adapters that have a say in what the model writes."""
+    if not hasattr(model, "peft_config"):
+        return []
+    # Of a layer it is a flag; a model of transformers has a method of that name.
+    off = (module.disable_adapters for module in model.modules() if hasattr(module, "disable_adapters"))
+    if any(flag is True for flag in off):
+        return []
+    names = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    return list(names)
+
+
+def _base_name(model: Any) -> str:
+    """What the model itself is called, without its adapters."""
+    owner = _generation_owner(model)
+    return owner.config.name_or_path or type(owner).__name__
+
+
+def _devices(model: Any) -> list[torch.device]:
+    """Accelerators that hold a part of the model."""
+    return list({parameter.device for parameter in model.parameters()} - {torch.device("cpu")})
+
+
+def _seed(model: Any, seed: int) -> None:
+    # torch.manual_seed would seed every device of the machine, also those that are not restored.
+    torch.default_generator.manual_seed(seed)
+    for device in _devices(model):
+        module = torch.get_device_module(device)
+        with module.device(device):
+            module.manual_seed(seed)
+
+
 @contextmanager
 def _untouched_state(sampler: Sampler) -> Iterator[None]:
-    """Seeds sampling inside; afterwards random state and module modes are as before."""
+    """Evaluation mode inside; afterwards random state and module modes are as before."""
     modes = [(module, module.training) for module in sampler.model.modules()]
-    devices = {parameter.device for parameter in sampler.model.parameters()} - {torch.device("cpu")}
-    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
-        # torch.manual_seed would seed every device of the machine, also those that are not restored.
-        torch.default_generator.manual_seed(sampler.decoding.seed)
-        for device in devices:
-            module = torch.get_device_module(device)
-            with module.device(device):
-                module.manual_seed(sampler.decoding.seed)
+    with torch.random.fork_rng(devices=sorted(device.index for device in _devices(sampler.model))):
         try:
             sampler.model.eval()
             yield

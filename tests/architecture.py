@@ -23,7 +23,7 @@ LAYERS = (
     ("core",),
     ("models", "data", "tasks"),
     ("trl_seam", "bookkeeping"),
-    ("agreement", "verifiers", "evaluation", "evaluation_sampling"),
+    ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "prefetch", "token_weights"),
     ("baselines", "reporting"),

@@ -122,7 +122,14 @@ def test_dict_holds_every_field_under_its_name(result):
     values = result.to_dict()
     assert values["avg_interval"] == [0.125, 0.5]
     assert (values["model"], values["k"], values["max_new_tokens"]) == ("student", 8, 6)
-    assert len(values) == 17
+    assert len(values) == 23
+
+
+def test_results_of_an_earlier_version(result):
+    old = {name: value for name, value in result.to_dict().items() if name not in ("avg_bounds", "generation_kwargs")}
+    assert EvaluationResult.from_dict(old | {"abstained": 0}).abstained == 0
+    with pytest.raises(DataError, match="counted them as wrong.*Evaluate again"):
+        EvaluationResult.from_dict(old | {"abstained": 1})
 
 
 def test_other_files_are_refused():

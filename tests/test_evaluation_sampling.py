@@ -173,7 +173,7 @@ def test_state_is_untouched_after_an_error(model, tokenizer, dataset):
 def test_state_is_untouched_while_a_write_error_is_being_handled(model, tokenizer, dataset, tmp_path, monkeypatch):
     before = torch.get_rng_state()
     config = model.generation_config
-    monkeypatch.setattr("sg_opd_trl.evaluation.json.dumps", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("sg_opd_trl.evaluation_files.EvaluationFiles.add", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError) as raised:
         run(model, tokenizer, dataset, samples_path=tmp_path / "samples.jsonl")
     assert raised.tb is not None, "the traceback keeps the frames alive"
@@ -256,17 +256,45 @@ def test_plain_prompts_give_plain_completions(model, tokenizer):
 
     result = run(model, tokenizer, [{"prompt": "w1 w2"}, {"prompt": "w3"}], reward_func=verifier)
     assert kinds == {(str, str)}
-    assert (result.avg_at_k, result.avg_interval) == (0.0, (0.0, 0.0))
+    assert (result.avg_at_k, result.avg_interval, result.avg_bounds) == (0.0, (0.0, 0.0), (0.0, 0.0))
 
 
-def test_abstaining_is_not_right_and_is_counted(model, tokenizer, dataset):
-    def verifier(solution, **kwargs):
-        return [None if gold == 0 else float("nan") if gold == 1 else 1.0 for gold in solution]
+def scripted(verdicts):
+    """A verifier with the verdicts of each problem in turn."""
+    left = {gold: list(own) for gold, own in enumerate(verdicts)}
+    return lambda solution, **kwargs: [left[gold].pop(0) for gold in solution]
 
-    result = run(model, tokenizer, dataset, reward_func=verifier)
-    assert result.abstained == 6
-    assert result.avg_at_k == 0.5  # problems 2 and 3 of 4
-    assert result.pass_at_k == 0.5
+
+def test_abstaining_is_neither_right_nor_wrong_and_is_counted(model, tokenizer, dataset, caplog):
+    nan = float("nan")
+    verdicts = [[None, nan, None], [1.0, None, 0.0], [0.0, 0.0, None], [1.0, 1.0, 1.0]]
+    result = run(model, tokenizer, dataset, k=2, reward_func=scripted(verdicts))
+    assert (result.abstained, result.problems_without_verdict) == (5, 1)
+    assert result.avg_at_k == pytest.approx((1 / 2 + 0 + 1) / 3)  # over problems 1, 2, 3, of what was judged
+    # All wrong: 0, 1/3, 0, 1. All right: 1, 2/3, 1/3, 1.
+    assert result.avg_bounds == pytest.approx(((1 / 3 + 1) / 4, (1 + 2 / 3 + 1 / 3 + 1) / 4))
+    # Draws of two: of the two judged samples of problem 1 one is right, of those of problem 2 none.
+    assert result.pass_at_k == pytest.approx((1 + 0 + 1) / 3)
+    # All wrong: 1 - C(2,2)/C(3,2) = 2/3 for problem 1. All right: one wrong sample never fills a draw of two.
+    assert result.pass_bounds == pytest.approx(((2 / 3 + 1) / 4, (1 + 1 + 2 / 3 + 1) / 4))
+    assert "5 of 12 completions have no verdict and are left out" in caplog.text
+    assert "avg@3 33.3% to 75.0%" in caplog.text
+
+
+def test_pass_at_k_of_fewer_verdicts_than_k(model, tokenizer, dataset):
+    verdicts = [[0.0, None, None], [1.0, None, None], [0.0, 0.0, None], [0.0, 1.0, None]]
+    result = run(model, tokenizer, dataset, reward_func=scripted(verdicts))
+    assert result.pass_at_k == pytest.approx(2 / 4)
+    assert result.pass_bounds == pytest.approx((2 / 4, 1.0))
+
+
+def test_nothing_that_could_be_judged_is_no_accuracy(model, tokenizer, dataset, tmp_path):
+    path = tmp_path / "result.json"
+    result = run(model, tokenizer, dataset, reward_func=lambda solution, **_: [None] * len(solution), output_path=path)
+    assert (result.avg_at_k, result.avg_interval, result.pass_at_k, result.pass_interval) == (None,) * 4
+    assert (result.avg_bounds, result.pass_bounds) == ((0.0, 1.0), (0.0, 1.0))
+    assert json.loads(path.read_text())["avg_at_k"] is None
+    assert type(result).from_dict(json.loads(path.read_text())) == result
 
 
 def test_chats_without_a_template(model, tokenizer, dataset, monkeypatch):

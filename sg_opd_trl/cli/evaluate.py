@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import DataError, SGOPDConfigError
 from .command import CommandParser, say
-from .outside import check_file, check_vocabulary, concerning, explained
+from .outside import check_vocabulary, concerning, explained
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 def run(argv: Sequence[str], *, debug: bool = False) -> int:
     """`sg-opd evaluate --model PATH --dataset_name NAME [...]`: print a table and, with `--output`, write JSON.
 
+    With `--output` or `--samples_path` an interrupted evaluation goes on where it stopped, see `evaluate_model`.
+
     Args:
         argv: words after `evaluate`.
         debug: not used; errors are shown by `main`.
@@ -32,14 +34,15 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
         0.
     """
     options = _parser().parse(argv)
-    _check_options(options)
+    settings = _checked(options)
     rows = _rows(options)
+    _check_files(options, settings, rows)
     with explained(lambda: vars(options)):
-        _evaluate(options, rows)
+        _evaluate(options, settings, rows)
     return 0
 
 
-def _evaluate(options: argparse.Namespace, rows: Any) -> None:
+def _evaluate(options: argparse.Namespace, settings: dict[str, Any], rows: Any) -> None:
     # Not before the flags are read: `--help` and a misspelt flag are answered at once.
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +50,6 @@ def _evaluate(options: argparse.Namespace, rows: Any) -> None:
     from ..evaluation import evaluate_model
     from ..evaluation_sampling import to_accelerator
     from ..tasks import resolve
-    from .rewards import load_reward_funcs
 
     folder = resolve(options.model)
     loading = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
@@ -59,22 +61,17 @@ def _evaluate(options: argparse.Namespace, rows: Any) -> None:
         model,
         tokenizer,
         rows,
-        num_samples=options.num_samples,
-        k=options.k,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        reward_func=load_reward_funcs([options.reward_func])[0],
-        seed=options.seed,
+        **settings,
         samples_path=options.samples_path,
-        chat_template_kwargs=options.chat_template_kwargs,
+        output_path=options.output,
+        name=options.model if options.revision == "main" else f"{options.model}@{options.revision}",
         dataset_name=options.dataset_name,
     )
     title = f"{options.dataset_name}, {result.num_problems} problems"
-    Console().print(results_table({options.model: result}, title))
+    label = result.model if result.base_model is None else f"{result.model}, adapter on {result.base_model}"
+    Console().print(results_table({label: result}, title))
     if options.output is not None:
-        say(f"Result written to {result.save(Path(options.output))}")
+        say(f"Result written to {options.output}")
 
 
 def check(argv: Sequence[str]) -> None:
@@ -88,23 +85,41 @@ def check(argv: Sequence[str]) -> None:
             configuration.
     """
     options = _parser().parse(argv)
-    _check_options(options)
+    _checked(options)
     _rows(options)
 
 
-def _check_options(options: argparse.Namespace) -> None:
+_DECODING = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed", "generation_kwargs")
+
+
+def _checked(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `evaluate_model` that are settings, after all checks that need no data set."""
     from ..evaluation import pass_at_k
-    from ..evaluation_sampling import Decoding
+    from ..evaluation_files import EvaluationFiles
+    from ..evaluation_plan import Decoding
     from .rewards import load_reward_funcs
 
-    # The bootstrap takes the seed after everything is sampled, and the files are written last of all.
-    if options.seed < 0:
-        raise SGOPDConfigError(f"`seed` must be at least 0, got {options.seed}. It seeds sampling. Set it to 0.")
-    for name in ("output", "samples_path"):
-        check_file(name, getattr(options, name))
+    EvaluationFiles(options.samples_path, options.output)
     pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
-    Decoding(options.temperature, options.top_p, options.max_new_tokens, options.batch_size, options.seed)
-    load_reward_funcs([options.reward_func])
+    decoding = {name: getattr(options, name) for name in _DECODING}
+    Decoding(**decoding)
+    return {
+        **decoding,
+        **{name: getattr(options, name) for name in ("num_samples", "k", "chat_template_kwargs")},
+        "reward_func": load_reward_funcs([options.reward_func])[0],
+    }
+
+
+def _check_files(options: argparse.Namespace, settings: dict[str, Any], rows: Any) -> None:
+    """Refuse files of another evaluation, as far as that is seen without the model."""
+    from ..evaluation import plan_evaluation
+    from ..evaluation_files import EvaluationFiles
+    from ..evaluation_plan import Decoding
+
+    decoding = Decoding(**{name: settings[name] for name in _DECODING})
+    others = {name: value for name, value in settings.items() if name not in _DECODING}
+    plan = plan_evaluation(rows, decoding, **others)
+    EvaluationFiles(options.samples_path, options.output).check(plan.identity)
 
 
 def cached_evaluation(model: str, rows: Any, cache: Path, dataset_name: str, **settings: Any) -> "EvaluationResult":
@@ -143,23 +158,38 @@ def cached_evaluation(model: str, rows: Any, cache: Path, dataset_name: str, **s
 
 
 def results_table(results: Mapping[str, "EvaluationResult"], title: str) -> "Table":
-    """Accuracies in percent with 95% intervals, one row per model."""
+    """Accuracies in percent with 95% intervals, one row per model; what has no verdict, and what that leaves open."""
     from rich.table import Table
 
     first = next(iter(results.values()))
-    table = Table(title=title, caption="95% intervals: bootstrap over problems")
+    average, passed = f"avg@{first.num_samples}", f"pass@{first.k}"
+    missing = any(result.abstained for result in results.values())
+    caption = "95% intervals: bootstrap over problems"
+    if missing:
+        caption += "\nno verdict: left out; in parentheses with all of them wrong to all of them right"
+    table = Table(title=title, caption=caption)
     table.add_column("")
-    for heading in (f"avg@{first.num_samples}", "95% interval", f"pass@{first.k}", "95% interval"):
+    for heading in (average, "95% interval", passed, "95% interval", "no verdict"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
         table.add_row(
             name,
-            _percent(result.avg_at_k),
-            " to ".join(map(_percent, result.avg_interval)),
-            _percent(result.pass_at_k),
-            " to ".join(map(_percent, result.pass_interval)),
+            _accuracy(result.avg_at_k, result.avg_bounds if missing else None),
+            _between(result.avg_interval),
+            _accuracy(result.pass_at_k, result.pass_bounds if missing else None),
+            _between(result.pass_interval),
+            f"{result.abstained} of {result.num_completions}" if result.abstained else "0",
         )
     return table
+
+
+def _accuracy(share: float | None, bounds: tuple[float, float] | None) -> str:
+    shown = "no verdict" if share is None else _percent(share)
+    return shown if bounds is None else f"{shown} ({_between(bounds)})"
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else " to ".join(map(_percent, interval))
 
 
 def _parser() -> CommandParser:
@@ -181,6 +211,9 @@ def _parser() -> CommandParser:
     parser.flag("top_p", type=float, default=1.0, help="nucleus mass")
     parser.flag("max_new_tokens", type=int, default=1024, help="longest completion in tokens")
     parser.flag("batch_size", type=int, default=64, help="completions generated at once")
+    parser.flag(
+        "generation_kwargs", type=_mapping, default={}, help="JSON, e.g. '{\"top_k\": 20}': further sampling settings"
+    )
     parser.flag("limit", type=int, help="first rows only")
     parser.flag("reward_func", default="math_reward", help="verifier: a name or a dotted import path")
     parser.flag("seed", type=int, default=0, help="seed of sampling and bootstrap")
@@ -189,8 +222,8 @@ def _parser() -> CommandParser:
     )
     parser.flag("revision", default="main", help="branch, tag or commit of the model")
     parser.flag("trust_remote_code", action="store_true", help="run code of the model's repository")
-    parser.flag("samples_path", help="JSON Lines file that receives every sample")
-    parser.flag("output", help="JSON file for the result")
+    parser.flag("samples_path", help="JSON Lines file that receives every sample; an interrupted call goes on from it")
+    parser.flag("output", help="JSON file for the result; samples are kept beside it until then")
     return parser
 
 

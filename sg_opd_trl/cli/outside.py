@@ -13,7 +13,6 @@ What none of these knows is a mistake of a program, and keeps its traceback. Wit
 
 import os
 import re
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,42 +137,6 @@ def concerning(setting: str, value: Any) -> Iterator[None]:
         raise
     except Exception as error:
         raise SGOPDConfigError(_message(setting, value, error)) from error
-
-
-def check_folder(setting: str, path: Path) -> None:
-    """Refuse a folder that cannot be written into, before hours of work end there.
-
-    Raises:
-        SGOPDConfigError: it is a file, or may not be written.
-    """
-    # What will be made is not made here: a run that is refused leaves nothing behind.
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        reason = f"{there} is a file" if there.is_file() else error.strerror
-        raise SGOPDConfigError(
-            f"`{setting}` must be a folder that can be written, got {str(path)!r}: {reason}. Results are kept there. "
-            "Set it to another folder."
-        ) from error
-
-
-def check_file(setting: str, path: str | None) -> None:
-    """Refuse a file that cannot be written, before hours of work end there; None is no file.
-
-    Raises:
-        SGOPDConfigError: it is a folder, or may not be written.
-    """
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise SGOPDConfigError(
-            f"`{setting}` must be a file, got the folder {path!r}. Results are written into it. Add a file's name."
-        )
-    check_folder(setting, Path(path).absolute().parent)
-    if Path(path).exists() and not os.access(path, os.W_OK):
-        raise SGOPDConfigError(f"`{setting}` must be a file that can be written, got {path!r}. Set it to another.")
 
 
 def check_vocabulary(setting: str, value: str, tokenizer: Any) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SGOPDConfigError, did_you_mean
+from ..files import check_folder
 from .command import CommandParser
-from .outside import check_folder
 from .recipes import load_recipe
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SGOPDConfigError
+from ..files import check_folder
 from ..teacher_sampling.stored.store import is_hub_id, push_store
 from .command import CommandParser, say
 from .launching import check_world_size, launch, wants_launch
-from .outside import check_folder, explained
+from .outside import explained
 from .parsing import TrainSettings, build_settings, read_command_line
 
 NAME = "teacher-rollouts"

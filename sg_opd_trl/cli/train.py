@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SGOPDConfigError, did_you_mean
+from ..files import check_folder
 from .command import say
 from .launching import check_world_size, launch, wants_launch
 from .methods import METHODS
-from .outside import check_folder, check_vocabulary, concerning, explained
+from .outside import check_vocabulary, concerning, explained
 from .parsing import TrainSettings, build_settings, read_command_line
 from .rewards import load_reward_funcs
 

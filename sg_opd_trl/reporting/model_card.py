@@ -157,7 +157,9 @@ def _model_index(results: Mapping[str, EvaluationResult]) -> list[EvalResult]:
                 **settings,
                 "num_problems": result.num_problems,
                 "interval_95": [round(x, 4) for x in interval],
+                **({"no_verdict": result.abstained} if result.abstained else {}),
             },
         )
         for metric, value, interval in metrics
+        if value is not None and interval is not None
     ]

@@ -71,6 +71,8 @@ def compare(results: Mapping[str, EvaluationResult]) -> str | None:
     if len(before) != 1 or len(after) != 1:
         return None
     first, last = before[0], after[0]
+    if first.avg_at_k is None or last.avg_at_k is None or first.avg_interval is None or last.avg_interval is None:
+        return None
     change = 100 * (last.avg_at_k - first.avg_at_k)
     verb = "rose" if change > 0 else "fell" if change < 0 else "stayed the same"
     size = f" by {abs(change):.1f} points" if change else ""
@@ -79,6 +81,7 @@ def compare(results: Mapping[str, EvaluationResult]) -> str | None:
     return (
         f"{metric_label('avg', [first.num_samples, last.num_samples])} {verb}{size}, from {first.avg_at_k:.1%} to "
         f"{last.avg_at_k:.1%}; the 95% intervals {intervals}."
+        + (" Completions without a verdict are left out." if first.abstained or last.abstained else "")
     )
 
 

@@ -64,6 +64,7 @@ def shown_results(evaluations: Mapping[str, EvaluationResult | Mapping[str, Any]
         label: replace(
             result,
             model=show_value(result.model),
+            base_model=None if result.base_model is None else show_value(result.base_model),
             dataset=None if result.dataset is None else show_value(result.dataset),
         )
         for label, result in results.items()

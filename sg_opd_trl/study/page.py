@@ -55,6 +55,7 @@ def _page(
         {
             "title": group.pair or "Results",
             "rows": [*(tables.cells(study, row) for row in group.rows), *tables.model_cells(study, group)],
+            "note": tables.without_verdict(group),
             "contrasts": tables.contrast_cells(study, group),
             "plots": [(plot, Markup(plot.svg)) for plot in found],
         }

@@ -100,7 +100,9 @@ class StudyProgress:
         self.ended += 1
         self.timing.add(job, result["wall_seconds"])
         evaluation = result["evaluation"]
-        score = f"avg@{evaluation['num_samples']} {100 * evaluation['avg_at_k']:.1f}"
+        average, without = evaluation["avg_at_k"], evaluation.get("abstained", 0)
+        score = f"avg@{evaluation['num_samples']} " + ("no verdict" if average is None else f"{100 * average:.1f}")
+        score += f", {without} without a verdict" if without and average is not None else ""
         left = self._left(waiting, running)
         self._say(f"{self.ended}/{self.total} {job.label}: {score} in {show_seconds(result['wall_seconds'])}; {left}")
 

@@ -20,7 +20,7 @@ class Row:
 
     Accuracies are shares in [0, 1]. `score` and `difference` are None while nothing has finished; `difference` of the
     baseline to itself is None too. `costs` are means over seeds, None where a run did not write them down. `missing`
-    counts seeds without a result.
+    counts seeds without a score, `abstained` the completions of all seeds without a verdict, which no score counts.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Row:
     costs: dict[str, float | None]
     curve: dict[int, list[float]]
     missing: int
+    abstained: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def summarise(study: Study, runs: Iterable[Job], models: Iterable[Job]) -> list[
         its scores on all pairs, so that its intervals are over seeds, for these pairs.
     """
     jobs = list(runs)
-    measured = {job.name: result for job in models if (result := read_result(job)) is not None}
+    measured = {job.name: result for job in models if (result := read_result(job)) is not None and _judged(result)}
     groups, by_pair = [], []
     for pair in study.pairs:
         name = pair.name if pair is not None else None
@@ -88,7 +89,7 @@ def _results(jobs: Iterable[Job]) -> dict[str, dict[int, Mapping[str, Any]]]:
 
 def _group(study: Study, pair: str | None, results: Results, models: dict[str, Estimate]) -> Group:
     scores = {
-        name: {seed: float(result["evaluation"]["avg_at_k"]) for seed, result in by_seed.items()}
+        name: {seed: float(found["evaluation"]["avg_at_k"]) for seed, found in by_seed.items() if _judged(found)}
         for name, by_seed in results.items()
     }
     contrasts = {
@@ -104,7 +105,7 @@ def _row(
     study: Study, name: str, results: Mapping[int, Mapping[str, Any]], scores: Mapping[str, Mapping[int, float]]
 ) -> Row:
     differences = {} if name == study.baseline else contrast_by_seed(scores, {name: 1.0, study.baseline: -1.0})
-    found = list(results.values())
+    found = [result for result in results.values() if _judged(result)]
     return Row(
         name=name,
         scores=dict(scores.get(name, {})),
@@ -116,7 +117,13 @@ def _row(
         costs={cost: _mean_known(result.get(cost) for result in found) for cost in COSTS},
         curve=_curve(found),
         missing=len(study.seeds) - len(found),
+        abstained=sum(result["evaluation"].get("abstained", 0) for result in results.values()),
     )
+
+
+def _judged(result: Mapping[str, Any]) -> bool:
+    """Whether anything could be said of a student."""
+    return result["evaluation"]["avg_at_k"] is not None
 
 
 def _over_models(evaluations: Sequence[Mapping[str, Any]]) -> Estimate | None:
@@ -164,10 +171,11 @@ def _mean_over_pairs(study: Study, by_pair: Sequence[Results]) -> dict[str, dict
     for name in study.runs:
         for seed in study.seeds:
             found = [results[name][seed] for results in by_pair if seed in results.get(name, {})]
-            if len(found) == len(by_pair):
+            if len(found) == len(by_pair) and all(map(_judged, found)):
                 evaluation = {
                     key: fmean(result["evaluation"][key] for result in found) for key in ("avg_at_k", "pass_at_k")
                 }
+                evaluation["abstained"] = sum(result["evaluation"].get("abstained", 0) for result in found)
                 costs = {cost: _mean_known(result.get(cost) for result in found) for cost in COSTS}
                 merged.setdefault(name, {})[seed] = {"evaluation": evaluation, **costs}
     return merged

@@ -59,6 +59,12 @@ def contrast_cells(study: Study, group: Group) -> list[list[str]]:
     ]
 
 
+def without_verdict(group: Group) -> str:
+    """What no score of a group counts, in a sentence; empty where everything has a verdict."""
+    counts = ", ".join(f"{row.name} {row.abstained}" for row in group.rows if row.abstained)
+    return f"Completions without a verdict, left out of the scores: {counts}." if counts else ""
+
+
 CONTRAST_COLUMNS = ["comparison", "of", "points", "seeds"]
 CHOICE_COLUMNS = ["run", "chosen", "scores on the tuning problems, %"]
 
@@ -85,6 +91,8 @@ def to_markdown(
             parts.append(f"## {group.pair}")
         rows = [cells(study, row) for row in group.rows]
         parts.append(_table(columns(study), [*rows, *model_cells(study, group)]))
+        if note := without_verdict(group):
+            parts.append(note)
         if group.contrasts:
             parts.append(_table(CONTRAST_COLUMNS, contrast_cells(study, group)))
     if choices is not None:
@@ -99,11 +107,12 @@ def describe(study: Study) -> str:
     evaluate = study.evaluate
     limit = f", the first {evaluate['limit']} problems" if evaluate.get("limit") else ""
     seeds = ", ".join(map(str, study.seeds))
+    further = "".join(f", {name} {value}" for name, value in evaluate.get("generation_kwargs", {}).items())
     return (
         f"Seeds {seeds}. Every student is measured on {show_value(evaluate['dataset_name'])}, split "
         f"{evaluate['dataset_split']}{limit}: {evaluate['num_samples']} samples per problem, temperature "
         f"{evaluate.get('temperature', 1.0)}, top-p {evaluate.get('top_p', 1.0)}, at most "
-        f"{evaluate['max_new_tokens']} new tokens, sampling seed {evaluate['seed']}."
+        f"{evaluate['max_new_tokens']} new tokens, sampling seed {evaluate['seed']}{further}."
     )
 
 
@@ -148,6 +157,7 @@ def _row_values(row: Row) -> dict[str, Any]:
         "scores": {str(seed): score for seed, score in row.scores.items()},
         "reward": [[step, round(sum(values) / len(values), 4)] for step, values in row.curve.items()],
         "missing": row.missing,
+        "abstained": row.abstained,
     }
 
 

@@ -33,7 +33,9 @@ def choose(study: Study, jobs: Iterable[Job]) -> dict[str, Any]:
     values = study.tuning.values
     for job in jobs:
         result = read_result(job)
-        if result is not None and job.seed is not None:
+        # A student that nothing could be said of is no candidate.
+        judged = result is not None and result["evaluation"]["avg_at_k"] is not None
+        if result is not None and judged and job.seed is not None:
             by_seed = scores.setdefault(job.name, {}).setdefault(values.index(job.value), {})
             by_seed[job.seed] = result["evaluation"]["avg_at_k"]
     chosen = {}

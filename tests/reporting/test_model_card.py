@@ -156,6 +156,26 @@ def test_results_table_and_model_index():
     assert measured["metrics"][0]["args"]["interval_95"] == [0.571, 0.636]
 
 
+NOTHING = {"avg_at_k": None, "pass_at_k": None, "pass_interval": None, "abstained": 1600}
+OPEN = {"avg_bounds": (0.0, 1.0), "pass_bounds": (0.0, 1.0)}
+
+
+def test_what_has_no_verdict_is_neither_right_nor_wrong_in_the_card():
+    nothing = result(**{"avg": 0.0, "interval": None} | NOTHING | OPEN)
+    card = build(evaluations={"student after": nothing})
+    assert "| student after | 8 | no verdict | | no verdict | 8 | | 200 |" in card.text
+    assert "1600 of 1600 completions have no verdict" in card.text
+    assert "model-index" not in front_matter(card)
+    part = result(0.6, (0.5, 0.7), avg_bounds=(0.59, 0.61), pass_bounds=(0.9, 0.9))
+    card = build(evaluations={"student after": part})
+    assert (
+        "3 of 1600 completions have no verdict and are left out: from all wrong to all right, avg@8 59.0% to 61.0%"
+        in (card.text)
+    )
+    (entry,) = front_matter(card)["model-index"]
+    assert entry["results"][0]["metrics"][0]["args"]["no_verdict"] == 3
+
+
 def test_no_model_index_unless_one_result_is_this_model_s():
     card = build(evaluations={"teacher": result(0.9, (0.8, 1.0)), "rafters": result(0.1, (0.0, 0.2))})
     assert "model-index" not in front_matter(card)

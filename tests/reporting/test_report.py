@@ -184,6 +184,20 @@ def test_path_and_results_as_dicts(tmp_path):
     assert [file.name for file in target.parent.iterdir()] == ["page.html"]
 
 
+def test_what_has_no_verdict_is_neither_right_nor_wrong_on_the_page(tmp_path):
+    nothing = {"avg_at_k": None, "pass_at_k": None, "pass_interval": None, "abstained": 1600}
+    bounds = {"avg_bounds": (0.0, 1.0), "pass_bounds": (0.0, 1.0)}
+    evaluations = {
+        "student before": result(0.5, (0.4, 0.6)),
+        "student after": result(**{"avg": 0.0, "interval": None} | nothing | bounds),
+    }
+    text = Page(write(tmp_path, evaluations=evaluations)).text
+    assert "student after no verdict no verdict 35 17 1600 of 1600" in text
+    assert "student after: 1600 of 1600 completions have no verdict and are left out" in text
+    assert "3 of 1600" in text
+    assert compare(evaluations) is None
+
+
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [

@@ -11,7 +11,7 @@ from sg_opd_trl.study.statistics import Estimate
 from sg_opd_trl.study.summary import ALL_PAIRS, summarise
 from sg_opd_trl.study.tables import cells, show_estimate, show_tokens, show_weights, to_json, to_markdown
 
-from .fakes import SCORES, finish_all, jobs, study, write
+from .fakes import SCORES, evaluation, finish_all, jobs, study, write
 
 VOID = {"meta", "path", "use", "rect", "circle"}
 
@@ -59,6 +59,25 @@ def test_a_lost_seed_leaves_the_pairs_that_are_there_and_unknown_costs_are_not_a
     assert gated.differences == pytest.approx({0: 0.10, 2: 0.13})
     assert gated.costs["teacher_tokens_scored"] is None
     assert gated.costs["seconds"] == 8.0
+
+
+def test_what_has_no_verdict_is_left_out_and_counted(tmp_path):
+    spec = study(tmp_path)
+    found = jobs(spec)
+    finish_all(found)
+    for job in found:
+        if (job.name, job.seed) == ("gated", 1):
+            nothing = {"avg_at_k": None, "avg_interval": None, "pass_at_k": None, "abstained": 48}
+            write(job, 0.5, evaluation={"num_samples": 8} | nothing)
+        elif job.name == "opd":
+            write(job, SCORES["opd"][job.seed], evaluation=evaluation(SCORES["opd"][job.seed]) | {"abstained": 2})
+    groups = summarise(spec, found, [])
+    opd, gated = groups[0].rows
+    assert (gated.missing, gated.abstained, opd.abstained) == (1, 48, 6)
+    assert gated.differences == pytest.approx({0: 0.10, 2: 0.13})
+    said = "Completions without a verdict, left out of the scores: opd 6, gated 48."
+    assert said in to_markdown(spec, groups, None, [])
+    assert said in write_study(spec, groups, None, [])[2].read_text(encoding="utf-8")
 
 
 def test_reused_tokens_are_beside_those_that_were_generated(tmp_path):
