@@ -128,7 +128,7 @@ def test_dict_holds_every_field_under_its_name(result):
 def test_results_of_an_earlier_version(result):
     old = {name: value for name, value in result.to_dict().items() if name not in ("avg_bounds", "generation_kwargs")}
     assert EvaluationResult.from_dict(old | {"abstained": 0}).abstained == 0
-    with pytest.raises(DataError, match="counted them as wrong.*Evaluate again"):
+    with pytest.raises(DataError, match=r"counted them as wrong.*Evaluate again"):
         EvaluationResult.from_dict(old | {"abstained": 1})
 
 

@@ -45,7 +45,7 @@ def rows_of(path):
 # --- going on --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stops", [[0], [1], [2], [1, 1], [0, 0, 1]], ids=str)
 def test_an_interrupted_call_goes_on_and_comes_to_the_same_numbers(tmp_path, stops):
-    """12 completions in batches of 4: three calls of the verifier. Each call stops after so many of them, then ends."""
+    """12 completions in batches of 4, three calls of the verifier; each run is stopped after so many of them."""
     allowed = [99]
     verifier, made = interrupted_after(allowed)
     whole = run(word_model(), TOKENIZER, DATA, samples_path=tmp_path / "whole.jsonl", reward_func=verifier)
@@ -158,18 +158,18 @@ def test_files_of_other_problems_are_refused_before_a_model_is_loaded(tmp_path):
             run("no/such/model", None, other, samples_path=path)
 
 
-def test_files_of_another_model_are_refused_before_anything_is_sampled(tmp_path):
+def test_files_of_another_model_are_refused_before_anything_is_sampled(tmp_path, monkeypatch):
     path = tmp_path / "samples.jsonl"
     run(word_model(), TOKENIZER, DATA, samples_path=path)
     other = word_model()
     with torch.no_grad():
         other.model.norm.weight[5] += 1e-3
-    verifier, made = interrupted_after([0])
     for file in ({"samples_path": path}, {"output_path": tmp_path / "result.json"}):
         run(word_model(), TOKENIZER, DATA, **file)
-        with pytest.raises(SGOPDConfigError, match="which has another model"):
-            run(other, TOKENIZER, DATA, **file)
-    assert not made
+        with monkeypatch.context() as patch:
+            patch.setattr("sg_opd_trl.evaluation_sampling.generate_completions", lambda *_, **__: 1 / 0)
+            with pytest.raises(SGOPDConfigError, match="which has another model"):
+                run(other, TOKENIZER, DATA, **file)
 
 
 @pytest.mark.parametrize("content", ["", "hello", "[1]", '{"problem": 0}\n{"problem": 1}\n', "\xff\xfe"])

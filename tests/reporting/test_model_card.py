@@ -170,7 +170,7 @@ def test_what_has_no_verdict_is_neither_right_nor_wrong_in_the_card():
     card = build(evaluations={"student after": part})
     assert (
         "3 of 1600 completions have no verdict and are left out: from all wrong to all right, avg@8 59.0% to 61.0%"
-        in (card.text)
+        in card.text
     )
     (entry,) = front_matter(card)["model-index"]
     assert entry["results"][0]["metrics"][0]["args"]["no_verdict"] == 3
