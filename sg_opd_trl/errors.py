@@ -31,6 +31,10 @@ class NonFiniteError(SGOPDError, ArithmeticError):
     """A NaN or an infinity that would have reached the optimizer or a checkpoint."""
 
 
+class NonFiniteTeacherError(TeacherError, NonFiniteError):
+    """A NaN or an infinity from a teacher or reference: as with any of their failures, the last step can be kept."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean `...`?` with the nearest known name, to be put into a message; empty where none is near."""
     # A flag may be written with hyphens and a field has underscores: they are one name.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, EosTokenCriteria, GenerationConfig, MaxLengthCriteria, generation
 from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, NonFiniteTeacherError
 from .batch import pad_rows
 from .context import bounds_of, follows_length
 from .forward import layouts_of
@@ -108,7 +108,8 @@ def _complete(
         # The sampler's own words for logits that are NaN or infinite.
         if "probability tensor" not in str(error):
             raise
-        raise NonFiniteError(
+        kind = NonFiniteTeacherError if role.startswith("teacher") else NonFiniteError
+        raise kind(
             f"The {role}'s logits are not finite while it writes a completion. Nothing was updated. Check the "
             f"{role}'s weights, or load it in float32 or bfloat16."
         ) from error

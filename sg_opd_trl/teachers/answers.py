@@ -5,18 +5,22 @@ lengths and log-probs are numbers and are shown.
 """
 
 import json
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from ..errors import NonFiniteError, TeacherError
+from ..errors import NonFiniteTeacherError, SGOPDError, TeacherError
 from .urls import API_KEY_VARIABLE
+
+T = TypeVar("T")
 
 # vLLM sends this in place of minus infinity.
 _MINUS_INFINITY = -9999.0
 # Rounding of a log-softmax can end a hair above 0; more than this is a broken score.
 _POSITIVE_TOLERANCE = 1e-3
+# An id as JSON has it for a key, each in one way: two spellings would be one token twice.
+_ID = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
 
 
 class ServedModel(NamedTuple):
@@ -51,11 +55,12 @@ class Outage(Exception):
     Args:
         reason: what happened, as the end of a sentence; our words, not the server's.
         final: the error, where only another replica may do better.
+        wait: seconds before which the server will not do better by its own word.
     """
 
-    def __init__(self, reason: str, final: TeacherError | None = None) -> None:
+    def __init__(self, reason: str, final: TeacherError | None = None, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.reason, self.final = reason, final
+        self.reason, self.final, self.wait = reason, final, wait
 
 
 def wrong_answer(where: str, what: str, way_out: str) -> TeacherError:
@@ -64,6 +69,22 @@ def wrong_answer(where: str, what: str, way_out: str) -> TeacherError:
         f"`teacher_model_server_url` must name a vLLM server with the teacher, got {what} from {where}. It cannot be "
         f"used, and nothing was updated. {way_out}"
     )
+
+
+def read_answer(read: Callable[[bytes, str], T], body: bytes, where: str) -> T:
+    """What an answer says, read by `read`; of the form that nobody thought of, an error all the same.
+
+    Raises:
+        Outage: another try, or another replica, may do better.
+        TeacherError: it cannot be used.
+    """
+    try:
+        return read(body, where)
+    except (SGOPDError, Outage):
+        raise
+    except Exception as error:  # noqa: BLE001  # a server decides what is read, and must not end a run in a traceback
+        what = f"an answer that cannot be read ({type(error).__name__})"
+        raise wrong_answer(where, what, "Serve the teacher with vLLM, as `sg-opd serve-teacher` does.") from None
 
 
 def read_json(body: bytes, where: str) -> dict:
@@ -91,7 +112,7 @@ def read_models(body: bytes, where: str) -> list[ServedModel]:
     entries = read_json(body, where).get("data")
     entries = entries if isinstance(entries, list) else []
     models = [
-        ServedModel(entry["id"], _text(entry.get("root")), _count(entry.get("max_model_len")))
+        ServedModel(entry["id"], _text(entry.get("root")), _context(entry, where))
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("id"), str)
     ]
@@ -124,7 +145,8 @@ class CompletionAnswer:
         self.choice: dict[str, Any] = choices[0]
         if self.choice.get("index") != 0:
             raise self._wrong("the choice of another request")
-        if answer.get("model") not in names:
+        model = answer.get("model")
+        if not isinstance(model, str) or model not in names:
             raise wrong_answer(
                 where, "an answer of another model", "Set `teacher_model_name_or_path` to the name that it serves."
             )
@@ -144,7 +166,7 @@ class CompletionAnswer:
 
         Raises:
             TeacherError: too few positions, or one that lacks its token.
-            NonFiniteError: a number that is no log-prob.
+            NonFiniteTeacherError: a number that is no log-prob.
         """
         entries = self.choice.get("prompt_logprobs")
         if not isinstance(entries, list):
@@ -189,9 +211,10 @@ class CompletionAnswer:
         logp = value.get("logprob") if isinstance(value, dict) else None
         if isinstance(logp, bool) or not isinstance(logp, int | float):
             raise self._wrong(f"a log-prob that is no number at position {position}")
-        if not math.isfinite(logp) or logp <= _MINUS_INFINITY or logp > _POSITIVE_TOLERANCE:
-            raise NonFiniteError(
-                f"The teacher gave a log-prob that is not finite or above 0, {float(logp)} at token {position} of a "
+        # The bounds first: a whole number of hundreds of digits is in neither, and has no float.
+        if not _MINUS_INFINITY < logp <= _POSITIVE_TOLERANCE:
+            raise NonFiniteTeacherError(
+                f"The teacher gave a log-prob that is not finite or above 0, {_shown(logp)} at token {position} of a "
                 f"sequence, from the server {self.where} in `teacher_model_server_url`. Nothing was updated. Check "
                 "the weights that it serves, or start it with --dtype float32 or bfloat16 and --logprobs-mode "
                 "processed_logprobs."
@@ -199,7 +222,7 @@ class CompletionAnswer:
         return float(logp)
 
     def _id(self, key: str) -> int:
-        if not key.isascii() or not key.isdigit():
+        if not _ID.fullmatch(key):
             raise self._wrong("log-probs of something else than token ids")
         return int(key)
 
@@ -207,6 +230,14 @@ class CompletionAnswer:
         return wrong_answer(
             self.where, what, "Serve the teacher with vLLM 0.10.2 or later, as `sg-opd serve-teacher` does."
         )
+
+
+def _shown(number: int | float) -> str:
+    """A number for a message, however many digits it has."""
+    try:
+        return str(float(number))
+    except OverflowError:
+        return "a whole number beyond all floats"
 
 
 def _falling(entry: tuple[float, int]) -> tuple[float, int]:
@@ -217,8 +248,12 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and value > 0 else None
+def _context(entry: dict, where: str) -> int | None:
+    """The longest sequence that a server says it takes; None where it says nothing."""
+    value = entry.get("max_model_len")
+    if value is None or (type(value) is int and value > 0):
+        return value
+    raise wrong_answer(where, "a `max_model_len` that is no count", "Point it at vLLM itself.")
 
 
 # Words in the body of HTTP 400 or 422 -> the way out.

@@ -3,12 +3,21 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TeacherError
-from .answers import CompletionAnswer, RefusedRequest, SequenceScores, ServedModel, read_json, read_models
+from .answers import (
+    CompletionAnswer,
+    RefusedRequest,
+    SequenceScores,
+    ServedModel,
+    read_json,
+    read_models,
+    wrong_answer,
+)
 from .http import Request, RequestLimits, RequestPool
 from .urls import check_headers, read_address
 
@@ -16,6 +25,8 @@ _ANY_ID = 2**63
 # The largest answer to a request (our choice): what there is once, and for each log-prob or id. vLLM sends about 90
 # bytes for a log-prob with its rank and text; what is larger than this allows is no answer of its.
 _ONCE_BYTES, _ENTRY_BYTES = 2**20, 256
+# What a message quotes of the models that a server lists: so many names that look like one.
+_NAME, _NAMES_SHOWN = re.compile(r"[A-Za-z0-9_./:@+-]{1,100}"), 5
 _SCORES, _COMPLETIONS = "scores", "completions"
 
 
@@ -45,6 +56,7 @@ class CompletionsClient:
         self.limits = limits or RequestLimits()
         self.limits.check()
         check_headers(headers or {})
+        self._secrets = {word for value in (headers or {}).values() for word in value.split()}
         addresses = [read_address(url) for url in urls]
         self.addresses = [str(address) for address in addresses]
         self.model = ""
@@ -70,16 +82,40 @@ class CompletionsClient:
         """
         request = Request("GET", "/v1/models", read_models, _ONCE_BYTES)
         found = [
-            _chosen(self._pool.ask_one(replica, request), expected, address)
+            self._chosen(self._pool.ask_one(replica, request), expected, address)
             for replica, address in enumerate(self.addresses)
         ]
         self.model, self.root, _ = found[0][0]
         for (model, _), address in zip(found, self.addresses, strict=True):
             if model.name != self.model:
-                raise _another_model("the same model as the first replica", address)
+                raise self._another_model("the same model as the first replica", address, [model])
         self._names = frozenset().union(*(names for _, names in found))
         lengths = [model.max_length for model, _ in found if model.max_length is not None]
         self.max_length = min(lengths, default=None)
+
+    def _chosen(self, models: Sequence[ServedModel], expected: str | None, where: str) -> tuple[ServedModel, set[str]]:
+        """The model that is meant, and all names that one server has for it; it answers with the first of them."""
+        named = [model for model in models if expected is None or model.name == expected]
+        named = named or [model for model in models if model.root == expected]
+        roots = {model.root or model.name for model in named}
+        if len(roots) != 1:
+            raise self._another_model("one model" if expected is None else repr(expected), where, models)
+        return named[0], {model.name for model in models if (model.root or model.name) in roots}
+
+    def _another_model(self, wanted: str, where: str, served: Sequence[ServedModel]) -> TeacherError:
+        # Names that look like some, and none in which a key comes back that was sent.
+        names = [
+            repr(model.name)
+            for model in served
+            if _NAME.fullmatch(model.name) and not any(secret in model.name for secret in self._secrets)
+        ]
+        got = "another one" if len(served) == 1 else f"{len(served)} models"
+        listed = f": {', '.join(names[:_NAMES_SHOWN])}" if names else ""
+        return TeacherError(
+            f"The teacher server must serve {wanted}, got {got} at {where}, whose names {where}/v1/models "
+            f"tells{listed}. Another model would teach something else. Set `teacher_model_name_or_path` to the name "
+            "of the one that is meant, or correct `teacher_model_server_url`."
+        )
 
     def tokenize(self, text: str) -> list[list[int] | None]:
         """Token ids of a text by each replica, None where it does not tell."""
@@ -121,7 +157,7 @@ class CompletionsClient:
 
         Raises:
             TeacherError: no answer within the limits, or one that cannot be used.
-            NonFiniteError: a number that is no log-prob.
+            NonFiniteTeacherError: a number that is no log-prob.
         """
         return self._ask(self._score_requests(sequences, firsts, top, vocab_size), _SCORES)
 
@@ -240,31 +276,16 @@ class _ReadCompletion:
 
 def _read_tokens(body: bytes, where: str) -> list[int] | None:
     tokens = read_json(body, where).get("tokens")
-    return tokens if isinstance(tokens, list) else None
+    if tokens is None:
+        return None
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise wrong_answer(where, "token ids that are no numbers at /tokenize", "Point it at vLLM itself.")
+    return tokens
 
 
 def _largest(tokens: int, entries: int) -> int:
     """Bytes of the largest answer about so many tokens, with so many numbers for each."""
     return _ONCE_BYTES + _ENTRY_BYTES * tokens * entries
-
-
-def _chosen(models: Sequence[ServedModel], expected: str | None, where: str) -> tuple[ServedModel, set[str]]:
-    """The model that is meant, and all names that one server has for it; it answers with the first of them."""
-    named = [model for model in models if expected is None or model.name == expected]
-    named = named or [model for model in models if model.root == expected]
-    roots = {model.root or model.name for model in named}
-    if len(roots) != 1:
-        raise _another_model("one model" if expected is None else repr(expected), where, len(models))
-    return named[0], {model.name for model in models if (model.root or model.name) in roots}
-
-
-def _another_model(wanted: str, where: str, served: int = 1) -> TeacherError:
-    got = "another one" if served == 1 else f"{served} models"
-    return TeacherError(
-        f"The teacher server must serve {wanted}, got {got} at {where}, whose names {where}/v1/models tells. Another "
-        "model would teach something else. Set `teacher_model_name_or_path` to the name of the one that is meant, or "
-        "correct `teacher_model_server_url`."
-    )
 
 
 def _encoded(**value: Any) -> bytes:

@@ -18,12 +18,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 
 from ..errors import SGOPDConfigError, SGOPDError, TeacherError
-from .answers import Outage, refused, status_text
+from .answers import Outage, read_answer, refused, status_text
 from .urls import MAX_RETRIES, TIMEOUT, Address, limit_problems
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ class RequestLimits(NamedTuple):
         timeout: seconds that it may take, its retries included. With several replicas, the one that it is with has an
             equal share of the time that is left before it goes to the next.
         max_retries: how often it is sent again after it has failed everywhere; the waits are 0.5, 2, 8, 32, 128 s and
-            so on, and never more than half of the time that is left.
+            so on, or what all servers ask for in `Retry-After` if that is longer, and never more than half of the time
+            that is left.
         concurrency: requests of this process to a replica at a time; others wait for their turn, in their own time.
     """
 
@@ -203,12 +206,14 @@ class RequestPool:
         deadline = started + self._limits.timeout
         candidates, reasons = list(replicas), dict.fromkeys(replicas, "no answer in time")
         for attempt in itertools.count(1):
-            with suppress(Outage):
+            try:
                 return await _ask_in_turn(request, candidates, deadline, reasons)
+            except Outage as outage:
+                wait = max(outage.wait, _FIRST_DELAY * _DELAY_FACTOR ** (attempt - 1))
             left = deadline - time.monotonic()
             if left <= 0 or attempt > self._limits.max_retries:
                 break
-            await asyncio.sleep(min(_FIRST_DELAY * _DELAY_FACTOR ** (attempt - 1), left / 2))
+            await asyncio.sleep(min(wait, left / 2))
         shown = ", ".join(f"{replica.address} ({reason})" for replica, reason in reasons.items())
         raise TeacherError(
             f"`teacher_model_server_url` must name a server that answers, got none from {shown} in {attempt} rounds "
@@ -224,9 +229,10 @@ async def _ask_in_turn(
     """One try at each replica; notes why it failed, and takes one that will never do off the candidates.
 
     Raises:
-        Outage: none answered.
+        Outage: none answered; its `wait` is the shortest of theirs.
         TeacherError: none ever will.
     """
+    waits = []
     # Those that failed a moment ago come last; the others keep their order.
     order = sorted(candidates, key=lambda replica: replica.health.resting)
     for place, replica in enumerate(order):
@@ -237,11 +243,12 @@ async def _ask_in_turn(
             return await replica.ask(request, left / (len(order) - place))
         except Outage as outage:
             reasons[replica] = outage.reason
+            waits.append(outage.wait)
             if outage.final is not None:
                 candidates.remove(replica)
                 if not candidates:
                     raise outage.final from None
-    raise Outage("no replica answered")
+    raise Outage("no replica answered", wait=min(waits, default=0.0))
 
 
 class _Prefetched:
@@ -352,10 +359,11 @@ class _Replica:
         finally:
             self._idle.append(transport)
         if response.status_code >= 500 or response.status_code in _RETRIED:
-            raise Outage(status_text(response.status_code))
+            wait = _asked_wait(response.headers.get("Retry-After", ""))
+            raise Outage(status_text(response.status_code), wait=wait)
         if response.status_code != 200:
             raise refused(self.address, response.status_code, body)
-        return request.read(body, self.address)
+        return read_answer(request.read, body, self.address)
 
 
 def _transport() -> httpx2.AsyncHTTPTransport:
@@ -366,6 +374,19 @@ def _transport() -> httpx2.AsyncHTTPTransport:
         limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
         socket_options=_socket_options(),
     )
+
+
+def _asked_wait(text: str) -> float:
+    """Seconds that a `Retry-After` asks for, given as a number or as a date; 0 for anything else."""
+    if text.isascii() and text.isdigit():
+        return float(text[:9])  # 30 years are enough
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return 0.0
+    # A date without a time zone is one of UTC, as all dates of HTTP are.
+    aware = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+    return max(0.0, aware.timestamp() - time.time())
 
 
 async def _body(response: httpx2.Response, largest: int) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import NonFiniteError, TeacherError
+from ..errors import NonFiniteTeacherError, TeacherError
 from ..models.batch import Kind, TokenBatch, plan_batches, score_parts, score_rows
 from ..models.forward import ForwardOutput, HeadRequest, scattered
 from ..models.generate import generate_completions
@@ -335,13 +335,13 @@ def check_scores(logps: Tensor, role: str) -> None:
     """Refuse log-probs, `(B, T)` or `(B, T, K)`, that are NaN, infinite or positive.
 
     Raises:
-        NonFiniteError: names the first bad value with its row and position.
+        NonFiniteTeacherError: names the first bad value with its row and position.
     """
     bad = ~torch.isfinite(logps) | (logps > _POSITIVE_TOLERANCE)
     if bad.any():
         first = bad.nonzero()[0].tolist()
         row, position = first[:2]
-        raise NonFiniteError(
+        raise NonFiniteTeacherError(
             f"The {role} gave {int(bad.sum())} log-probs that are not finite or above 0, the first "
             f"{float(logps[tuple(first)])} in row {row} at completion token {position}. Nothing was updated. Check "
             f"the {role}'s weights, or load it in float32 or bfloat16."

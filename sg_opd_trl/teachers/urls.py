@@ -76,10 +76,19 @@ def read_address(text: str) -> Address:
     if parts.scheme not in _PORTS or not parts.hostname:
         shown = _SHOWN.match(text)
         raise bad_url(repr(shown[0][:100] if shown else ""), "It says how the server is reached.")
+    if port == 0 or not _is_host(parts.hostname):
+        shown = _SHOWN.match(text)
+        raise bad_url(repr(shown[0][:100] if shown else ""), "No server can have that name or port.")
     if _UNSENDABLE.search(parts.hostname + parts.path) or not parts.path.isascii():
         raise bad_url("one with characters that a URL cannot have, not shown here", "HTTP cannot send it.")
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return Address(parts.scheme, parts.hostname, _PORTS[parts.scheme] if port is None else port, path)
+
+
+def _is_host(name: str) -> bool:
+    """Whether the parts of a name are as long as the system that knows hosts allows: 1 to 63 letters, 253 in all."""
+    parts = name.removesuffix(".").split(".")
+    return ":" in name or (len(name) <= 253 and all(0 < len(part) <= 63 for part in parts))
 
 
 def api_key() -> str | None:

@@ -152,9 +152,23 @@ def test_another_model_is_served() -> None:
     with FakeServer(model="other") as server:
         message = failure(lambda: connected(server))
         assert f"must serve 'teacher', got another one at {server.url}" in message
+        assert "/v1/models tells: 'other'. Another model" in message
         assert "`teacher_model_name_or_path`" in message
         server.models = [{"id": SECRET, "root": SECRET}]
-        assert "must serve 'teacher', got another one" in failure(lambda: connected(server))
+        key = {"Authorization": f"Bearer {SECRET}"}
+        assert "must serve 'teacher', got another one" in failure(lambda: connected(server, headers=key))
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "two words", "line\nbreak", "\x1b[31m", "\ud800", "caf\u00e9", ""])
+def test_what_does_not_look_like_a_name_is_not_quoted(name: str) -> None:
+    with FakeServer() as server:
+        server.models = [{"id": name, "root": None}]
+        assert "/v1/models tells. Another model" in failure(lambda: connected(server))
+        server.models += [{"id": f"model-{number}", "root": None} for number in range(9)]
+        message = failure(lambda: connected(server))
+    assert "got 10 models" in message
+    assert "tells: 'model-0', 'model-1', 'model-2', 'model-3', 'model-4'. Another model" in message
+    assert message.isascii()
 
 
 def test_replicas_of_different_models() -> None:
@@ -230,7 +244,14 @@ def test_headers_that_http_cannot_send_are_refused_without_showing_them(value: A
     CompletionsClient(["http://a"], LIMITS, {"Authorization": "Bearer caf\u00e9 1"})
 
 
-@pytest.mark.parametrize("text", ["", "localhost:8000", "host", "http://", "http://host:port", "ftp://host"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "localhost:8000", "host", "http://", "http://host:port", "ftp://host", "http://gpu..cluster"),
+        *("http://.gpu", f"http://{'g' * 64}", f"http://{'gpu.' * 63}cluster", "http://host:0", "http://host:65536"),
+        *("http://host:-5", "http://[::1", "http://."),
+    ],
+)
 def test_what_is_no_url(text: str) -> None:
     with pytest.raises(
         SGOPDConfigError, match=r"`teacher_model_server_url` must.*Set for example http://localhost:8000"

@@ -1,16 +1,19 @@
 """The client of teacher servers against a server that misbehaves: nothing hangs and nothing leaks."""
 
+import gzip
 import json
 import logging
 import signal
 import socket
 import threading
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from sg_opd_trl.errors import TeacherError
+from sg_opd_trl.errors import NonFiniteError, TeacherError
+from sg_opd_trl.teachers.answers import CompletionAnswer, read_answer
 from sg_opd_trl.teachers.client import CompletionsClient
 from teachers.fake_server import SECRET, FakeServer, send
 from teachers.http_cases import (
@@ -186,6 +189,14 @@ WRONG = {
     "infinite": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob=float("-inf")), "above 0, -inf"),
     "vLLM's minus infinity": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob=-9999.0), "above 0, -9999.0"),
     "positive": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob=0.7), "above 0, 0.7 at token 3"),
+    "400 digits": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob=10**400), "a whole number beyond all floats"),
+    "-400 digits": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob=-(10**400)), "beyond all floats at token 3"),
+    "NaN as text": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob="NaN"), "no number at position 3"),
+    "list": (lambda c: c["prompt_logprobs"][3]["4"].update(logprob=[-1.0]), "no number at position 3"),
+    "no entry": (lambda c: c["prompt_logprobs"][3].update({"4": -1.0}), "no number at position 3"),
+    "list of entries": (lambda c: c["prompt_logprobs"].__setitem__(3, [4, -1.0]), "no log-prob of token 4"),
+    "mapping": (lambda c: c.update(prompt_logprobs={"3": {}}), "without `prompt_logprobs`"),
+    "unknown end": (lambda c: c.update(finish_reason=["stop"]), "without a known end"),
     "another request's": (lambda c: c.update(index=1), "the choice of another request"),
     "other tokens": (lambda c: c.update(prompt_token_ids=[0, *IDS]), "scores of other tokens"),
     "no end": (lambda c: c.pop("finish_reason"), "without a known end"),
@@ -210,15 +221,159 @@ def test_wrong_answers(fault: str) -> None:
         (lambda a: a["choices"].insert(0, a["choices"][0] | {"index": 1}), "other than one choice"),
         (lambda a: a.update(choices=[]), "other than one choice"),
         (lambda a: a.pop("choices"), "other than one choice"),
+        (lambda a: a.update(choices=[None]), "other than one choice"),
+        (lambda a: a.update(choices={"0": {}}), "other than one choice"),
         (lambda a: a.update(model="another"), "an answer of another model"),
+        (lambda a: a.update(model=["teacher"]), "an answer of another model"),
+        (lambda a: a.update(model=None), "an answer of another model"),
     ],
-    ids=["out of order", "none", "missing", "another model"],
+    ids=["out of order", "none", "missing", "null", "mapping", "another model", "list", "no model"],
 )
 def test_wrong_answers_as_a_whole(change: Callable[[dict], Any], said: str) -> None:
     with FakeServer() as server:
         client = connected(server)
         server.change = lambda path, request, answer: answer | {"changed": change(answer)}
         assert said in failure(lambda: client.score([IDS], [1]))
+
+
+@pytest.mark.parametrize("key", ["9" * 5000, "04", "+4", "\u0664", "4 ", "-1", "4.0", ""])
+def test_supports_of_something_else_than_ids(key: str) -> None:
+    """An id that is spelt twice would be one token twice."""
+    with FakeServer() as server:
+        client = connected(server)
+        server.change = choice(lambda c: c["prompt_logprobs"][3].update({key: {"logprob": -0.1}}))
+        assert "something else than token ids" in failure(lambda: client.score([IDS], [1], top=3))
+
+
+@pytest.mark.parametrize("tokens", [["5", "6"], [5, None], [5.0], [True], "56", {"0": 5}, [[5]], 7])
+def test_token_ids_that_are_none(tokens: Any) -> None:
+    with FakeServer(tokenize=lambda text: tokens) as server:
+        client = connected(server)
+        assert "token ids that are no numbers at /tokenize" in failure(lambda: client.tokenize("56"))
+
+
+@pytest.mark.parametrize("length", [-5, 0, "512", 512.0, True, [512]])
+def test_a_context_that_is_no_count(length: Any) -> None:
+    with FakeServer() as server:
+        server.models[0]["max_model_len"] = length
+        assert "`max_model_len` that is no count" in failure(lambda: connected(server))
+        server.models[0]["max_model_len"] = None
+        assert connected(server).max_length is None
+        server.models[0]["max_model_len"] = 10**400
+        assert connected(server).max_length == 10**400
+
+
+def test_whatever_is_changed_in_an_answer_ends_in_an_error_of_ours_or_changes_nothing() -> None:
+    """Every value at every place of an answer in turn: no traceback, and no score that the server did not send."""
+    values = [
+        None,
+        True,
+        -1,
+        10**400,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "x" * 500,
+        "NaN",
+        [],
+        [[]],
+        {},
+        {"4": {}},
+    ]
+    request = {"prompt": IDS, "prompt_logprobs": 2, "max_tokens": 1}
+    text = json.dumps(FakeServer().answer("/v1/completions", request))
+
+    def read(body: bytes, where: str) -> Any:
+        return CompletionAnswer(body, where, frozenset(["teacher"]), IDS).scores(1, 2, 26)
+
+    whole = read_answer(read, text.encode(), "there")
+    refused = 0
+    for path in places(json.loads(text)):
+        for value in values:
+            body = json.dumps(changed(json.loads(text), path, value)).encode()
+            try:
+                found = read_answer(read, body, "there")
+            except (TeacherError, NonFiniteError) as error:
+                refused += 1
+                assert len(str(error)) < 1000
+                assert "cannot be read (" not in str(error), "a form that nobody thought of"
+            else:
+                assert found == whole or path[-1] in ("rank", "logprob"), (path, value)
+    assert refused > 100
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The paths to all values inside one; of long lists to the first and the last."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    chosen = [pair for pair in inside if not isinstance(value, list) or pair[0] in (0, len(value) - 1)]
+    return [found for key, part in chosen for found in [(*path, key), *places(part, (*path, key))]]
+
+
+def changed(answer: Any, path: tuple, value: Any) -> Any:
+    part = answer
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return answer
+
+
+def test_a_form_that_nobody_thought_of_is_an_error_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError(SECRET)
+
+    with FakeServer() as server:
+        client = connected(server)
+        monkeypatch.setattr("sg_opd_trl.teachers.client.CompletionAnswer", broken)
+        assert "an answer that cannot be read (KeyError)" in failure(lambda: client.score([IDS], [1]))
+
+
+# --- bytes that are no answer ----------------------------------------------------------------------------------------
+def raw(data: bytes) -> Callable[[Any, str], bool]:
+    def behave(handler: Any, path: str) -> bool:
+        handler.wfile.write(data)
+        handler.close_connection = True
+        return True
+
+    return behave
+
+
+OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+NO_ANSWERS = {
+    "chunk of -5": OK + CHUNKED + b"-5\r\nabc\r\n0\r\n\r\n",
+    "chunk of 400 digits": OK + CHUNKED + b"f" * 400 + b"\r\nabc",
+    "chunk that never comes": OK + CHUNKED + b"f" * 19 + b"\r\nabc",
+    "length of -5": OK + b"Content-Length: -5\r\n\r\nabc",
+    "two lengths": OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
+    "length of 400 digits": OK + b"Content-Length: " + b"9" * 400 + b"\r\n\r\nabcde",
+    "length in other digits": OK + "Content-Length: \u0663\r\n\r\nabc".encode(),
+    "many headers": OK + b"X: y\r\n" * 100_000,
+    "a long header": OK + b"X: " + b"y" * 10**7,
+    "only 100 Continue": b"HTTP/1.1 100 Continue\r\n\r\n" * 1000,
+    "another protocol": b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "a part": b"HTTP/1.1 206 Part\r\nContent-Length: 0\r\n\r\n",
+    "compressed chunks": OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "gzip bomb": OK + b"Content-Encoding: gzip\r\nConnection: close\r\n\r\n" + gzip.compress(b" " * 10**8),
+    "cut-off JSON": OK + b'Connection: close\r\n\r\n{"model": "teacher", "choices": [{"index"',
+    "two JSONs": OK + b"Connection: close\r\n\r\n{}{}",
+    "no UTF-8": OK + b'Connection: close\r\n\r\n{"\xff": 1}',
+    "a number of 5000 digits": OK + b'Connection: close\r\n\r\n{"model": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANSWERS)
+def test_bytes_that_are_no_answer(kind: str) -> None:
+    with FakeServer() as server:
+        client = connected(server)
+        server.behave = raw(NO_ANSWERS[kind])
+        tracemalloc.start()
+        message = failure(lambda: client.score([IDS], [1]))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert "`teacher_model_server_url`" in message
+    assert len(message) < 600
+    assert most < 64 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -229,6 +384,9 @@ def test_wrong_answers_as_a_whole(change: Callable[[dict], Any], said: str) -> N
         (lambda c: c.update(token_ids=[5] * 5), "not 1 to 4 token ids"),
         (lambda c: c.update(token_ids=["5"]), "not 1 to 4 token ids"),
         (lambda c: c.update(token_ids=[-1]), "not 1 to 4 token ids"),
+        (lambda c: c.update(token_ids=[5.0]), "not 1 to 4 token ids"),
+        (lambda c: c.update(token_ids=[True]), "not 1 to 4 token ids"),
+        (lambda c: c.update(token_ids={"0": 5}), "without `token_ids`"),
         (lambda c: c.update(token_ids=[5], finish_reason="length"), "cut after 1 of 4 tokens"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from teachers.fake_server import SECRET, FakeServer, scripted_completion
+from teachers.fake_server import SECRET, FakeServer, scripted_completion, send
 from teachers.http_cases import (
     FIRSTS,
     IDS,
@@ -97,6 +97,46 @@ def test_failover(behave: Callable[[Any, str], bool]) -> None:
     assert len(sick.completions) <= len(SEQUENCES) // 2, "it rests after its first failures"
 
 
+def busy(wait: str) -> Callable[[Any, str], bool]:
+    return lambda handler, path: send(handler, 429, b"", **{"Retry-After": wait})
+
+
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [
+        (["7"], [7.0, 7.0]),
+        (["0"], [0.5, 2.0]),
+        (["100000"], [30.0, 30.0]),
+        (["9" * 400], [30.0, 30.0]),
+        (["-3"], [0.5, 2.0]),
+        (["soon"], [0.5, 2.0]),
+        (["\u00b2"], [0.5, 2.0]),
+        (["Fri, 31 Dec 1999 23:59:59 GMT"], [0.5, 2.0]),
+        (["Fri, 31 Dec 9999 23:59:59 GMT"], [30.0, 30.0]),
+        (["Fri, 31 Dec 99999999999 23:59:59 GMT"], [0.5, 2.0]),
+        # One of them may do better sooner than the other.
+        (["20", "7"], [7.0, 7.0]),
+    ],
+    ids=str,
+)
+def test_a_server_that_says_how_long_to_wait(asked: list, waits: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wait is longer than half of the time that is left: of 60 seconds, which do not pass here."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(round(seconds, 0 if seconds > 29 else 3))
+
+    servers = [FakeServer().start() for _ in asked]
+    client = connected(*servers, limits=LIMITS._replace(max_retries=2))
+    monkeypatch.setattr("sg_opd_trl.teachers.http.asyncio.sleep", sleep)
+    for server, wait in zip(servers, asked, strict=True):
+        server.behave = busy(wait)
+    assert "HTTP 429" in failure(lambda: client.score([IDS], [1]))
+    for server in servers:
+        server.stop()
+    assert slept == waits
+
+
 def test_all_replicas_down() -> None:
     servers = [FakeServer().start() for _ in range(2)]
     client = connected(*servers)
@@ -106,7 +146,7 @@ def test_all_replicas_down() -> None:
     assert all(server.url in message for server in servers)
 
 
-@pytest.mark.parametrize("number", [408, 425, 429, 500, 501, 503, 507, 511, 599])
+@pytest.mark.parametrize("number", [408, 425, 429, 500, 501, 503, 507, 511, 520, 599])
 def test_what_may_go_better_elsewhere_is_asked_elsewhere(number: int) -> None:
     with FakeServer() as sick, FakeServer() as healthy:
         client = connected(sick, healthy)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from teachers.fake_server import FakeServer
 from teachers.model_server import by_url, model_server
-from tiny import logged, tiny_data, tiny_model
+from tiny import logged, tiny_data, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from sg_opd_trl import TeacherError
+from sg_opd_trl import NonFiniteError, TeacherError
 
 SETTINGS = {
     **{"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "learning_rate": 1e-2},
@@ -66,6 +66,51 @@ def test_the_run_goes_on_from_its_last_finished_step(
     assert logged(resumed, "teacher/scored_tokens")[2:] == logged(whole, "teacher/scored_tokens")[2:]
     for left, right in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+class BadAfter(EndAfter):
+    """The server sends something else than log-probs once a step has ended."""
+
+    def __init__(self, server: FakeServer, step: int, logp: Any) -> None:
+        super().__init__(server, step)
+        self.logp = logp
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.server.change = self.broken
+
+    def broken(self, path: str, request: dict, answer: Any) -> None:
+        if request.get("prompt_logprobs") is not None:
+            for entries in answer["choices"][0]["prompt_logprobs"][1:]:
+                entries.update({token: {"logprob": self.logp} for token in entries})
+
+
+@pytest.mark.parametrize(
+    "logp",
+    [float("nan"), float("inf"), -9999.0, 0.7, 10**400, "-1"],
+    ids=["NaN", "inf", "-9999", "0.7", "400 digits", "text"],
+)
+def test_log_probs_that_are_none_leave_the_last_finished_step(tmp_path: Path, logp: Any) -> None:
+    with model_server(tiny_model(1)) as server, pytest.raises(TeacherError, match="othing was updated"):
+        run(tmp_path, server.url, [BadAfter(server, 1, logp)], teacher_sampling_enable=False)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_teacher_in_this_process_that_becomes_nan_leaves_the_last_finished_step(tmp_path: Path) -> None:
+    teacher = tiny_model(1)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                teacher.lm_head.weight.fill_(float("nan"))
+
+    settings = SETTINGS | {"teacher_sampling_enable": False}
+    for name in ("teacher_request_timeout", "teacher_max_retries"):
+        del settings[name]
+    trainer = tiny_trainer(tmp_path, settings=settings, teacher_model=teacher, callbacks=[Break()])
+    with pytest.raises(NonFiniteError, match="Nothing was updated"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize(
