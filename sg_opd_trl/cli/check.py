@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
+from ..files import check_file
 from ..teacher_sampling.stored.store import is_hub_id
 from .command import CommandParser
-from .outside import check_file, concerning, explained
+from .outside import concerning, explained
 from .parsing import CommandLine, TrainSettings, build_settings, pop_option, read_command_line
 from .rewards import load_reward_funcs
 from .train import build_trainer, check_before_loading, check_tokenizers, load_data, resolve_names
