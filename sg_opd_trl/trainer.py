@@ -70,6 +70,7 @@ from .preflight import (
 )
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
+from .reporting.symptoms import SymptomReporter
 from .run import inherits
 from .teacher_sampling.callback import (
     AnchorBinding,
@@ -244,6 +245,8 @@ class SGOPDTrainer(GRPOSeam):
         self.objective: Objective = build_objective(args, self.teacher, self.reference, vocab_size, type(self))
         self.teacher_sampling: Sampling = sampling_of(self)
         self.rollout_cache: RolloutCache | None = open_cache(self)
+        self.symptoms = SymptomReporter(args, self.verifier.name)
+        self.add_callback(self.symptoms)
         self.add_callback(AnchorBinding(self))
         check_log_probs(self)
 
@@ -375,6 +378,7 @@ class SGOPDTrainer(GRPOSeam):
         own = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         signals: dict = {"verdicts": self._verdicts[own], "verifier_advantages": self._verifier_advantages[own]}
         if self.mode == "train":
+            self.symptoms.saw_rollouts(self.last_batch())
             # Each rollout's row of `examples`, through shuffle and split.
             self._examples = examples
             signals["example_index"] = torch.arange(rows, device=self.accelerator.device)
@@ -614,8 +618,10 @@ class SGOPDTrainer(GRPOSeam):
         mode = self.mode
         self.metrics.add_tokens(mode, statistics)
         self.metrics.add(mode, "teacher/matching_loss", *matching)
-        if mode == "train" and self.anchor is not None:
-            self._report_anchor(self.anchor, anchor_sum)
+        if mode == "train":
+            self.symptoms.saw_tokens(statistics)
+            if self.anchor is not None:
+                self._report_anchor(self.anchor, anchor_sum)
 
     # === the anchor: verified teacher rollouts, Eq. 2-3 ==========================================================
     # `TeacherAnchorCallback` has them written and judged at the start of a step, and puts them into `self.anchor`.

@@ -237,6 +237,23 @@ PolicyOutput = tuple[Tensor, Tensor | None, Tensor | None]
 """Log-probs and entropies of the completions, `(B, T)` each, and the auxiliary loss of mixtures of experts."""
 
 
+@dataclass(frozen=True)
+class WrittenBatch:
+    """A generation batch of all ranks as TRL keeps it for its logs, the same on every rank.
+
+    Attributes:
+        completions: texts, or lists of messages; the rollouts of a prompt stand in a row.
+        rewards: of each of them by the name of the reward function, NaN where that abstained.
+        longest: tokens of the longest one, its end token included.
+        cut_off: share of those without an end token.
+    """
+
+    completions: Sequence[Any]
+    rewards: dict[str, Sequence[float]]
+    longest: float
+    cut_off: float
+
+
 class GRPOSeam(GRPOTrainer):
     """`GRPOTrainer` with public hooks where it takes its private steps; by itself it trains as its parent does.
 
@@ -391,6 +408,16 @@ class GRPOSeam(GRPOTrainer):
     def report_metric(self, mode: str, name: str, value: float) -> None:
         """Log a value with TRL's own metrics; values of one logging window are averaged."""
         self._metrics[mode][name].append(value)
+
+    def last_batch(self) -> WrittenBatch:
+        """The training generation batch that was written last; to be asked for before another one is."""
+        metrics = self._metrics["train"]
+        return WrittenBatch(
+            completions=list(self._logs["completion"]),
+            rewards={name: list(rewards) for name, rewards in self._logs["rewards"].items()},
+            longest=metrics["completions/max_length"][-1],
+            cut_off=metrics["completions/clipped_ratio"][-1],
+        )
 
     def suppress_tokens(self, ids: list[int]) -> None:
         """Have the student never sample these ids; vLLM does its own sampling and is not told."""

@@ -20,6 +20,7 @@ from sg_opd_trl.core.diagnostics import (
     finalize,
     masked_sum_and_count,
     mean_of,
+    sum_and_count,
     token_statistics,
 )
 from sg_opd_trl.core.matching import (
@@ -100,6 +101,7 @@ __all__ = [
     "sign_consistency_gate",
     "span_numbers",
     "stability_weight",
+    "sum_and_count",
     "token_statistics",
     "verifier_group_advantages",
     "weighted_advantages",

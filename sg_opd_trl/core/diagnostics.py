@@ -168,6 +168,18 @@ def finalize(totals: Tensor, maxima: Tensor | None = None) -> dict[str, Tensor]:
     return metrics
 
 
+def sum_and_count(statistics: TokenStatistics, name: str) -> tuple[float, float]:
+    """One metric before the division: waits for the device, unless the statistics are on the CPU by now.
+
+    Args:
+        statistics: reduced, or of one rank.
+        name: one of `METRIC_NAMES`.
+    """
+    index = 2 * METRIC_NAMES.index(name)
+    total, count = statistics.totals[index : index + 2].tolist()
+    return total, count
+
+
 @checked(values="float B T", mask="any B T")
 def masked_sum_and_count(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of the values that count, and how many there are, so that ranks can add both before dividing.
