@@ -12,7 +12,7 @@ from trl import GRPOConfig, ScriptArguments
 
 from sg_opd_trl import SGOPDConfig
 from sg_opd_trl.cli.arguments import SGOPDScriptArguments
-from sg_opd_trl.config import settings_of
+from sg_opd_trl.config import StudentConfig, settings_of
 from sg_opd_trl.setting import ON, Setting, UsedIf, default_of, defaults_of
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -52,13 +52,15 @@ def render() -> str:
             ((each.name, _code(each.default), each.values, each.rule.why) for each in bounded if each.rule.why),
         )
     )
+    lora = StudentConfig.__dataclass_fields__["lora_dropout"]
     known = {field.name for field in dataclasses.fields(ScriptArguments)}
     script = [field for field in dataclasses.fields(SGOPDScriptArguments) if field.name not in known]
     rows = ((field.name, _code(default_of(field)), field.metadata["help"]) for field in script)
     parts.append(
         _table("Recipes and `sg-opd train` only", ("default", "meaning"), rows)
         + "\nBesides, the fields of TRL's `ScriptArguments` (`dataset_name`, `dataset_train_split`, ...) and "
-        "`ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, ...).\n"
+        "`ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, ...). "
+        f"`lora_dropout` is {lora.default}: {lora.metadata['help']}\n"
     )
     return "\n".join(parts)
 

@@ -3,11 +3,16 @@
 Names are imported on first use, so that `import sg_opd_trl` costs nothing and `sg_opd_trl.core` needs torch alone.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 from .lazy_imports import lazy_names
 
 __version__ = "0.1.0"
+
+# TRL's default for `gradient_checkpointing`, and its calls of the model, use the names that transformers has begun to
+# replace: there is nothing that a user could set otherwise.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 _DEFINED_IN = {
     "SGOPDConfig": "config",

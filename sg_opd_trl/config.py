@@ -8,10 +8,11 @@ any is raised, so that a recipe is mended in one go.
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trl import GRPOConfig
+import torch
+from trl import GRPOConfig, ModelConfig
 
 from .core import (
     ANCHOR_REDUCTIONS,
@@ -488,6 +489,7 @@ class SGOPDConfig(GRPOConfig):
         self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
         check_config(self)
         super().__post_init__()
+        unpin(self)
 
     # --- What several parts of a run read of these ---------------------------------------------------------------
     @property
@@ -526,6 +528,24 @@ class SGOPDConfig(GRPOConfig):
     def teacher_completion_length(self) -> int:
         """Longest teacher rollout in tokens."""
         return self.teacher_max_completion_length or self.max_completion_length or 0
+
+
+@dataclass
+class StudentConfig(ModelConfig):
+    """`trl.ModelConfig`, the student and its adapter in a recipe; the adapter without dropout."""
+
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout of the adapter. TRL has 0.05, which is on while rollouts are written: they would not be "
+            "those of the model that is scored and saved (our choice)."
+        },
+    )
+
+
+def unpin(args: Any) -> None:
+    """Have batches not pinned where there is no accelerator to copy them to: torch would warn of it in every run."""
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
 
 
 def settings_of(config_class: type) -> dict[str, Setting]:

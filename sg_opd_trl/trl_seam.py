@@ -411,10 +411,11 @@ class GRPOSeam(GRPOTrainer):
 
     def last_batch(self) -> WrittenBatch:
         """The training generation batch that was written last; to be asked for before another one is."""
+        logs: Any = self._logs
         metrics = self._metrics["train"]
         return WrittenBatch(
-            completions=list(self._logs["completion"]),
-            rewards={name: list(rewards) for name, rewards in self._logs["rewards"].items()},
+            completions=list(logs["completion"]),
+            rewards={name: list(rewards) for name, rewards in logs["rewards"].items()},
             longest=metrics["completions/max_length"][-1],
             cut_off=metrics["completions/clipped_ratio"][-1],
         )

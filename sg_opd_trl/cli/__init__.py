@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _build_parser().print_help()
         return 0
     logging.basicConfig(level=_log_level(debug), format="%(levelname)s %(name)s: %(message)s")
-    # TRL's defaults and every recipe use the name that transformers has begun to replace.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     command = importlib.import_module(f"sg_opd_trl.cli.{namespace.command.replace('-', '_')}")
     try:
         return command.run(rest, debug=debug)

@@ -15,8 +15,9 @@ from .recipes import apply_env, load_recipe
 from .values import as_field, as_launch_word
 
 if TYPE_CHECKING:
-    from trl import DatasetMixtureConfig, ModelConfig
+    from trl import DatasetMixtureConfig
 
+    from ..config import StudentConfig
     from .arguments import RunParser, SGOPDScriptArguments
 
 _BOUNDS: Mapping[str, Rule] = {
@@ -70,7 +71,7 @@ class TrainSettings:
 
     script: "SGOPDScriptArguments"
     training: Any  # the configuration class of the method
-    model: "ModelConfig"
+    model: "StudentConfig"
     mixture: "DatasetMixtureConfig"
 
     @property
@@ -147,6 +148,7 @@ def build_settings(command: CommandLine) -> TrainSettings:
     Raises:
         SGOPDConfigError: a value of the wrong type, out of range, or a combination that is refused.
     """
+    from ..config import unpin
     from ..preflight import check_prompt_room
 
     parser = make_parser(command.method)
@@ -164,6 +166,7 @@ def build_settings(command: CommandLine) -> TrainSettings:
         owners = _owners(parser, command, str(error))
         raise SGOPDConfigError(f"The settings{where} are not valid: {owners}{str(error).strip()}") from error
     settings = TrainSettings(*built)
+    unpin(settings.training)  # the configurations of the baselines are TRL's
     _check_numbers(settings)
     optim_args = settings.named().get("optim_args")
     if optim_args and not all("=" in part for part in optim_args.split(",")):
@@ -208,11 +211,12 @@ def make_parser(method: str) -> "RunParser":
 
 def run_dataclasses(method: str) -> tuple[Any, ...]:
     """The dataclasses whose fields are the settings of one method."""
-    from trl import DatasetMixtureConfig, ModelConfig
+    from trl import DatasetMixtureConfig
 
+    from ..config import StudentConfig
     from .arguments import SGOPDScriptArguments
 
-    return (SGOPDScriptArguments, METHODS[method].config_class, ModelConfig, DatasetMixtureConfig)
+    return (SGOPDScriptArguments, METHODS[method].config_class, StudentConfig, DatasetMixtureConfig)
 
 
 def own_names(method: str) -> set[str]:

@@ -21,8 +21,10 @@ _WATCHED = {
 class CompactProgressCallback(ProgressCallback):
     """One bar: what runs, steps done of all, time left, and reward, gate consensus, teacher KL (k3), anchor weight.
 
-    Log messages are written above the bar, not into it, and it counts this package's warnings since it was opened:
-    one that has scrolled away is not missed. It takes the place of the trainer's own progress callback; only the main process shows it. On a resumed run the
+    Log messages are written above the bar, not into it, and it counts this package's warnings since it was opened: one
+    that has scrolled away is not missed.
+
+    It takes the place of the trainer's own progress callback; only the main process shows it. On a resumed run the
     time left is estimated from the steps of this run alone.
 
     ```python

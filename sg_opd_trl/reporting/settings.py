@@ -34,7 +34,7 @@ def shown_settings(config: Any) -> list[Setting]:
 
     Args:
         config: a dataclass such as `SGOPDConfig`, or a mapping of settings; a mapping's names are looked up in
-            `SGOPDConfig` and TRL's `ModelConfig`, and names that neither knows are shown if they say anything.
+            `SGOPDConfig` and `StudentConfig`, and names that neither knows are shown if they say anything.
 
     Returns:
         Settings in the order of definition.
@@ -89,11 +89,9 @@ def is_local(name: str) -> bool:
 
 
 def _run_defaults() -> dict[str, Any]:
-    from trl import ModelConfig
+    from ..config import SGOPDConfig, StudentConfig
 
-    from ..config import SGOPDConfig
-
-    return defaults_of(ModelConfig) | defaults_of(SGOPDConfig)
+    return defaults_of(StudentConfig) | defaults_of(SGOPDConfig)
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,6 +9,7 @@ An anchor that stays empty is told of by `teacher_sampling.rollouts.DropReporter
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +53,13 @@ class StepSeen:
     judged: int
     reward: float | None
     cut_off: float
-    longest: int
+    longest: float
     alike: bool
     kl: float | None
     neutral: float | None
 
 
-class Symptom:
+class Symptom(ABC):
     """Something that shows in many steps in a row.
 
     A subclass says in `shown` whether a step shows it, and in `message` what to tell.
@@ -74,19 +75,22 @@ class Symptom:
         self.steps: list[StepSeen] = []
         self.total = 0
 
+    @abstractmethod
     def shown(self, seen: StepSeen) -> bool:
         """Whether a step shows it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def message(self) -> str:
         """What to tell of `steps`."""
-        raise NotImplementedError
 
     def add(self, seen: StepSeen) -> str | None:
         """Look at one more step; the warning once there are enough."""
         self.total += 1
-        self.steps = [*self.steps, seen] if self.shown(seen) else []
-        return self.message() if len(self.steps) >= self.needed else None
+        if not self.shown(seen):
+            self.steps.clear()
+            return None
+        self.steps = [*self.steps[1 - self.needed :], seen]
+        return self.message() if len(self.steps) == self.needed else None
 
     def end(self) -> str | None:
         """The run is over: the warning, if it was short and has shown nothing else."""
@@ -256,37 +260,48 @@ class Decline(Symptom):
         super().__init__(args)
         self._next = 2 * STEPS_IN_A_ROW
 
+    def shown(self, seen: StepSeen) -> bool:
+        """A step with a reward and a distance; whether they decline shows in many of them."""
+        return seen.reward is not None and seen.kl is not None
+
     def add(self, seen: StepSeen) -> str | None:
         """Look at one more step; the curves are compared now and then."""
-        if seen.reward is not None and seen.kl is not None:
+        if self.shown(seen):
             self.steps.append(seen)
         if len(self.steps) < self._next:
             return None
         # Each look is one more chance to be wrong, and sorts the curves: there are 5 in 100 steps, and 10 in 1000.
         self._next = max(len(self.steps) + 1, int(self.NEXT_LOOK * len(self.steps)))
-        return self._compared()
+        return self.message() if self._declined(*self._parts()) else None
 
     def end(self) -> None:
         """Nothing that was not told."""
 
-    def _compared(self) -> str | None:
+    def _parts(self) -> tuple[list[StepSeen], list[StepSeen]]:
+        """The best part before the last, and the last."""
         width = max(STEPS_IN_A_ROW, len(self.steps) // self.PARTS)
-        last = self.steps[-width:]
         ends = range(len(self.steps) - width, width - 1, -width)
         best = max((self.steps[end - width : end] for end in ends), key=lambda part: _mean(_rewards(part)))
+        return best, self.steps[-width:]
+
+    def _declined(self, best: Sequence[StepSeen], last: Sequence[StepSeen]) -> bool:
         rewards, kls = (_rewards(best), _rewards(last)), (_kls(best), _kls(last))
         fall, rise = _ratio(*rewards), _ratio(*kls)
         sigmas = min(-rank_difference(*rewards), rank_difference(*kls))
-        if not any(fall <= most and rise >= least and sigmas >= enough for most, least, enough in self.CHANGES):
-            return None
-        per_step = best[0].completions // (self.args.num_generations or 1)
+        return any(fall <= most and rise >= least and sigmas >= enough for most, least, enough in self.CHANGES)
+
+    def message(self) -> str:
+        """What was seen, and what to look at."""
+        best, last = self._parts()
+        rewards, kls = ([f"{_mean(of(part)):.3g}" for part in (best, last)] for of in (_rewards, _kls))
+        prompts = best[0].completions // (self.args.num_generations or 1)
         return (
-            f"The reward falls while the student moves away from its teacher: from {_mean(rewards[0]):.3g} (steps "
-            f"{best[0].step} to {best[-1].step}) to {_mean(rewards[1]):.3g} (steps {last[0].step} to "
-            f"{last[-1].step}), with teacher/kl_k3 from {_mean(kls[0]):.3g} to {_mean(kls[1]):.3g}. The student "
-            f"unlearns. Likely reasons: learning_rate={self.args.learning_rate:g} is too high for steps of {per_step} "
-            "prompt(s) (lower it, or raise `per_device_train_batch_size` or `gradient_accumulation_steps`), a "
-            "`lambda_high` that is too large, or a teacher that reads these prompts by another chat template."
+            f"The reward falls while the student moves away from its teacher: from {rewards[0]} (steps "
+            f"{best[0].step} to {best[-1].step}) to {rewards[1]} (steps {last[0].step} to {last[-1].step}), with "
+            f"teacher/kl_k3 from {kls[0]} to {kls[1]}. The student unlearns. Likely reasons: "
+            f"learning_rate={self.args.learning_rate:g} is too high for steps of {prompts} prompt(s) (lower it, or "
+            "raise `per_device_train_batch_size` or `gradient_accumulation_steps`), `lambda_high` is too large, or the "
+            "teacher reads these prompts by another chat template."
         )
 
 

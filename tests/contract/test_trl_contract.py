@@ -44,7 +44,7 @@ SIGNATURES = {
 }
 OVERRIDABLE = set(dir(GRPOTrainer)) - set(dir(object))
 ATTRIBUTES = [
-    "_tokenizer", "_is_vlm", "_metrics", "_buffered_inputs", "_step", "accelerator", "num_generations",
+    "_tokenizer", "_is_vlm", "_metrics", "_logs", "_buffered_inputs", "_step", "accelerator", "num_generations",
     "num_generations_eval", "max_completion_length", "reward_funcs", "reward_func_names", "processing_class",
     "temperature", "eos_token_ids", "environment_factories", "ref_model", "callback_handler", "eval_dataset",
 ]  # fmt: skip
@@ -120,6 +120,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     class Watched(GRPOTrainer):
         def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
             seen["examples"], seen["rollouts"] = inputs, super()._generate_and_score_completions(inputs)
+            seen["metrics"] = {name: list(values) for name, values in self._metrics["train"].items()}
             return seen["rollouts"]
 
         def _generate(self, prompts: list) -> Any:
@@ -192,6 +193,17 @@ def test_what_is_written_begins_with_prompts_and_completions_in_the_order_of_the
 
 def test_rewards_are_of_all_ranks_with_one_column_per_function(plain: Any) -> None:
     assert plain.seen["rewards"].shape == (8, 1)
+
+
+def test_the_last_generation_batch_is_kept_for_the_logs_in_its_order(plain: Any) -> None:
+    written, rewards = plain.seen["written"][1], plain.seen["rewards"][:, 0].tolist()
+    assert list(plain._logs["completion"]) == [
+        [{"role": "assistant", "content": plain._tokenizer.decode(ids, skip_special_tokens=True)}] for ids in written
+    ]
+    assert {name: list(values) for name, values in plain._logs["rewards"].items()} == {"parity_verifier": rewards}
+    assert plain.seen["metrics"]["completions/max_length"][-1] == max(map(len, written))
+    cut_off = sum(ids[-1] != 1 for ids in written) / len(written)
+    assert plain.seen["metrics"]["completions/clipped_ratio"][-1] == pytest.approx(cut_off)
 
 
 def test_the_loss_runs_the_policy_once_and_gets_three_values(plain: Any) -> None:

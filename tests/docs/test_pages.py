@@ -5,18 +5,15 @@ import importlib
 import importlib.util
 import inspect
 import re
-import subprocess
-import sys
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
-from repository import PAGES, PATIENCE, ROOT, check_none, code_blocks, name_of, read, tables
+from repository import PAGES, ROOT, check_none, code_blocks, name_of, read, tables
 
 import sg_opd_trl
 from sg_opd_trl import core
-from sg_opd_trl.tasks import resolve
 
 
 def heading_anchors(text: str) -> set[str]:
@@ -165,17 +162,3 @@ def test_table_of_overridable_methods_is_true() -> None:
         for name in re.findall(r"`([\w.]+)`", row["override"]):
             owner = name.rpartition(".")[0] or owner
             assert callable(getattr(getattr(sg_opd_trl, owner), name.rpartition(".")[2])), name
-
-
-@pytest.mark.slow
-def test_python_example_of_the_readme_trains(
-    tmp_path: Path, shipped_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SG_OPD_CACHE", str(shipped_cache))
-    for role in ("teacher", "student"):
-        resolve(f"builtin/arithmetic-{role}")
-    example = code_blocks(read("README.md"), "python")[0]
-    assert len(example.splitlines()) <= 10
-    command = [sys.executable, "-c", example]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
-    assert (tmp_path / "outputs" / "first-run" / "model.safetensors").is_file()

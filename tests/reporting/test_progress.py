@@ -1,5 +1,7 @@
 """The bar shows the watched numbers, on the main process only, and starts where the run starts."""
 
+import logging
+
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -78,3 +80,47 @@ def test_disabled_bars_stay_silent(arguments, capfd):
 
 def test_is_found_and_removed_as_a_progress_callback():
     assert issubclass(CompactProgressCallback, ProgressCallback)
+
+
+@pytest.fixture
+def _plain_logging():
+    """Loggers as in a program of its own: pytest's handlers would take the messages elsewhere."""
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, [logging.StreamHandler()]
+    yield
+    root.handlers = before
+
+
+@pytest.mark.usefixtures("_plain_logging")
+def test_warnings_stand_above_the_bar_and_are_counted_in_it(arguments, capfd):
+    callback, control = CompactProgressCallback(), TrainerControl()
+    handlers = logging.getLogger().handlers[:]
+    callback.on_train_begin(arguments, state(), control)
+    callback.on_log(arguments, state(1), control, logs=LOG)
+    logging.getLogger("sg_opd_trl.reporting.symptoms").warning("All %d completions are empty.", 8)
+    logging.getLogger("another_library").warning("not ours")
+    logging.getLogger("sg_opd_trl.trainer").info("no warning")
+    assert "reward=0.123" in str(callback.training_bar)
+    assert "warnings=1" in str(callback.training_bar)
+    callback.on_log(arguments, state(2), control, logs={"reward": 0.5})
+    assert "reward=0.5, warnings=1" in str(callback.training_bar)
+    callback.on_train_end(arguments, state(2), control)
+    # At the beginning of a line of its own, not behind the bar.
+    lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    assert "All 8 completions are empty." in lines
+    assert "not ours" in lines
+    assert logging.getLogger().handlers == handlers
+    assert callback._warnings not in logging.getLogger("sg_opd_trl").handlers
+
+
+def test_the_next_run_counts_anew_also_after_one_that_failed(arguments):
+    callback, control = CompactProgressCallback(), TrainerControl()
+    package = logging.getLogger("sg_opd_trl")
+    before = package.handlers[:]
+    callback.on_train_begin(arguments, state(), control)
+    package.warning("in the run that fails")
+    callback.on_train_begin(arguments, state(), control)
+    callback.on_log(arguments, state(1), control, logs=LOG)
+    assert "warnings" not in str(callback.training_bar)
+    callback.on_train_end(arguments, state(1), control)
+    assert package.handlers == before
