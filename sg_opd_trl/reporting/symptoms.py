@@ -300,8 +300,8 @@ class Decline(Symptom):
             f"{best[0].step} to {best[-1].step}) to {rewards[1]} (steps {last[0].step} to {last[-1].step}), with "
             f"teacher/kl_k3 from {kls[0]} to {kls[1]}. The student unlearns. Likely reasons: "
             f"learning_rate={self.args.learning_rate:g} is too high for steps of {prompts} prompt(s) (lower it, or "
-            "raise `per_device_train_batch_size` or `gradient_accumulation_steps`), `lambda_high` is too large, or the "
-            "teacher reads these prompts by another chat template."
+            "raise `per_device_train_batch_size` or `gradient_accumulation_steps`), `lambda_high` is too large, or "
+            "the teacher reads these prompts by another chat template."
         )
 
 
