@@ -112,7 +112,7 @@ def _context_rows(run: InspectedRun) -> Iterator[Row]:
 
 
 def _verifier_rows(run: InspectedRun, counted: int = GOLDS_COUNTED) -> list[Row]:
-    datasets = {name: first_rows(dataset)[:counted] for name, dataset in datasets_of(run)}
+    datasets = {name: first_rows(dataset) for name, dataset in datasets_of(run)}
     rows = rows_of_verifier(run.verifier, run.tokenizer, datasets, run.state, counted)
     # What the verifier logged on these answers belongs to no rollouts.
     run.verifier.take_metrics()
@@ -133,8 +133,9 @@ def rows_of_verifier(
         tokenizer: the student's.
         datasets: rows by the data set's name.
         state: of transformers.
-        counted: golds of each data set that are counted.
+        counted: golds of each data set that are counted; of a verifier of the caller's fewer.
     """
+    counted = counted if is_built_in(verifier.function) else GOLDS_TRIED
 
     def judge(examples: Sequence[dict], texts: Sequence[str]) -> Sequence[float | None]:
         ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]

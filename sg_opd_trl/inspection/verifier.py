@@ -18,7 +18,8 @@ Judge = Callable[[Sequence[dict], Sequence[str]], Sequence[float | None]]
 GOLDS_TRIED = 20
 """Golds that the verifier must say yes to, and beside which it is given a wrong answer (our choice)."""
 GOLDS_COUNTED = 200
-"""Golds of each data set that are counted by verdict (our choice): as many as take a second or two."""
+"""Golds of each data set that are counted by verdict (our choice): as many as take a built-in verifier a second or
+two. Of others, which may ask a model, the first `GOLDS_TRIED`."""
 _WAYS = ("\\boxed{{{}}}", "{}", "The answer is {}.", "#### {}", "<answer>{}</answer>")
 # In every way of writing: nobody asks for it, and it is neither a letter nor near zero.
 _WRONG = "-86028121"
@@ -68,8 +69,12 @@ def verifier_rows(
         way, verdicts = _own_way(judge, tried, column)
         wrong = [judge(tried, [each.format(_WRONG)] * len(tried)) for each in dict.fromkeys((way, _WAYS[0]))]
         rows = [_verifier_row(name, tried, column, verdicts, [one for part in wrong for one in part])]
+        known = list(verdicts)
         for key, examples in with_gold.items():
-            rows += _gold_rows(key, examples, column, judge(examples, _answers(way, examples, column)))
+            rest = examples[len(known) :]
+            known += judge(rest, _answers(way, rest, column)) if rest else []
+            rows += _gold_rows(key, examples, column, known)
+            known = []
         return rows
     except Exception as error:  # noqa: BLE001  # the caller's function, which may raise anything
         return [
