@@ -33,11 +33,13 @@ _DEFINED_IN = {
     "TeacherError": "errors",
     "VerifierError": "errors",
     "NonFiniteError": "errors",
+    "CheckpointError": "errors",
 }
 _MODULES = ("core", "evaluation", "reporting", "tasks", "teachers", "verifiers")
 
 __all__ = [
     "AdapterTeacher",
+    "CheckpointError",
     "DataError",
     "EvaluationResult",
     "LocalTeacher",
@@ -60,7 +62,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .config import SGOPDConfig
-    from .errors import DataError, NonFiniteError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
+    from .errors import (
+        CheckpointError,
+        DataError,
+        NonFiniteError,
+        SGOPDConfigError,
+        SGOPDError,
+        TeacherError,
+        VerifierError,
+    )
     from .evaluation import EvaluationResult, evaluate_model, pass_at_k
     from .teacher_sampling.callback import TeacherAnchorCallback
     from .teachers import AdapterTeacher, LocalTeacher, RoutedTeacher, ServerTeacher

@@ -35,6 +35,10 @@ class NonFiniteTeacherError(TeacherError, NonFiniteError):
     """A NaN or an infinity from a teacher or reference: as with any of their failures, the last step can be kept."""
 
 
+class CheckpointError(SGOPDError, RuntimeError):
+    """A checkpoint that cannot be written whole, or that is not whole any more."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean `...`?` with the nearest known name, to be put into a message; empty where none is near."""
     # A flag may be written with hyphens and a field has underscores: they are one name.

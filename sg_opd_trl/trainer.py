@@ -43,6 +43,7 @@ from .bookkeeping import (
     keep_last_step,
     reduce_over_ranks,
 )
+from .checkpoints import check_checkpoint
 from .config import SGOPDConfig
 from .errors import TeacherError
 from .inspection import Report, first_seconds, inspect_run
@@ -749,14 +750,21 @@ class SGOPDTrainer(GRPOSeam):
             self.metrics = metrics
 
     # === what surrounds a step: running, logging, writing ========================================================
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; whichever way that ends, a teacher does not go on with what nobody will ask for."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; whichever way that ends, a teacher does not go on with what nobody will ask for.
+
+        Raises:
+            CheckpointError: `resume_from_checkpoint` names a checkpoint that is not whole.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            with self.args.main_process_first(desc="checkpoint"):
+                check_checkpoint(resume_from_checkpoint)
         if self.args.preflight:
             first_seconds(self)
         last = LastStep(self)
         self.add_callback(last)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except TeacherError as error:
             keep_last_step(self, last, error)
             raise

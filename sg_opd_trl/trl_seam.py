@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import json
+import shutil
 import time
 import types
 from collections import defaultdict
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response  # noqa: F401
 from trl.data_utils import is_conversational  # noqa: F401
@@ -33,6 +36,7 @@ from trl.trainer.utils import (  # noqa: F401
     maybe_gather_lm_head_ctx,
 )
 
+from .checkpoints import ASIDE, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
 from .models.forward import ForwardOutput, HeadRequest, layouts_of, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
@@ -285,6 +289,7 @@ class GRPOSeam(GRPOTrainer):
         self.seconds: dict[str, float] = defaultdict(float)
         self._batch_in_loss = None
         self._evaluated_as = "eval"
+        self._written_aside: Path | None = None
         super().__init__(*args, **kwargs)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
             self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))
@@ -596,10 +601,54 @@ class GRPOSeam(GRPOTrainer):
         return grad_norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
+        aside, place = folder / ASIDE / name, folder / name
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with told_of_a_full_disk(aside.parent, self._size_of_checkpoint()):
+            # Transformers asks for the run's folder, and gets the one beside it.
+            self._written_aside = aside.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._written_aside = None
+            if self.state.best_model_checkpoint == str(aside):
+                self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                (aside / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
+            # Every rank has written its part.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                complete(aside, place)
+        if self.args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            # Only now: until the new one is whole, the old ones are all there is.
+            kept, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), save_total_limit=kept, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(place))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._written_aside is None else str(self._written_aside)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # What is uploaded in the background must not be renamed meanwhile: it is pushed from its place.
+        if self._written_aside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _size_of_checkpoint(self) -> int:
+        """Bytes of weights and optimizer state, as far as this process holds them."""
+        student = self.accelerator.unwrap_model(self.model)
+        # Of a student with adapters these alone are saved.
+        saved = [p for p in student.parameters() if p.requires_grad or not hasattr(student, "peft_config")]
+        weights = sum(p.numel() * p.element_size() for p in saved)
+        if self.args.save_only_model or self.optimizer is None or self.accelerator.state.deepspeed_plugin is not None:
+            return weights
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        return weights + sum(x.numel() * x.element_size() for x in states if isinstance(x, Tensor))
 
     def _load_callback_state(self) -> None:
         # Transformers would make them anew from arguments that a subclass need not export, and lose its own.

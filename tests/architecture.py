@@ -19,7 +19,7 @@ PACKAGE = "sg_opd_trl"
 
 # From the bottom to the top; "" is the package itself. A module may import what is in its own layer or below.
 LAYERS = (
-    ("", "errors", "files", "lazy_imports", "random_state", "run", "setting"),
+    ("", "checkpoints", "errors", "files", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
     ("models", "data", "tasks"),
     ("trl_seam", "bookkeeping"),

@@ -36,6 +36,7 @@ SIGNATURES = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_tokenize_prompts": ["self", "prompts"],
     "_get_output_dir": ["self", "trial"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
