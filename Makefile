@@ -13,6 +13,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # REPOINT=1 hands $(VENV) over to this checkout if another one uses it.
 REPOINT ?=
+# BF16=1 and BF16=0 run the tests as on a machine with and without bfloat16: TRL switches it on where it is not set.
+BF16 ?=
 # Processes that share the tests of `make test`, with one thread each; 0 for none besides pytest's own (for --pdb, say).
 TEST_JOBS ?= 2
 
@@ -24,6 +26,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 # Where the package itself runs nothing is downloaded, nothing is reported home, and forks stay quiet.
 # PASSIVE: threads that spin while they wait make two busy cores several times slower.
+TEST := SG_OPD_TEST_BF16=$(BF16)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 # One thread for each process of vLLM: two cores have no room for more.
 VLLM_OFFLINE := VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1
@@ -47,13 +50,13 @@ demo: $(VENV)/.installed-run ## distil a small student on this machine, from not
 	$(OFFLINE) $(BIN)/sg-opd demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests, the slow ones included, in $(TEST_JOBS) processes
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(OFFLINE) $(TEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev ## run every test: every mode with every other as well
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(OFFLINE) $(TEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## run the fast tests only
-	$(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(OFFLINE) $(TEST) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed ## run the tests that start real vLLM servers, on the CPU, in $(VLLM_VENV)
 	$(OFFLINE) $(VLLM_OFFLINE) $(VLLM_BIN)/python -m pytest -m vllm tests/real_vllm $(PYTEST_ARGS)

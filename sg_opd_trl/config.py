@@ -27,7 +27,8 @@ from .core import (
     routes_need_reference,
 )
 from .errors import SGOPDConfigError
-from .setting import ON, Rule, Setting, declared, setting, unused, value_problems
+from .precision import precision_problems, settle_bf16
+from .setting import AUTO, ON, NumberOrWord, Rule, Setting, declared, setting, unused, value_problems
 from .teachers.urls import MAX_RETRIES, RETRIES_RULE, TIMEOUT, TIMEOUT_RULE, server_problems
 from .teachers.urls import parsed as parsed_servers
 
@@ -189,14 +190,17 @@ class SGOPDConfig(GRPOConfig):
         help="Neutral tokens (one of the two signals is zero): 'base' gives A(lambda_base) (paper, Figure 7), "
         "'conflict' treats them as conflict tokens (Eq. 4 to the letter).",
     )
-    gate_dead_zone: float = setting(
+    gate_dead_zone: NumberOrWord = setting(
         1e-4,
         at_least=0,
+        words=(AUTO,),
         why="It is a magnitude on |log pi_teacher - log pi_student|, in nats.",
         way_out="Set it to 0 to let every non-zero log-ratio pass.",
         used_if=_GATE,
-        help="Teacher log-ratios up to this absolute value, in nats, count as zero (our choice). 1e-4 removes float32 "
-        "noise; about 0.03 removes the sign flips of bfloat16 models, at the price of more neutral tokens.",
+        help="Teacher log-ratios up to this absolute value, in nats, count as zero (our choice). 1e-4 is above the "
+        "rounding noise of float32. 'auto' measures the noise of this run before its first step and takes what 95% of "
+        "it stays below, at least 1e-4: in bfloat16 often about 0.03, at the price of many more neutral tokens "
+        "(docs/methods.md has both).",
     )
     # Used without the gate too: the anchor's filter and the metrics of evaluation ask the verifier.
     verifier_reward_func: str | None = setting(
@@ -446,8 +450,9 @@ class SGOPDConfig(GRPOConfig):
     )
     preflight: bool = setting(
         True,
-        help="Whether the first seconds of training look at versions, memory and verifier, as `sg-opd check` does at "
-        "length: what is doubtful is a warning, what cannot go well ends the run before its first step (our choice).",
+        help="Whether the first seconds of training look at versions, memory, verifier and the gate's rounding noise, "
+        "as `sg-opd check` does at length: what is doubtful is a warning, what cannot go well ends the run before its "
+        "first step (our choice).",
     )
     eval_with_teacher: bool = setting(
         False,
@@ -488,6 +493,7 @@ class SGOPDConfig(GRPOConfig):
         # Before TRL's own checks, whose messages do not say what its numbers are to this method.
         self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
         check_config(self)
+        settle_bf16(self)
         super().__post_init__()
         unpin(self)
 
@@ -570,6 +576,7 @@ def check_config(config: SGOPDConfig) -> None:
         *server_problems(config),
         *engine_problems(config),
         *_wrong_groups(config),
+        *precision_problems(config),
         *_refused_of_trl(config),
         *_refused_controls(config),
         *_refused_modes(config),

@@ -13,6 +13,24 @@ from typing import Any, Final, get_args, get_type_hints
 ON: Final = object()
 """In `used_if`: whatever value the other setting has, so long as it is not its `off`."""
 
+AUTO: Final = "auto"
+"""The word for a number that the run chooses from what it measures."""
+
+
+class NumberOrWord(float):
+    """The type of a field that holds a number or one of a few words, for parsers, which call the one type of a field.
+
+    What it gives is a plain number or the text, whose word the setting's rule knows.
+    """
+
+    def __new__(cls, text: Any) -> Any:
+        """The number that a text says, else the text."""
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
 UsedIf = Mapping[str, Any]
 """Other setting -> the values, a tuple, of which it must have one; or `ON`. All entries must hold."""
 
@@ -27,6 +45,7 @@ class Rule:
         below: a number must be smaller.
         at_most: a number must not be larger. Without an upper bound everything finite is allowed.
         choices: all values there are, in place of bounds.
+        words: values beside the numbers within the bounds, of a `NumberOrWord`.
         why: a sentence for messages: what the value does, by which a reader sees why the rest makes no sense.
         way_out: a sentence for messages: what to set instead; "" names the default.
     """
@@ -38,6 +57,7 @@ class Rule:
     choices: Sequence[str] = ()
     why: str = ""
     way_out: str = ""
+    words: Sequence[str] = ()
 
     @property
     def bounded(self) -> bool:
@@ -54,7 +74,8 @@ class Rule:
             return f"a whole number of at least {self.at_least:g}"
         low = f"[{self.at_least:g}" if self.at_least is not None else f"({_or(self.above, -math.inf):g}"
         high = f"{self.at_most:g}]" if self.at_most is not None else f"{_or(self.below, math.inf):g})"
-        return f"a {'whole ' if whole else ''}number in {low}, {high}"
+        words = "".join(f", or {word!r}" for word in self.words)
+        return f"a {'whole ' if whole else ''}number in {low}, {high}{words}"
 
     def problem(
         self, name: str, value: object, default: object, *, whole: bool = False, optional: bool = False
@@ -77,6 +98,8 @@ class Rule:
     def _admits(self, value: object, whole: bool) -> bool:
         if self.choices:
             return value in self.choices
+        if isinstance(value, str) and value in self.words:
+            return True
         # True is an int in Python, and a flag where a number belongs is a mistake. NaN fails every comparison.
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             return False
@@ -145,6 +168,7 @@ def setting(
     below: float | None = None,
     at_most: float | None = None,
     choices: Sequence[str] = (),
+    words: Sequence[str] = (),
     why: str = "",
     way_out: str = "",
     rule: Rule | None = None,
@@ -162,6 +186,7 @@ def setting(
         below: see there.
         at_most: see there.
         choices: see there.
+        words: see there.
         why: see there.
         way_out: see there.
         rule: all of these in one, for a rule that is kept outside of the configuration too.
@@ -173,7 +198,7 @@ def setting(
         A `dataclasses.Field`.
     """
     text = _Help(help)
-    text.rule = rule or Rule(above, at_least, below, at_most, choices, why, way_out)
+    text.rule = rule or Rule(above, at_least, below, at_most, choices, why, way_out, words)
     text.group, text.off = group, off
     text.used_if = (used_if,) if isinstance(used_if, Mapping) else tuple(used_if)
     if isinstance(default, list):

@@ -59,6 +59,7 @@ from .models.batch import (
 )
 from .models.forward import HeadRequest, scattered
 from .models.head import OutputHead
+from .noise import GateNoise
 from .objectives import Objective, Positions, Scores, build_objective
 from .prefetch import prefetched_scores
 from .preflight import (
@@ -249,6 +250,8 @@ class SGOPDTrainer(GRPOSeam):
         self.symptoms = SymptomReporter(args, self.verifier.name)
         self.add_callback(self.symptoms)
         self.add_callback(AnchorBinding(self))
+        self.gate_noise = GateNoise(self, heeded=inherits(type(self), SGOPDTrainer, "compute_gate"))
+        self.add_callback(self.gate_noise)
         check_log_probs(self)
 
     def _build_verifier(self) -> RunVerifier:
@@ -287,7 +290,12 @@ class SGOPDTrainer(GRPOSeam):
 
     def compute_gate(self, verifier_advantages: Tensor, teacher_advantages: Tensor) -> Tensor:
         """Class of every token (Eq. 4): `(B,)` a1 and `(B, T)` a2 -> `(B, T)` +1 consensus, 0 neutral, -1 conflict."""
-        return core.sign_consistency_gate(verifier_advantages, teacher_advantages, self.args.gate_dead_zone)
+        return core.sign_consistency_gate(verifier_advantages, teacher_advantages, self.dead_zone)
+
+    @property
+    def dead_zone(self) -> float:
+        """`gate_dead_zone` in nats, also where it is "auto"."""
+        return self.gate_noise.dead_zone
 
     def route_advantages(
         self,
@@ -619,6 +627,8 @@ class SGOPDTrainer(GRPOSeam):
         mode = self.mode
         self.metrics.add_tokens(mode, statistics)
         self.metrics.add(mode, "teacher/matching_loss", *matching)
+        if signals.gate is not None and self.gate_noise.automatic:
+            self.metrics.set(mode, "gate/dead_zone", self.dead_zone)
         if mode == "train":
             self.symptoms.saw_tokens(statistics)
             if self.anchor is not None:
@@ -806,6 +816,8 @@ class SGOPDTrainer(GRPOSeam):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the training run's random state is left as it was."""
+        if self.args.eval_with_teacher:
+            self.gate_noise.ready()
         with forked_random_state(self.accelerator.device), self._unchanged_times():
             return super().evaluate(*args, **kwargs)
 
@@ -844,16 +856,18 @@ class SGOPDTrainer(GRPOSeam):
         return anchor_callbacks(self)
 
     def checkpoint_state(self) -> dict:
-        """Who taught and what was the reference, so that a resumed run can be told from another, and what was counted.
+        """What tells a resumed run from another, what was counted, and the dead zone that was chosen.
 
         The anchor's counters are here too: transformers' own restoring of callbacks is off by default.
         """
         counters = [callback.counters for callback in anchor_callbacks(self)]
-        return checkpoint_facts(self) | ({"anchor": counters[0]} if counters else {})
+        own = {"anchor": counters[0]} if counters else {}
+        return checkpoint_facts(self) | own | self.gate_noise.facts()
 
     def check_checkpoint_state(self, state: dict) -> None:
         """Refuse to continue a run with another teacher or reference, and count on from its tokens and rollouts."""
         compare_checkpoint_facts(self, state)
+        self.gate_noise.restore(state)
         self._tokens_before = state.get("teacher_tokens", (0, 0))
         for callback in anchor_callbacks(self) if "anchor" in state else []:
             callback.restore_counters(**state["anchor"])

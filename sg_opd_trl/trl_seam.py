@@ -225,11 +225,19 @@ def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:
 
 
 @contextmanager
-def model_for_generation(model: nn.Module, accelerator: Any) -> Iterator[PreTrainedModel]:
-    """The frozen model unwrapped for `generate`, its shards gathered where that is needed."""
+def model_for_generation(
+    model: nn.Module, accelerator: Any, gradient_checkpointing_kwargs: dict | None = None
+) -> Iterator[PreTrainedModel]:
+    """A model unwrapped for `generate`, without gradient, its shards gathered where that is needed.
+
+    Gradient checkpointing, which these arguments are of, is off for the block.
+    """
     backend = DistributedBackend(accelerator)
     gathered = backend.summon_full_params(model, recurse=False) if backend.is_fsdp else nullcontext()
-    with unwrap_model_for_generation(model, accelerator) as unwrapped, torch.no_grad(), gathered:
+    unwrapping = unwrap_model_for_generation(
+        model, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+    )
+    with unwrapping as unwrapped, torch.no_grad(), gathered:
         yield unwrapped
 
 
@@ -470,6 +478,10 @@ class GRPOSeam(GRPOTrainer):
         """The student for scoring without gradient: gradient checkpointing off, otherwise as it is."""
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             yield self.model
+
+    def student_writing(self) -> AbstractContextManager[Any]:
+        """The student unwrapped for `generate_completions`, without gradient."""
+        return model_for_generation(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs)
 
     def run_policy(
         self,

@@ -25,7 +25,7 @@ LAYERS = (
     ("trl_seam", "bookkeeping"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
-    ("teacher_sampling", "objectives", "config", "prefetch", "token_weights"),
+    ("teacher_sampling", "objectives", "config", "noise", "precision", "prefetch", "token_weights"),
     ("baselines", "reporting"),
     ("inspection", "preflight"),
     ("trainer",),

@@ -15,6 +15,13 @@ from typing import Any
 
 import pytest
 
+# As on a machine with or without bfloat16, if that is asked for: before anything imports transformers, and for all
+# processes that tests start.
+_SWITCH = Path(__file__).parent / "bf16_switch"
+sys.path.insert(0, str(_SWITCH))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_SWITCH), os.environ.get("PYTHONPATH")]))
+import sitecustomize  # noqa: E402, F401
+
 #: Of pytest-timeout's limit, which is the first to speak.
 TIMES_THE_TIMEOUT = 2
 

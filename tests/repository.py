@@ -13,6 +13,11 @@ SKIPPED_FOLDERS = {"build", "dist", "outputs", "__pycache__", "wandb", "trackio"
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".cfg", ".toml", ".txt", ".cff", ".ipynb", ".html", ".jinja", ""}
 
 
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process that a test starts: these folders before what this process was given."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
 def repository_files() -> Iterator[Path]:
     """Text files that belong to the repository, without what tools and runs leave behind."""
     for folder, names, files in os.walk(ROOT):

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from repository import PATIENCE, ROOT
+from repository import PATIENCE, ROOT, python_path
 
 # On a machine without a GPU this gives two ranks over gloo; `--cpu` would silently start one process.
 FLAGS = [
@@ -16,7 +16,7 @@ FLAGS = [
 def run_module(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """`python -m WORDS` with the package and the tests' helpers at hand."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": python_path(ROOT, ROOT / "tests"),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 
 from ..errors import SGOPDConfigError
+from ..precision import precision_problems, settle_bf16
 
 _TOKENIZED = "Rows are token ids before TRL's trainer sees them, it would have no effect or change them."
 ORDER = "Rows come in the order in which SG-OPD visits their prompts."
@@ -90,8 +91,10 @@ class _TeacherSFTFields(PairedFields, SFTConfig):
                 *moved(self, FIXED | _FIXED_SFT),
                 *no_teacher(self),
                 *not_positive(self, "max_completion_length", "rollout_batch_size"),
+                *precision_problems(self),
             ]
         )
+        settle_bf16(self)
         super().__post_init__()
 
 
@@ -127,6 +130,20 @@ class SeqKDConfig(_TeacherSFTFields):
     Raises:
         SGOPDConfigError: no teacher, a value out of range, or a setting of TRL that would break the pairing.
     """
+
+
+@dataclass
+class PlainGRPOConfig(GRPOConfig):
+    """Configuration of `method: grpo`: `trl.GRPOConfig` as it is, on machines without bfloat16 too.
+
+    Raises:
+        SGOPDConfigError: bfloat16 is asked for on a machine that has none.
+    """
+
+    def __post_init__(self) -> None:
+        raise_problems([*precision_problems(self)])
+        settle_bf16(self)
+        super().__post_init__()
 
 
 def raise_problems(problems: list[str]) -> None:

@@ -17,6 +17,7 @@ from ..errors import TeacherError
 from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..models.batch import pad_rows
 from ..models.sampling import without_own_settings
+from ..precision import precision_problems, settle_bf16
 from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
 from .order import plan_steps
 from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer, padding_ids
@@ -57,8 +58,10 @@ class OnPolicyGKDConfig(PairedFields, GKDConfig):
                 *no_teacher(self),
                 *not_positive(self, "max_new_tokens", "num_generations"),
                 *outside(self, "temperature", math.inf, "It divides the logits that rollouts are drawn from."),
+                *precision_problems(self),
             ]
         )
+        settle_bf16(self)
         super().__post_init__()
 
     @property

@@ -79,7 +79,7 @@ def _baseline_use(trainer: Any) -> "TeacherUse":
 
 METHODS = {
     "sg_opd": Method("sg_opd_trl.config:SGOPDConfig", _build_sg_opd, _sg_opd_use),
-    "grpo": Method("trl:GRPOConfig", _build_grpo, _no_use),
+    "grpo": Method("sg_opd_trl.baselines.config:PlainGRPOConfig", _build_grpo, _no_use),
     "sft": Method("sg_opd_trl.baselines.config:TeacherSFTConfig", _build_sft, _baseline_use),
     "seqkd": Method("sg_opd_trl.baselines.config:SeqKDConfig", _build_sft, _baseline_use),
     "gkd": Method("sg_opd_trl.baselines.gkd:OnPolicyGKDConfig", _build_gkd, _baseline_use),

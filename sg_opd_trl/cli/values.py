@@ -13,6 +13,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from ..setting import NumberOrWord
+
 NOTHING = ("none", "null")
 """Words for nothing, in small letters: Python's and YAML's."""
 _OWN_WORDS: Mapping[str, Collection[str]] = {
@@ -82,6 +84,8 @@ def as_launch_word(name: str, value: Any) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
+    if hint is NumberOrWord:
+        return float, str
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 

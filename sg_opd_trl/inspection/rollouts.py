@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core import reverse_kl_advantage
 from ..data import first_rows
 from ..models.batch import TokenBatch, loss_mask, token_batch
+from ..noise import NOTABLE, WIDEN, Noise
 from ..teacher_sampling.rollouts import MEANING, WAY_OUT, DropReason, drop_reason
 from ..teacher_sampling.step import AnchorRun
 from ..teachers.routed import teacher_of, teacher_prompt_ids
@@ -38,6 +39,10 @@ class SampledRun(AnchorRun, Protocol):
 
     num_generations: int
     token_weights: TokenWeights
+
+    @property
+    def dead_zone(self) -> float:
+        """|a2| in nats up to which a token is neutral."""
 
     @property
     def width_multiple(self) -> int:
@@ -131,7 +136,7 @@ def make_first_rollouts(run: SampledRun, prompts: int = PROMPTS) -> FirstRollout
         mixed=int(((groups == 1).any(dim=1) & (groups == 0).any(dim=1)).sum()),
         consensus=float((gate == 1).float().mean()) if tokens else 0.0,
         conflict=float((gate == -1).float().mean()) if tokens else 0.0,
-        dead_zone=args.gate_dead_zone,
+        dead_zone=run.dead_zone,
         mean_gap=float(gaps.mean()) if tokens else None,
         largest_gap=float(gaps.max()) if tokens else 0.0,
         seconds=seconds,
@@ -172,17 +177,19 @@ def _anchor(run: SampledRun, examples: Sequence[dict], seconds: dict[str, float]
 
 
 # --- what is said of them --------------------------------------------------------------------------------------------
-def rollout_rows(found: FirstRollouts, *, gated: bool, noise: float | None = None) -> list[Row]:
+def rollout_rows(found: FirstRollouts, *, gated: bool, noise: Noise | None = None) -> list[Row]:
     """Rows on the rollouts, their verdicts, the teacher's signal, and the anchor.
 
     Args:
         found: what was sampled.
         gated: whether the gate is on.
-        noise: |a2| that rounding makes, where it was measured.
+        noise: what rounding makes of |a2|, where it was measured.
     """
-    rows = [_length_row(found), _verdict_row(found), _teacher_row(found, noise)]
+    rows = [_length_row(found), _verdict_row(found), _teacher_row(found, None if noise is None else noise.quantile)]
     if gated:
         rows.append(_gate_row(found))
+    if noise is not None:
+        rows.append(_noise_row(found.dead_zone, noise))
     if found.dropped is not None:
         rows.append(_anchor_row(found, found.dropped))
     return rows
@@ -234,6 +241,15 @@ def _teacher_row(found: FirstRollouts, noise: float | None) -> Row:
             "Look at the chat templates, at the end tokens, and whether the two are of one family.",
         )
     return Row("teacher", "green", f"{said}.")
+
+
+def _noise_row(dead_zone: float, noise: Noise) -> Row:
+    if noise.gated > NOTABLE:
+        return Row("rounding", "yellow", f"The dead zone is {dead_zone:g}: {noise.told()}", WIDEN)
+    said = (
+        f"Where teacher and student agree exactly, {noise.gated:.0%} of the tokens pass the dead zone ({dead_zone:g})."
+    )
+    return Row("rounding", "green", said)
 
 
 def _gate_row(found: FirstRollouts) -> Row:

@@ -10,6 +10,7 @@ from transformers import TrainerState
 from ..agreement import Agreement, positions_of
 from ..data import datasets_of, first_prompts, first_rows
 from ..errors import SGOPDConfigError, SGOPDError
+from ..noise import MeasuredRun, can_be_measured, measure
 from ..random_state import forked_random_state
 from ..run import Run
 from ..teachers.fit import RenderingRun
@@ -29,7 +30,7 @@ from .verifier import GOLDS_COUNTED, GOLDS_TRIED, Judge, gold_column, is_built_i
 logger = logging.getLogger(__name__)
 
 
-class InspectedRun(SampledRun, RenderingRun, Protocol):
+class InspectedRun(SampledRun, RenderingRun, MeasuredRun, Protocol):
     """A run that is ready to train.
 
     Attributes:
@@ -54,7 +55,7 @@ def inspect_run(run: InspectedRun, prompts: int = PROMPTS) -> Report:
     with forked_random_state(run.accelerator.device):
         rows = [stack_row(), *_text_rows(run), *_context_rows(run), log_prob_row(run.agreements)]
         rows += _verifier_rows(run)
-        rows += server_rows(_teachers(run), _probe(run), run.args.gate_dead_zone)
+        rows += server_rows(_teachers(run), _probe(run), run.dead_zone)
         rows.append(_memory_row(run))
         rows += _sampled_rows(run, prompts)
     return Report(tuple(rows), time.perf_counter() - start)
@@ -188,7 +189,9 @@ def _sampled_rows(run: InspectedRun, prompts: int) -> list[Row]:
     except Exception as error:  # noqa: BLE001  # a reward function of the caller's, or a library under a model
         said = f"No rollout could be made, scored and judged: {type(error).__name__}: {str(error)[:300]}"
         return [Row("rollouts", "red", said, "Mend what raises it; a run would end in it with its traceback.")]
-    return [*rollout_rows(found, gated=run.args.sign_gated_extrapolation), _time_row(run, found)]
+    gated = run.args.sign_gated_extrapolation
+    noise = measure(run, run.dead_zone) if gated and can_be_measured(run) else None
+    return [*rollout_rows(found, gated=gated, noise=noise), _time_row(run, found)]
 
 
 def _time_row(run: Run, found: FirstRollouts) -> Row:

@@ -285,24 +285,29 @@ class LocalTeacher(FrozenModel):
             yield model
 
     def _generate_batch(self, model: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        settings = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "eos_token_id": list(sampling.eos_token_ids),
-            "pad_token_id": sampling.pad_token_id,
-            # Batches differ in shape, and each would be compiled anew.
-            "disable_compile": True,
-        }
-        config = GenerationConfig(**(settings | dict(sampling.generation_kwargs)))
+        config = generation_config(sampling)
         with self.accelerator.autocast():
             return generate_completions(
                 model, prompts, config, role=self.role, synced_gpus=is_sharded(self.accelerator)
             )
+
+
+def generation_config(sampling: Sampling) -> GenerationConfig:
+    """What `generate` of transformers is told of how a rollout is written."""
+    settings = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "eos_token_id": list(sampling.eos_token_ids),
+        "pad_token_id": sampling.pad_token_id,
+        # Batches differ in shape, and each would be compiled anew.
+        "disable_compile": True,
+    }
+    return GenerationConfig(**(settings | dict(sampling.generation_kwargs)))
 
 
 # --- what a score and a fingerprint stand on -------------------------------------------------------------------------

@@ -19,18 +19,24 @@ from ..models.head import OutputHead
 from ..models.sampling import END_TOKENS
 from ..random_state import mixed_seed
 from ..run import Run
+from ..setting import AUTO
 from .answers import RefusedRequest, SequenceScores
 from .base import HiddenScores, Sampling, SupportScores
 from .client import CompletionsClient
 from .fit import first_difference
 from .http import RequestLimits
 from .local import check_ids
-from .urls import MAX_RETRIES, TIMEOUT, api_key, read_servers, temperature_problem
+from .urls import (
+    ADVISED_DEAD_ZONE,
+    MAX_RETRIES,
+    TIMEOUT,
+    api_key,
+    dead_zone_problem,
+    read_servers,
+    temperature_problem,
+)
 
 logger = logging.getLogger(__name__)
-
-ADVISED_DEAD_ZONE = 0.05
-"""`gate_dead_zone` that keeps the numerical noise of a bfloat16 server away from the gate's signs (our choice)."""
 
 # How much more is asked for where some of the likeliest tokens are ids that another model lacks (our choice).
 _WIDER = 4
@@ -367,6 +373,8 @@ def check_server(teacher: "ServerTeacher", run: Run, tokenizer: Any) -> None:
     args: Any = run.args  # its JSON strings are dictionaries by now
     if run.temperature != 1:
         raise SGOPDConfigError(temperature_problem(run.temperature))
+    if args.sign_gated_extrapolation and args.gate_dead_zone == AUTO:
+        raise SGOPDConfigError(dead_zone_problem())
     if args.teacher_sampling_enable:
         check_generation_kwargs(args.generation_kwargs or {})
     teacher.client.connect(teacher.expected)

@@ -9,13 +9,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import SGOPDConfigError
-from ..setting import Rule
+from ..setting import AUTO, Rule
 
 API_KEY_VARIABLE = "SG_OPD_TEACHER_API_KEY"
 """Environment variable with the key of the teacher servers; settings end up in checkpoints, so it is none of them."""
 
 TIMEOUT, MAX_RETRIES = 600.0, 5
 """Defaults of `teacher_request_timeout` (seconds) and `teacher_max_retries`."""
+
+ADVISED_DEAD_ZONE = 0.05
+"""`gate_dead_zone` that keeps the numerical noise of a bfloat16 server away from the gate's signs (our choice)."""
 
 # Here and not in the configuration, which reads them: a `ServerTeacher` made in Python has the same two limits.
 TIMEOUT_RULE = Rule(
@@ -180,6 +183,8 @@ def server_problems(config: Any) -> Iterator[str]:
         yield str(error)
     if config.temperature != 1:
         yield temperature_problem(config.temperature)
+    if config.sign_gated_extrapolation and config.gate_dead_zone == AUTO:
+        yield dead_zone_problem()
 
 
 def temperature_problem(temperature: Any) -> str:
@@ -187,6 +192,15 @@ def temperature_problem(temperature: Any) -> str:
     return (
         f"`temperature={temperature}` is not supported with a teacher server: vLLM scores given tokens at temperature "
         "1 whatever it is asked for. Set temperature=1, or use a teacher in this process."
+    )
+
+
+def dead_zone_problem() -> str:
+    """The message for a dead zone that would have to be measured with a server's numerics."""
+    return (
+        f"`gate_dead_zone={AUTO!r}` is not supported with a teacher server: how much another engine with other "
+        "weights differs from the student by rounding alone cannot be measured from here. Set "
+        f"gate_dead_zone={ADVISED_DEAD_ZONE:g}, which suits a server in bfloat16, or another number."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import PATIENCE, ROOT, read
+from repository import PATIENCE, ROOT, python_path, read
 from teachers.model_server import model_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +65,7 @@ def task(tmp_path_factory):
 
 def run(name: str, flags: list[str], folder: Path) -> str:
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": python_path(ROOT),
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }

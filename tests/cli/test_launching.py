@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from repository import PATIENCE
+from repository import PATIENCE, python_path
 
 from sg_opd_trl.cli import launching, main
 from sg_opd_trl.cli.launching import check_world_size, find_accelerate_config, launch, launch_words, wants_launch
@@ -113,7 +113,8 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch):
 
 
 def run(words, **environment):
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path(ROOT)}
+    variables |= environment
     return subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from repository import PATIENCE
+from repository import PATIENCE, python_path
 
 from sg_opd_trl.cli import study_child
 
@@ -62,7 +62,7 @@ def test_a_killed_study_leaves_nothing_running_and_goes_on_where_it_was(tiny, tm
     path = tmp_path / "smoke.yaml"
     path.write_text(yaml.safe_dump(study), encoding="utf-8")
     command = [sys.executable, "-m", "sg_opd_trl.cli", "study", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "first.txt").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         first = tmp_path / "out" / "runs" / "opd" / "seed0" / "result.json"

@@ -14,7 +14,7 @@ TOKEN_METRICS = [
 ]  # fmt: skip
 RUN_METRICS = [
     "teacher/matching_loss", "teacher/scored_tokens", "teacher/generated_tokens", "teacher/unusable_tokens",
-    "weights/special_masked",
+    "weights/special_masked", "gate/dead_zone",
     "anchor/alpha", "anchor/loss", "anchor/verified_share", "anchor/rollouts", "anchor/tokens",
     "anchor/kept", "anchor/truncated", "anchor/dropped_wrong", "anchor/dropped_no_verdict", "anchor/dropped_empty",
     "anchor/dropped_filtered", "anchor/cache_hits", "anchor/cache_misses",

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from repository import python_path
 
 from sg_opd_trl.study import execution, results
 from sg_opd_trl.study.execution import child_environment, num_cores, run_jobs
@@ -148,7 +149,7 @@ def test_reused_tokens_are_kept_where_a_run_has_them(tmp_path, cost):
 
 def test_the_real_child_ends_with_the_pipe_that_the_study_holds(tmp_path):
     commands = json.dumps([["train", "--config", str(tmp_path / "absent.yaml")]])
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "PYTHONPATH": python_path(TESTS.parent)}
     waiting = "import sys, time; sys.modules['sg_opd_trl.cli.train'] = type('m', (), {'run': lambda *a, **k: "
     waiting += "print('trains', flush=True) or time.sleep(60)}); sys.argv[1:] = ['--watch', sys.argv[1]]; "
     waiting += "import runpy; runpy.run_module('sg_opd_trl.cli.study_child', run_name='__main__')"

@@ -60,7 +60,7 @@ class Run:
     def __init__(self, folder: Path, settings: dict, *, verdicts: Any = VERDICTS, **arguments: Any) -> None:
         verifier = ScriptedVerifier(verdicts)
         arguments = {"model": script_generation(tiny_model(0))} | arguments
-        settings = TWO_STEPS | settings
+        settings = TWO_STEPS | {"preflight": False} | settings  # which runs the student too
         self.trainer = tiny_trainer(folder, settings=settings, reward_funcs=verifier, **arguments)
         self.student = Forwards(self.trainer.model)
         self.teacher = Forwards(self.trainer.teacher.model)

@@ -1,0 +1,57 @@
+"""bfloat16: where a configuration leaves it open, and where it is asked for and cannot be had.
+
+TRL turns `bf16` on where nobody has set it, and transformers then refuses the machines that have none. So where nobody
+has set it, it is on if the machine computes in bfloat16, and otherwise off, which is said. Who asks for it gets it, or
+is refused by name. With `use_cpu` it can always be had: a CPU without such instructions emulates them.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.utils import import_utils
+
+logger = logging.getLogger(__name__)
+
+
+def accelerator_has_bf16() -> bool:
+    """Whether this machine has a GPU or the like that computes in bfloat16, as transformers tells it."""
+    return bool(import_utils.is_torch_bf16_gpu_available() or import_utils.is_torch_xla_available())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions that kernels for bfloat16 use; without them it is emulated, slowly."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def settle_bf16(config: Any) -> None:
+    """Switch `bf16` off where nobody has set it and the machine has none, before TRL switches it on.
+
+    Args:
+        config: of any method, before the `__post_init__` of TRL's configuration; changed in place.
+    """
+    if config.bf16 is not None or config.fp16:
+        return
+    if cpu_has_bf16() if config.use_cpu else accelerator_has_bf16():
+        return
+    config.bf16 = False
+    logger.warning(
+        "`bf16` is not set and is off: TRL would switch it on, and %s in bfloat16. The run is in float32. Set bf16 to "
+        "false to leave it at that%s.",
+        "this CPU does not compute" if config.use_cpu else "this machine has no GPU that computes",
+        ", or to true to have bfloat16 emulated" if config.use_cpu else "",
+    )
+
+
+def precision_problems(config: Any) -> Iterator[str]:
+    """What is wrong with `bf16` settings that ask for what the machine does not have, one message each."""
+    if config.use_cpu or accelerator_has_bf16():
+        return
+    for name in ("bf16", "bf16_full_eval"):
+        if getattr(config, name):
+            yield (
+                f"`{name}` must be false on this machine, got {getattr(config, name)!r}. It has no GPU that computes "
+                f"in bfloat16. Set {name}=False for float32, or use_cpu=True to have the CPU compute in bfloat16, "
+                "which many emulate slowly."
+            )
