@@ -100,12 +100,25 @@ class OnPolicyGKDTrainer(GKDTrainer):
     def generate_on_policy_outputs(model: Any, inputs: Any, generation_config: Any) -> tuple[Tensor, Tensor, Tensor]:
         """TRL's rollouts, shaped by the run's settings alone: the others do not heed the student's own."""
         with without_own_settings(model):
-            return GKDTrainer.generate_on_policy_outputs(model, inputs, generation_config)
+            return GKDTrainer.generate_on_policy_outputs(_Writer(model), inputs, generation_config)
 
     @property
     def teacher_use(self) -> TeacherUse:
         """What this process has taken from the teacher so far."""
         return TeacherUse(tokens_scored=int(self._scored))
+
+
+class _Writer:
+    """A model as TRL's rollouts use it. TRL gives one setting beside the others, of which transformers warns."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def generate(self, *, generation_config: Any, return_dict_in_generate: bool, **inputs: Any) -> Any:
+        """Write, with all settings in one place."""
+        settings = copy.copy(generation_config)
+        settings.return_dict_in_generate = return_dict_in_generate
+        return self._model.generate(generation_config=settings, **inputs)
 
 
 class PromptCollator:

@@ -10,6 +10,7 @@ An anchor that stays empty is told of by `teacher_sampling.rollouts.DropReporter
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -323,8 +324,9 @@ class SymptomReporter(TrainerCallback):
 
     def _begin(self) -> None:
         self._waiting = [symptom(self.args) for symptom in SYMPTOMS]
-        self._batches: list[WrittenBatch] = []
-        self._tokens: list[TokenStatistics] = []
+        # No more than a step has: whoever removes the callback does not have them pile up.
+        self._batches: deque[WrittenBatch] = deque(maxlen=self.args.gradient_accumulation_steps)
+        self._tokens: deque[TokenStatistics] = deque(maxlen=self.args.gradient_accumulation_steps)
 
     def saw_rollouts(self, batch: WrittenBatch) -> None:
         """The student has written for the step that is under way."""
@@ -344,7 +346,9 @@ class SymptomReporter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at what was written for the step; one that only used older rollouts again says nothing new."""
-        batches, tokens, self._batches, self._tokens = self._batches, self._tokens, [], []
+        batches, tokens = list(self._batches), list(self._tokens)
+        self._batches.clear()
+        self._tokens.clear()
         if not batches:
             return
         seen = self._seen(state.global_step, batches, tokens)

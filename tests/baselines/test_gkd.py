@@ -138,6 +138,24 @@ def test_the_students_own_settings_do_not_shape_its_rollouts(pair: Pair, tmp_pat
     assert labels[0] == labels[1]
 
 
+def test_all_settings_of_a_rollout_are_in_one_place(pair: Pair, tmp_path: Path) -> None:
+    """transformers warns, in every run, of a setting beside a `generation_config`."""
+    trainer, given = built(pair, tmp_path, max_steps=1), []
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    original = student.generate
+
+    def generate(**settings: Any) -> Any:
+        given.append(settings)
+        return original(**settings)
+
+    student.generate = generate
+    trainer.train()
+    (settings,) = given
+    assert settings.keys() == {"input_ids", "attention_mask", "generation_config"}
+    assert settings["generation_config"].return_dict_in_generate
+    assert not trainer.generation_config.return_dict_in_generate
+
+
 def test_prompts_are_padded_on_the_left_and_count_nothing() -> None:
     batch = PromptCollator(0)([{"prompt_ids": [5, 6]}, {"prompt_ids": [7]}])
     assert batch["prompts"].tolist() == [[5, 6], [0, 7]]

@@ -160,6 +160,25 @@ def test_other_processes_and_steps_without_rollouts_say_nothing(
     assert warned(caplog) == []
 
 
+def test_micro_batches_of_a_step_count_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Watched(tmp_path, per_device_train_batch_size=GROUP, gradient_accumulation_steps=3, steps_per_generation=1)
+    for _ in range(STEPS_IN_A_ROW):
+        for verdicts in (ABSTAINED, ABSTAINED):
+            run.reporter.saw_rollouts(written(verdicts))
+            run.reporter.saw_tokens(tokens())
+        run.step(written(ABSTAINED))
+    (message,) = warned(caplog)
+    assert f"any of the {3 * GROUP * STEPS_IN_A_ROW} completions" in message
+
+
+def test_nothing_piles_up_once_the_callback_is_removed(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+    for _ in range(50):
+        run.reporter.saw_rollouts(written())
+        run.reporter.saw_tokens(tokens())
+    assert len(run.reporter._batches) == len(run.reporter._tokens) == 1
+
+
 def test_one_token_is_all_that_a_limit_of_one_allows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Watched(tmp_path, max_completion_length=1)
     for _ in range(STEPS_IN_A_ROW):
