@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from .errors import SGOPDConfigError
 from .models.batch import TokenBatch, pad_rows
 from .models.context import bounds_of, follows_length, positions_of
+from .models.experts import without_router_logits
 from .models.forward import Layouts, layouts_of, packed_forward, padded_forward, restrict_layouts, should_pack
 from .models.sampling import without_own_settings
 from .trl_seam import compact_head
@@ -65,7 +66,7 @@ class Agreement:
 
 # --- the rows --------------------------------------------------------------------------------------------------------
 def made_up_rows(config: Any, ids: Sequence[int], longest: int, device: torch.device, padding: int = 0) -> TokenBatch:
-    """Three rows of unequal prompts and completions; one passes every bound that rows of the run can pass.
+    """Four rows of unequal prompts and completions; one passes every bound that rows of the run can pass.
 
     Args:
         config: of the model; its windows, chunks and original context are the bounds.
@@ -76,7 +77,13 @@ def made_up_rows(config: Any, ids: Sequence[int], longest: int, device: torch.de
     """
     width = row_length(config, longest)
     tail = min(_BEYOND, width // 2)
-    shapes = ((min(5, width // 4), min(9, width // 2)), (width - tail, tail), (width // 2, min(5, width // 4)))
+    shapes = (
+        (min(5, width // 4), min(9, width // 2)),
+        (width - tail, tail),
+        (width // 2, min(5, width // 4)),
+        # With other padding than the first: models that read in blocks are right for some paddings alone.
+        (min(2, width // 4), min(6, width // 2)),
+    )
 
     def text(row: int, length: int) -> list[int]:
         # Steps that share no factor with common sizes: rows differ from one another, and no pattern repeats early.
@@ -269,7 +276,7 @@ class _Check:
             return_dict_in_generate=True,
             disable_compile=True,
         )
-        with without_own_settings(self.model):
+        with without_own_settings(self.model), without_router_logits(self.model):
             # Wrappers of data parallelism only run forward.
             model: Any = self.model if hasattr(self.model, "generate") else self.model.module
             written = model.generate(

@@ -22,6 +22,7 @@ from .agreement import Agreement, check_model, made_up_rows
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
+from .models.batch import TokenBatch
 from .models.context import bounds_of
 from .models.sampling import check_generation_kwargs, own_settings
 from .run import Run
@@ -31,7 +32,14 @@ from .teachers.build import check_given_models, default_reference
 from .teachers.local import ModelScorer
 from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, evaluating, save_without_reference
 from .teachers.routed import RoutedTeacher
-from .trl_seam import create_model_from_path, get_config_model_id, has_adapters_inside, is_prepared_later, is_sharded
+from .trl_seam import (
+    create_model_from_path,
+    fused_forward,
+    get_config_model_id,
+    has_adapters_inside,
+    is_prepared_later,
+    is_sharded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -362,12 +370,16 @@ class ScoringRun(Run, Protocol):
         reference: of the extrapolation, or None.
         ref_model: TRL's own reference of the KL penalty, or None.
         agreements: what `check_log_probs` found.
+        aux_loss_enabled: whether TRL adds the loss of the student's routers.
+        router_aux_loss_coef: its weight.
     """
 
     teacher: Any
     reference: Any
     ref_model: Any
     agreements: list[Agreement]
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
 
     def add_callback(self, callback: Any) -> None:
         """Have a callback told of what happens in the run."""
@@ -413,16 +425,40 @@ def _check_models(run: ScoringRun) -> None:
             if longest is None and bounds_of(config):
                 longest = _longest_row(run)
             ids = _plain_ids(run.tokenizer, config.get_text_config().vocab_size)
+            rows = made_up_rows(config, ids, longest or 0, device, run.tokenizer.pad_token_id)
             found = check_model(
                 model,
-                made_up_rows(config, ids, longest or 0, device, run.tokenizer.pad_token_id),
+                rows,
                 role=role,
                 temperature=run.temperature,
                 writes=writes,
                 autocast=accelerator.autocast,
                 agree=over_ranks if accelerator.num_processes > 1 else float,
             )
+            if role == "student" and run.aux_loss_enabled:
+                _check_auxiliary_loss(run, model, rows)
         run.agreements.append(found)
+
+
+def _check_auxiliary_loss(run: ScoringRun, model: Any, rows: TokenBatch) -> None:
+    """TRL balances the routers of every student whose configuration knows of router logits, and cannot for some.
+
+    Raises:
+        SGOPDConfigError: the loss cannot be computed.
+    """
+    try:
+        with run.accelerator.autocast():
+            fused_forward(model, *rows.joined(), rows.completion_ids.size(1), auxiliary_loss=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the code of one architecture among many raises
+        name = type(run.accelerator.unwrap_model(model)).__name__
+        raise SGOPDConfigError(
+            f"`router_aux_loss_coef` must be 0 with a student of the class {name}, got {run.router_aux_loss_coef} "
+            f"(unset, it is the model's own): its auxiliary loss ends in {type(error).__name__}: {error}. TRL "
+            "computes it as Mixtral's is, with names that this model's configuration lacks. Set "
+            "router_aux_loss_coef=0; nothing balances the experts then."
+        ) from error
 
 
 def _models_that_score(run: ScoringRun) -> Iterator[tuple[str, bool, AbstractContextManager[Any]]]:

@@ -45,6 +45,7 @@ from .bookkeeping import (
 )
 from .checkpoints import check_checkpoint
 from .config import SGOPDConfig
+from .context_room import check_context_room
 from .errors import TeacherError
 from .inspection import Report, first_seconds, inspect_run
 from .models.batch import (
@@ -252,6 +253,7 @@ class SGOPDTrainer(GRPOSeam):
         self.add_callback(AnchorBinding(self))
         self.gate_noise = GateNoise(self, heeded=inherits(type(self), SGOPDTrainer, "compute_gate"))
         self.add_callback(self.gate_noise)
+        check_context_room(self)
         check_log_probs(self)
 
     def _build_verifier(self) -> RunVerifier:

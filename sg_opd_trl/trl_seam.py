@@ -38,6 +38,8 @@ from trl.trainer.utils import (  # noqa: F401
 
 from .checkpoints import ASIDE, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
+from .models.context import check_rows_fit
+from .models.experts import without_router_logits
 from .models.forward import ForwardOutput, HeadRequest, layouts_of, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
@@ -68,7 +70,11 @@ def fused_forward(
         completion_length: T, the columns at the end whose tokens are scored.
         request: what to compute from the hidden states in the same forward.
         auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
+
+    Raises:
+        SGOPDConfigError: a row that is longer than the model's table of positions.
     """
+    check_rows_fit(model, attention_mask)
     layouts = layouts_of(model)
     rows = input_ids, attention_mask, completion_length
     with compact_head(input_ids.device):
@@ -564,7 +570,8 @@ class GRPOSeam(GRPOTrainer):
         other = self.use_vllm or self.use_transformers_continuous_batching or self.is_multimodal or self.sharded
         # With tools TRL writes turn by turn.
         if other or self.tools:
-            with without_own_settings(self.accelerator.unwrap_model(self.model)):
+            student = self.accelerator.unwrap_model(self.model)
+            with without_own_settings(student), without_router_logits(student):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with unwrap_model_for_generation(
             self.model_wrapped,

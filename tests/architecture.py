@@ -27,7 +27,7 @@ LAYERS = (
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "noise", "precision", "prefetch", "token_weights"),
     ("baselines", "reporting"),
-    ("inspection", "preflight"),
+    ("context_room", "inspection", "preflight"),
     ("trainer",),
     ("cli", "study"),
 )

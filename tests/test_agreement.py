@@ -220,7 +220,7 @@ def test_the_longest_row_passes_the_windows_of_the_run(settings: dict, longest: 
     rows = made_up_rows(config, IDS, longest, CPU)
     lengths = (rows.prompt_mask.sum(1) + rows.completion_mask.sum(1)).tolist()
     assert max(lengths) == length
-    assert len(set(lengths)) == 3
+    assert len(set(lengths)) == 4
 
 
 def test_bounds_of_a_configuration() -> None:

@@ -16,6 +16,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from ..errors import TeacherError
 from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..models.batch import pad_rows
+from ..models.experts import without_router_logits
 from ..models.sampling import without_own_settings
 from ..precision import precision_problems, settle_bf16
 from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
@@ -99,7 +100,7 @@ class OnPolicyGKDTrainer(GKDTrainer):
     @staticmethod
     def generate_on_policy_outputs(model: Any, inputs: Any, generation_config: Any) -> tuple[Tensor, Tensor, Tensor]:
         """TRL's rollouts, shaped by the run's settings alone: the others do not heed the student's own."""
-        with without_own_settings(model):
+        with without_own_settings(model), without_router_logits(model):
             return GKDTrainer.generate_on_policy_outputs(_Writer(model), inputs, generation_config)
 
     @property

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .experts import returns_router_logits
 from .head import OutputHead
 from .internals import attention_implementation, attention_is_looked_up, attention_switched, is_recurrent
 
@@ -79,7 +80,7 @@ def padded_forward(
     `flush_left` moves all padding behind the rows, where causal models never see it.
     """
     rows = (move_left if flush_left else pad)(input_ids, attention_mask, completion_length)
-    output = _forward(model, rows, request, {"output_router_logits": True} if auxiliary_loss else {})
+    output = _forward(model, rows, request, auxiliary_loss=auxiliary_loss)
     return output if auxiliary_loss else output._replace(auxiliary_loss=None)
 
 
@@ -93,14 +94,20 @@ def packed_forward(
     """One forward without padding, for arguments as in `pack`, of a model that `should_pack` allows."""
     packed = pack(input_ids, attention_mask, completion_length)
     with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
-        # A model may be set to balance its experts in every forward; nobody asked for that here.
-        return _forward(model, packed, request, {})._replace(auxiliary_loss=None)
+        return _forward(model, packed, request)._replace(auxiliary_loss=None)
 
 
 def _forward(
-    model: nn.Module, rows: "PaddedRows | MovedRows | PackedRows", request: HeadRequest | None, options: dict[str, Any]
+    model: nn.Module,
+    rows: "PaddedRows | MovedRows | PackedRows",
+    request: HeadRequest | None,
+    *,
+    auxiliary_loss: bool = False,
 ) -> ForwardOutput:
-    inputs = rows.model_inputs | options
+    inputs = dict(rows.model_inputs)
+    if auxiliary_loss or returns_router_logits(model):
+        # A model may be set to balance its experts in every forward, whether somebody asks or not.
+        inputs["output_router_logits"] = auxiliary_loss
     if request is not None:
         inputs["head_output"] = _bound(request, rows)
         if not request.needs_logps:

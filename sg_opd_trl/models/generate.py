@@ -16,7 +16,8 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 
 from ..errors import NonFiniteError, NonFiniteTeacherError
 from .batch import pad_rows
-from .context import bounds_of, follows_length
+from .context import bounds_of, check_prompts_fit, follows_length
+from .experts import without_router_logits
 from .forward import layouts_of
 from .internals import (
     cache_argument,
@@ -66,7 +67,9 @@ def generate_completions(
 
     Raises:
         NonFiniteError: logits that are NaN or infinite.
+        SGOPDConfigError: a prompt whose completion would pass the model's table of positions.
     """
+    check_prompts_fit(model, prompts, config.max_new_tokens or 0, role)
     completions: list[list[int]] = [[] for _ in prompts]
     for rows in _run_together(model, prompts):
         told = None if on_ended is None else partial(_told_of, on_ended, rows)
@@ -102,7 +105,7 @@ def _complete(
     ids, mask = (x.to(model.device) for x in pad_rows(prompts, config.pad_token_id or 0, left=True))
     arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
     try:
-        with without_own_settings(model):
+        with without_own_settings(model), without_router_logits(model):
             output = _generate(model, arguments, synced_gpus, on_ended)
     except RuntimeError as error:
         # The sampler's own words for logits that are NaN or infinite.
