@@ -717,6 +717,11 @@ def _wrong_groups(config: SGOPDConfig) -> Iterator[str]:
 # --- What is not supported -------------------------------------------------------------------------------------------
 def _refused_of_trl(config: SGOPDConfig) -> Iterator[str]:
     # TRL accepts each of these and goes on to train something: it would be neither its method nor ours.
+    if config.eval_steps is not None and not config.eval_steps > 0:
+        yield (
+            f"`eval_steps` must be a number above 0, got {config.eval_steps!r}. It is a count of steps, or a share of "
+            "them; 0 would be taken for `logging_steps`. Leave it out, or set eval_strategy='no'."
+        )
     if config.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo"):
         yield (
             f"`loss_type={config.loss_type!r}` is not supported: its weights were derived for one advantage per "

@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import TrainerState
 from trl import SFTTrainer
 
-from ..evaluation_sampling import encode_prompt
+from ..evaluation_sampling import encode_prompt, end_token_ids
+from ..teacher_sampling.rollouts import drop_reason
 from ..verifiers.verdicts import RunVerifier
 from .config import SeqKDConfig, TeacherSFTConfig
 from .order import StepPlan, fill_steps, plan_steps
@@ -57,8 +58,14 @@ def build_sft_trainer(
     plan = plan_steps(args, train_dataset, group)
     rows, steps = requested_rows(plan, group, greedy=isinstance(args, SeqKDConfig))
     request, prompts = _request(args, train_dataset, tokenizer, rows)
-    rollouts, use = _written(args, tokenizer, request, reward_funcs)
-    kept = [not args.teacher_sampling_filter_correct or rollout.verdict == 1.0 for rollout in rollouts]
+    rollouts, use, ends = _written(args, tokenizer, request, reward_funcs)
+    wanted = [not args.teacher_sampling_filter_correct or rollout.verdict == 1.0 for rollout in rollouts]
+    # As the anchor's: an end token alone is not learned, whatever the filter says.
+    reasons = (
+        drop_reason(own, rollout.verdict, rollout.completion_ids, ends)
+        for own, rollout in zip(wanted, rollouts, strict=True)
+    )
+    kept = [reason is None for reason in reasons]
     logger.info("%d of %d teacher rollouts are used.", sum(kept), len(kept))
     trainer = TeacherSFTTrainer(
         model=student,
@@ -123,7 +130,8 @@ def _request(args: Any, dataset: Any, tokenizer: Any, rows: list[int]) -> tuple[
 
 def _written(
     args: Any, tokenizer: Any, request: RolloutRequest, reward_funcs: Sequence[Callable[..., Any]]
-) -> tuple[list[Rollout], TeacherUse]:
+) -> tuple[list[Rollout], TeacherUse, list[int]]:
+    """The rollouts, what they cost, and the ids that end one."""
     # Prompts from all over the run: the first few may be of one kind.
     spread = request.examples[:: max(1, len(request.examples) // RENDERED)]
     teacher = load_teacher(args, tokenizer, [example["prompt"] for example in spread])
@@ -133,13 +141,14 @@ def _written(
         verifier = RunVerifier(reward_funcs, names, args.verifier_reward_func, binary=True)
         judge = _judge(verifier)
     path = Path(args.output_dir) / ROLLOUTS_FILE
-    result = teacher_rollouts(teacher, tokenizer, request, judge, path=path, args=args)
+    rollouts, use = teacher_rollouts(teacher, tokenizer, request, judge, path=path, args=args)
+    ends = end_token_ids(teacher, tokenizer)
     # The student's trainer comes next and needs the memory; the model's own cycles would keep it for a while.
     del teacher
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return result
+    return rollouts, use, ends
 
 
 def _judge(verifier: RunVerifier) -> Judge:

@@ -378,7 +378,12 @@ def _check_mixture(mixture: Any, where: str) -> None:
     from trl.scripts.utils import DatasetConfig
 
     known = [field.name for field in fields(DatasetConfig)]
-    for entry in mixture or []:
-        for key in entry if isinstance(entry, dict) else []:
+    for entry in [mixture] if isinstance(mixture, str) else mixture or []:
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise SGOPDConfigError(
+                f"`datasets` in {where} must be a list of mappings with a `path`, got {str(entry)[:200]!r}. Each is "
+                "one part of a mixture. Set for example [{path: builtin/arithmetic}], or `dataset_name` for one alone."
+            )
+        for key in entry:
             if key not in known:
                 raise SGOPDConfigError(f"Unknown key `{key}` of `datasets` in {where}.{did_you_mean(key, known)}")

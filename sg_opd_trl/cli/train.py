@@ -84,6 +84,11 @@ def check_before_loading(settings: TrainSettings) -> None:
     Raises:
         SGOPDConfigError: names the setting.
     """
+    # Not before the flags are read: `--help` is answered at once.
+    from ..config import SGOPDConfig
+    from ..models.sampling import check_generation_kwargs
+    from ..teachers.build import check_teacher_names
+
     check_folder("output_dir", settings.output_dir)
     check_trackers(settings.training.report_to)
     training = settings.training
@@ -92,6 +97,11 @@ def check_before_loading(settings: TrainSettings) -> None:
 
         with concerning("hub_model_id", training.hub_model_id):
             validate_repo_id(training.hub_model_id)
+    if isinstance(training, SGOPDConfig):
+        check_teacher_names(training.teacher_model_name_or_path)
+        # The configuration has read JSON text by now. Who writes besides is known where the trainer is built.
+        kwargs: Any = training.generation_kwargs
+        check_generation_kwargs(kwargs, use_vllm=training.use_vllm, local_teacher_writes=False)
     checkpoint = training.resume_from_checkpoint
     if isinstance(checkpoint, str) and checkpoint.lower() not in ("true", "false") and not Path(checkpoint).is_dir():
         raise SGOPDConfigError(

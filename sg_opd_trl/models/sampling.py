@@ -13,6 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..errors import SGOPDConfigError
+from ..setting import Rule
 
 END_TOKENS = "eos_token_id"
 
@@ -92,6 +93,41 @@ _VLLM_REFUSED: dict[str, tuple[tuple, str, str]] = {
 }
 
 
+# What a field may be, where it has bounds; None is always "not set".
+_SHARE = Rule(above=0, at_most=1)
+_COUNT = Rule(at_least=0)
+_RULES: dict[str, tuple[Rule, bool]] = {
+    "top_p": (_SHARE, False),
+    "top_h": (_SHARE, False),
+    "typical_p": (_SHARE, False),
+    "min_p": (Rule(at_least=0, at_most=1), False),
+    "epsilon_cutoff": (Rule(at_least=0, below=1), False),
+    "eta_cutoff": (Rule(at_least=0, below=1), False),
+    "repetition_penalty": (Rule(above=0), False),
+    "guidance_scale": (Rule(above=0), False),
+    "no_repeat_ngram_size": (_COUNT, True),
+    "min_new_tokens": (_COUNT, True),
+    "min_tokens": (_COUNT, True),
+    "presence_penalty": (Rule(at_least=-2, at_most=2), False),
+    "frequency_penalty": (Rule(at_least=-2, at_most=2), False),
+}
+_IDS = frozenset({END_TOKENS, "suppress_tokens", "begin_suppress_tokens", "allowed_token_ids"})
+
+
+def _value_problem(name: str, value: Any, use_vllm: bool) -> str | None:
+    """What a field must be, where its value is something else."""
+    if value is None:
+        return None
+    if name in _IDS:
+        ids = [value] if isinstance(value, int) and name == END_TOKENS else value
+        fine = isinstance(ids, (list, tuple)) and all(type(token) is int and token >= 0 for token in ids)
+        return None if fine else "a list of token ids" + (", or one" if name == END_TOKENS else "")
+    rule, whole = _RULES.get(name, (Rule(), False))
+    if name == "top_k":
+        rule, whole = Rule(at_least=-1 if use_vllm else 0), True  # for no limit vLLM takes -1 too
+    return rule.allowed(whole=whole) if rule.problem(name, value, None, whole=whole) else None
+
+
 def check_generation_kwargs(kwargs: Mapping[str, Any] | None, *, use_vllm: bool, local_teacher_writes: bool) -> None:
     """Refuse what one of those who write completions would ignore or fail on.
 
@@ -117,6 +153,12 @@ def check_generation_kwargs(kwargs: Mapping[str, Any] | None, *, use_vllm: bool,
             raise SGOPDConfigError(
                 f"`generation_kwargs` must hold sampling settings of {'vLLM' if use_vllm else 'transformers'} that "
                 f"student, teacher and evaluation can share, {given}: it would be ignored by one of them. {way_out}"
+            )
+        wanted = _value_problem(name, value, use_vllm)
+        if wanted is not None:
+            raise SGOPDConfigError(
+                f"`generation_kwargs` must set {name!r} to {wanted}, {given}: nothing could be sampled by "
+                "that. Correct it, or leave it out."
             )
         if use_vllm and local_teacher_writes and name not in SUPPORTED:
             raise SGOPDConfigError(

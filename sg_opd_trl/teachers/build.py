@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
@@ -275,7 +276,7 @@ def check_given_models(args: "SGOPDConfig", teacher_model: Any, reference_model:
         SGOPDConfigError: names what is given, the option, or the lambdas that leave the reference without a use.
     """
     _check_mapping("teacher_model", teacher_model, paths_only=False)
-    _check_mapping("teacher_model_name_or_path", args.teacher_model_name_or_path, paths_only=True)
+    check_teacher_names(args.teacher_model_name_or_path)
     _check_given_once("teacher", teacher_model, args.teacher_model_name_or_path, args.teacher_model_server_url)
     _check_given_once("reference", reference_model, args.reference_model_name_or_path)
     _check_servers(args, teacher_model)
@@ -287,6 +288,22 @@ def check_given_models(args: "SGOPDConfig", teacher_model: Any, reference_model:
             f"A reference must have a use, got {given!r} with every lambda equal to 1: the extrapolation term is zero "
             "and the reference would never be run. Leave the reference out, or set lambda_base or lambda_high."
         )
+
+
+def check_teacher_names(names: Any) -> None:
+    """Refuse names of teachers that are no path, Hub id, or mapping to such.
+
+    Raises:
+        SGOPDConfigError: a list, for instance, or a mapping without a teacher.
+    """
+    listed = isinstance(names, str) and names.lstrip().startswith("[")
+    if listed or not isinstance(names, (str, Mapping, NoneType)):
+        raise SGOPDConfigError(
+            f"`teacher_model_name_or_path` must be a path, a Hub id, or a mapping from names in the column "
+            f"`teacher_id` to these, got {str(names)[:200]!r}. Which rows each of a list would score is not "
+            "said. Set for example {'math': 'path/of/one', 'code': 'path/of/another'}."
+        )
+    _check_mapping("teacher_model_name_or_path", names, paths_only=True)
 
 
 def _check_mapping(setting: str, value: Any, *, paths_only: bool) -> None:

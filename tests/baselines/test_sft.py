@@ -230,6 +230,22 @@ def test_seqkd_does_not_depend_on_the_sampling_seed_but_on_the_order(pair: Pair,
     assert again.teacher_use.tokens_generated == 0
 
 
+@pytest.mark.parametrize("keep_all", [True, False])
+def test_an_end_token_alone_is_not_learned(pair: Pair, tmp_path: Path, keep_all: bool) -> None:
+    """The first stored rollout becomes an end token alone, which this verifier calls right, as all others."""
+    settings = {"teacher_sampling_filter_correct": not keep_all}
+    right = {"verifier": lambda completions, **_: [1.0] * len(completions)}
+    whole = built(pair, tmp_path, **settings, **right)
+    file = tmp_path / ROLLOUTS_FILE
+    head, *lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lone = json.dumps(json.loads(lines[0]) | {"completion_ids": [1]}) + "\n"
+    file.write_text("".join([head, lone, *lines[1:]]), encoding="utf-8")
+    left = built(pair, tmp_path, **settings, **right)
+    completions = [row["input_ids"][row["labels"].count(-100) :] for row in left.train_dataset.to_list()]
+    assert len(completions) == len(whole.train_dataset)
+    assert [1] not in completions
+
+
 def test_nothing_right_is_an_error_before_training(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="judged right, got none of 16"):
         built(pair, tmp_path, verifier=lambda completions, **_: [0.0] * len(completions))

@@ -144,6 +144,9 @@ def test_values_of_every_kind_arrive(recipe):
 
 
 def test_unknown_keys_of_a_mixture_are_refused(recipe):
+    for text in ("nope", "[nope]", "[{path: [1]}]", "[{split: train}]"):
+        with pytest.raises(SGOPDConfigError, match=r"`datasets` in .* must be a list of mappings with a `path`"):
+            build_settings(read_command_line(["--config", recipe(f"datasets: {text}\n")]))
     path = recipe("datasets:\n  - path: a\n    fractoin: 0.5\n")
     with pytest.raises(SGOPDConfigError, match=r"`fractoin`.*`fraction`"):
         read_command_line(["--config", path])

@@ -75,9 +75,34 @@ def test_a_local_teacher_must_sample_as_a_student_on_vllm_does() -> None:
 
 def test_what_is_supported_passes() -> None:
     check_generation_kwargs(None, **ALONE)
-    check_generation_kwargs(dict.fromkeys(SUPPORTED, 1), **ALONE)
+    others = {"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "suppress_tokens": [1], "begin_suppress_tokens": [1]}
+    check_generation_kwargs(dict.fromkeys(SUPPORTED, 1) | others, **ALONE)
+    check_generation_kwargs(dict.fromkeys(SUPPORTED), **ALONE)
+    check_generation_kwargs({"top_k": -1, "presence_penalty": -0.5}, **VLLM)
+    check_generation_kwargs({"top_p": 1, "min_p": 0, "top_k": 0, "eos_token_id": [1, 2]}, **ALONE)
     check_generation_kwargs({"num_beams": 1, "num_return_sequences": None, "do_sample": True}, **ALONE)
     assert vars(GenerationConfig()).keys() >= SUPPORTED, "transformers has another name for one"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("top_p", [0, -0.1, 3, "0.9", True, float("nan"), [0.9]]),
+        ("top_k", [-1, 2.5, "20", True]),
+        ("min_p", [-0.1, 1.1, float("inf")]),
+        ("typical_p", [0, 1.5]),
+        ("epsilon_cutoff", [-0.1, 1]),
+        ("repetition_penalty", [0, -1, "1.1"]),
+        ("no_repeat_ngram_size", [-1, 1.5]),
+        ("min_new_tokens", [-1, "3"]),
+        ("eos_token_id", ["1", -1, [1, "2"], {"1": 2}, 1.0]),
+        ("suppress_tokens", [3, [-1], "34", [True]]),
+    ],
+)
+def test_values_that_nothing_can_be_sampled_by_are_refused(name: str, values: list) -> None:
+    for value in values:
+        with pytest.raises(SGOPDConfigError, match=f"`generation_kwargs` must set '{name}' to .*, got {name}="):
+            check_generation_kwargs({name: value}, **ALONE)
 
 
 def test_end_tokens_are_the_configured_ones_and_the_tokenizers() -> None:
