@@ -38,8 +38,8 @@ def test_python_example_of_the_readme_improves_the_student(student: str, tmp_pat
     assert len(example.splitlines()) <= 18
     assert example.count(f'"{STUDENT}"') == 1
     assert run_example(example.replace(f'"{STUDENT}"', f'"{student}"'), tmp_path) == []
-    # Printed in the README: from 0.29 to 0.44, and from 0.25 to 0.35.
-    assert accuracy(str(tmp_path / "outputs" / "first-run")) > accuracy(resolve(student)) + 0.04
+    # Printed in the README: from 0.27 to 0.40, and from 0.24 to 0.32.
+    assert accuracy(str(tmp_path / "outputs" / "first-run")) > accuracy(resolve(student)) + 0.02
 
 
 def lora_recipe(steps: int) -> str:
