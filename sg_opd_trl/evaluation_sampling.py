@@ -76,6 +76,10 @@ class Sampler:
                 "`processing_class` must be the model's tokenizer, got None. A model object does not bring one. Set "
                 "`processing_class=AutoTokenizer.from_pretrained(...)`."
             )
+        # Here and not above: TRL is large, and a model that is loaded by its name was in none of its trainers.
+        from .trl_seam import own_forward
+
+        own_forward(model)
         adapters = active_adapters(model)
         base = _base_name(model)
         own = f"{base} with adapter {' and '.join(adapters)}" if adapters else base

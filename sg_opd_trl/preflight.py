@@ -30,15 +30,27 @@ from .teacher_sampling.callback import check_anchor_callbacks, is_anchor_callbac
 from .teachers.adapter import adapter_config, is_adapter
 from .teachers.build import check_given_models, default_reference
 from .teachers.local import ModelScorer
-from .teachers.reference import REFERENCE_ADAPTER, add_reference_adapter, evaluating, save_without_reference
+from .teachers.reference import (
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    begins_as_its_base,
+    evaluating,
+    is_its_base,
+    save_without_reference,
+    trained_base,
+    trained_without_adapters,
+)
 from .teachers.routed import RoutedTeacher
 from .trl_seam import (
     create_model_from_path,
     fused_forward,
     get_config_model_id,
     has_adapters_inside,
+    has_adapters_of_another,
     is_prepared_later,
     is_sharded,
+    own_forward,
+    without_precision,
 )
 
 logger = logging.getLogger(__name__)
@@ -204,6 +216,24 @@ def _tokenizer_of_adapter(path: str, revision: str | None, args: SGOPDConfig) ->
         return None
 
 
+def release_student(model: Any) -> None:
+    """Free a student given as an object from what an earlier run has put around it.
+
+    Raises:
+        SGOPDConfigError: its layers carry the adapter of a PEFT model that was made around it.
+    """
+    if isinstance(model, str):
+        return
+    if has_adapters_of_another(model) and not has_adapters_inside(model):
+        raise SGOPDConfigError(
+            f"`model` must be a model of its own, got a {type(model).__name__} around which a PeftModel was made, by "
+            "an earlier trainer with `peft_config` perhaps. That adapter would be overwritten or trained along. Give "
+            "the model's path, load it again, or go on with the PeftModel itself and no `peft_config`."
+        )
+    without_precision(model)
+    own_forward(model)
+
+
 def prepare_student(model: Any, args: SGOPDConfig, reference_model: Any, peft_config: Any) -> Any:
     """Keep the student's initial state where the reference will need it, before anything changes the student.
 
@@ -235,6 +265,49 @@ def _check_can_be_reloaded(model: Any, args: SGOPDConfig, peft_config: Any) -> N
         )
 
 
+def keep_initial_adapters(run: "PreparedRun", reference_model: Any) -> None:
+    """Keep a frozen copy of adapters that do not begin as nothing, where the initial student is a reference.
+
+    Switched off they would leave another model than the one that was given. TRL's KL penalty finds the copy too.
+    """
+    student = run.accelerator.unwrap_model(run.model)
+    if not _goes_back_to_its_base(run, student, reference_model) or REFERENCE_ADAPTER in student.peft_config:
+        return
+    with run.accelerator.autocast():
+        later = is_prepared_later(run.accelerator)
+        same = begins_as_its_base(student) if later else is_its_base(student)
+    if not same:
+        add_reference_adapter(student)
+        save_without_reference(student)
+
+
+def check_base_stays(run: "PreparedRun", reference_model: Any) -> None:
+    """Refuse a student that trains more than adapters, where it is to be the initial student without them.
+
+    Raises:
+        SGOPDConfigError: names a parameter that is trained and would move the reference.
+    """
+    args, student = run.args, run.accelerator.unwrap_model(run.model)
+    if not _goes_back_to_its_base(run, student, reference_model):
+        return
+    with run.accelerator.autocast():
+        later = is_prepared_later(run.accelerator)
+        moving = trained_base(student) if later else trained_without_adapters(student)
+    if moving is not None:
+        penalty = " and beta=0" if args.beta != 0.0 else ""
+        raise SGOPDConfigError(
+            f"`model` must train nothing but adapters where the initial student is the reference, got {moving!r}, "
+            "which is still there with adapters switched off: the reference would move with every update. Set "
+            f"bias='none' in the LoRA configuration or freeze it, or set `reference_model` to the student's path"
+            f"{penalty}."
+        )
+
+
+def _goes_back_to_its_base(run: "PreparedRun", student: Any, reference_model: Any) -> bool:
+    wanted = default_reference(run.args, reference_model) or run.args.beta != 0.0
+    return wanted and hasattr(student, "peft_config")
+
+
 # --- once TRL has set up everything ----------------------------------------------------------------------------------
 def check_run(run: PreparedRun) -> None:
     """Check student, data and settings against one another.
@@ -246,6 +319,7 @@ def check_run(run: PreparedRun) -> None:
     args: Any = run.args  # TRL has filled in by now what its fields leave open
     student = run.accelerator.unwrap_model(run.model)
     _check_student(student)
+    check_is_trained(run)
     _warn_of_inexact_resume(args)
     warn_of_unused(args)
     if run.is_multimodal:
@@ -283,6 +357,20 @@ def _check_student(model: Any) -> None:
             f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
             "into it. They cannot be switched off for the reference. Load it with "
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+
+
+def check_is_trained(run: Run) -> None:
+    """Refuse a student without a parameter to train.
+
+    Raises:
+        SGOPDConfigError: says how that comes about.
+    """
+    if not any(parameter.requires_grad for parameter in run.model.parameters()):
+        raise SGOPDConfigError(
+            f"`model` must have a parameter that is trained, got a {type(run.model).__name__} with none. A "
+            "model that is the teacher or the reference of another run is frozen by it. Give its path, or a copy: "
+            "`copy.deepcopy(model).requires_grad_(True)`."
         )
 
 

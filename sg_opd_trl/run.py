@@ -19,6 +19,7 @@ class Run(Protocol):
         train_dataset: rows with a `prompt`.
         eval_dataset: the same for evaluation, a mapping of several, or None.
         temperature: of the student's rollouts and of all log-probs.
+        fused_head: what TRL's fused head is made of in this run, the temperature among it.
         tools: functions that the student may call while it writes; empty or None without.
         rollout_func: the caller's own way to make rollouts, or None.
         environment_factories: makers of the environments that the student acts in, or None; these may own the data.
@@ -31,6 +32,7 @@ class Run(Protocol):
     train_dataset: Any
     eval_dataset: Any
     temperature: float
+    fused_head: Any
     tools: Any
     rollout_func: Any
     environment_factories: Any

@@ -65,11 +65,15 @@ from .objectives import Objective, Positions, Scores, build_objective
 from .prefetch import prefetched_scores
 from .preflight import (
     check_arguments,
+    check_base_stays,
+    check_is_trained,
     check_log_probs,
     check_run,
     default_config,
+    keep_initial_adapters,
     load_adapter_student,
     prepare_student,
+    release_student,
 )
 from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
@@ -209,6 +213,7 @@ class SGOPDTrainer(GRPOSeam):
             args, teacher_model, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset
         )
         model, processing_class = load_adapter_student(model, processing_class, args, peft_config, quantization_config)
+        release_student(model)
         # Before the parent wraps the student or gives it adapters: the reference is its state as it is now.
         initial_student = prepare_student(model, args, reference_model, peft_config)
         self.metrics = TrainingMetrics()
@@ -235,10 +240,12 @@ class SGOPDTrainer(GRPOSeam):
         )
         check_run(self)
         add_head_output(self.model)
+        keep_initial_adapters(self, reference_model)
         self.token_weights = TokenWeights(args, self.tokenizer)
         self.verifier = self._build_verifier()
         self.tokenizers: dict[str, Any] = {}
         self.teacher: Teacher | RoutedTeacher = build_teacher(self, teacher_model, teacher_processing_class)
+        check_base_stays(self, reference_model)
         # With a KL penalty to the initial student TRL has its log-probs already.
         initial = default_reference(args, reference_model)
         self.reuses_trl_reference = initial and args.beta != 0.0 and not args.sync_ref_model
@@ -771,6 +778,7 @@ class SGOPDTrainer(GRPOSeam):
         if isinstance(resume_from_checkpoint, str):
             with self.args.main_process_first(desc="checkpoint"):
                 check_checkpoint(resume_from_checkpoint)
+        check_is_trained(self)
         if self.args.preflight:
             first_seconds(self)
         last = LastStep(self)

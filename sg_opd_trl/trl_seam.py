@@ -2,20 +2,22 @@
 
 import copy
 import functools
-import inspect
 import json
 import shutil
 import time
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -108,42 +110,92 @@ def compact_head(device: torch.device) -> Iterator[None]:
 
 
 # --- a head that answers requests ------------------------------------------------------------------------------------
-def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> None:
-    """Give a frozen model TRL's fused head: log-probs at the student's temperature, logits never built."""
-    add_fused_lm_head(_base(model), temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
-    add_head_output(model)
+class HeadSettings(NamedTuple):
+    """What TRL makes a fused head of: the numerics of one run.
+
+    Attributes:
+        temperature: the logits are divided by it.
+        full_precision: whether the projection runs in float32.
+        entropy: whether entropies are computed too.
+    """
+
+    temperature: float
+    full_precision: bool = False
+    entropy: bool = False
 
 
-#: Read from the closure of TRL's fused forward: what it made of the model's configuration.
-_HEAD_SETTINGS = (
-    "backbone_attr",
-    "temperature",
-    "cast_lm_head_to_fp32",
-    "logit_scale",
-    "final_logit_softcapping",
-)
+# A call says whose numerics it wants: a model that several runs share would give all of them those of the last one.
+# Not an argument of the forward, as TRL calls it too.
+_head_in_use: ContextVar[HeadSettings | None] = ContextVar("head in use", default=None)
+
+
+@contextmanager
+def head_in_use(settings: HeadSettings) -> Iterator[None]:
+    """Have models with a fused head use this one for the block; outside they use the one they were given last."""
+    token = _head_in_use.set(settings)
+    try:
+        yield
+    finally:
+        _head_in_use.reset(token)
+
+
+def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> HeadSettings:
+    """Give a frozen model TRL's fused head: log-probs at the student's temperature, logits never built.
+
+    The same model may be given several, each of which stays; returns what names this one.
+    """
+    base = _base(model)
+    if not _answers(base):
+        _answer_requests(base)
+    base.sg_opd_head = HeadSettings(temperature, cast_lm_head_to_fp32)
+    return base.sg_opd_head
 
 
 def add_head_output(model: nn.Module) -> None:
-    """Let a model with a fused head answer a `HeadRequest` in its forward, given as the argument `head_output`.
+    """Let a model that TRL has given a fused head answer a `HeadRequest` in its forward, the argument `head_output`.
 
     The answer is part of what the forward returns: replicas and shards take their gradients from there.
     """
     base = _base(model)
-    fused: Any = base.forward.__func__
-    # On the function, not on the model: whoever gives the model a fused head anew also drops ours.
-    if hasattr(fused, "answers_requests"):
+    if _answers(base):
         return
-    base.sg_opd_head = {name: inspect.getclosurevars(fused).nonlocals[name] for name in _HEAD_SETTINGS}
+    fused: Any = vars(base)["forward"].__func__
+    made_of = _closure(fused)
+    settings = HeadSettings(
+        made_of["temperature"], made_of["cast_lm_head_to_fp32"], entropy="entropy" in made_of["outputs"]
+    )
+    _answer_requests(base)
+    base.sg_opd_heads[settings] = fused
+    base.sg_opd_head = settings
+
+
+def _answers(base: Any) -> bool:
+    # On the function, not on the model: whoever gives the model a fused head anew also drops ours.
+    return hasattr(getattr(vars(base).get("forward"), "__func__", None), "answers_requests")
+
+
+def _answer_requests(base: Any) -> None:
+    """Put our forward in the place of all that TRL and accelerate have put over the model's own.
+
+    It finds everything in the model that it is called on, so that a deep copy runs the copy's weights: TRL's holds on
+    to the forward of the model that it was made for.
+    """
+    base.sg_opd_plain_forward = _plain_forward(base)
+    base.sg_opd_heads = dict(vars(base).get("sg_opd_heads", {}))
 
     # The original signature: `generate` validates its arguments against it.
     @functools.wraps(type(base).forward)
-    def forward(self: Any, *args: Any, head_output: Any = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, head_output: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            _bind_cast_head(self)
+            return self.sg_opd_plain_forward(*args, **kwargs)
+        settings = _head_in_use.get() or self.sg_opd_head
+        fused = _fused_function(self, settings)
         if head_output is None:
-            return fused(self, *args, **kwargs)
-        with _last_hidden_state(getattr(self, self.sg_opd_head["backbone_attr"])) as states:
-            outputs = fused(self, *args, **kwargs)
-        head = output_head(self)
+            return fused(self, *args, fused_lm_head=True, **kwargs)
+        with _last_hidden_state(getattr(self, _closure(fused)["backbone_attr"])) as states:
+            outputs = fused(self, *args, fused_lm_head=True, **kwargs)
+        head = output_head(self, settings)
         # The head projects what predicts something. Labels that TRL shifts itself leave the last position without one.
         hidden_states = states[0] if "shift_labels" in kwargs else states[0][:, :-1]
         with head.gathered(head.weight, head.bias):
@@ -154,6 +206,26 @@ def add_head_output(model: nn.Module) -> None:
     base.forward = types.MethodType(forward, base)
 
 
+def _fused_function(base: Any, settings: HeadSettings) -> Callable:
+    """TRL's fused forward of these settings, as a function of the model."""
+    if settings not in base.sg_opd_heads:
+        ours = base.forward
+        outputs = ("log_probs", "entropy") if settings.entropy else ("log_probs",)
+        temperature, full_precision, _ = settings
+        add_fused_lm_head(base, temperature, cast_lm_head_to_fp32=full_precision, outputs=outputs)
+        base.sg_opd_heads[settings] = base.forward.__func__
+        base.forward = ours
+    return base.sg_opd_heads[settings]
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """What a function holds on to, by name."""
+    if not isinstance(function, types.FunctionType):
+        return {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
+
+
 @dataclass
 class HeadCausalLMOutput(FusedCausalLMOutput):
     """What a model with a fused head returns, and what was computed from its hidden states beside that."""
@@ -161,18 +233,18 @@ class HeadCausalLMOutput(FusedCausalLMOutput):
     head_output: tuple[Tensor, ...] | None = None
 
 
-def output_head(model: nn.Module) -> OutputHead:
+def output_head(model: nn.Module, settings: HeadSettings) -> OutputHead:
     """The output head of a model with a fused head as it is now, computing what the fused head computes."""
     base = _base(model)
-    settings, layer = base.sg_opd_head, base.get_output_embeddings()
+    made_of, layer = _closure(_fused_function(base, settings)), base.get_output_embeddings()
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (layer.weight, layer.bias))
     return OutputHead(
         weight,
         bias,
-        temperature=settings["temperature"],
-        scale=settings["logit_scale"],
-        softcap=settings["final_logit_softcapping"],
-        full_precision=settings["cast_lm_head_to_fp32"],
+        temperature=settings.temperature,
+        scale=made_of["logit_scale"],
+        softcap=made_of["final_logit_softcapping"],
+        full_precision=settings.full_precision,
         gathered=maybe_gather_lm_head_ctx,
     )
 
@@ -192,9 +264,79 @@ def _last_hidden_state(backbone: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+# --- whose weights a forward runs ------------------------------------------------------------------------------------
+def own_forward(model: nn.Module) -> None:
+    """Have a model that was copied from one in a trainer run its own weights.
+
+    TRL's trainers put a forward into the instance that holds on to the one it replaces. `copy.deepcopy` takes it
+    along, and the copy would score with its own weights and generate with the original's.
+    """
+    for base in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        _bind_cast_head(base)
+        forward = _beneath_heads(base)
+        if "forward" in vars(base) and not _answers(base) and getattr(forward, "__self__", base) is not base:
+            base.forward = _plain_forward(base)
+
+
+def without_precision(model: nn.Module) -> None:
+    """Take away what accelerate has put around a model's forward for the precision of an earlier run.
+
+    Here precision belongs to the call (`accelerator.autocast()`): the next run may have another.
+    """
+    for module in model.modules():
+        inside = vars(module)
+        inside.pop("_is_accelerate_prepared", None)
+        if "_original_forward" in inside:
+            module.forward = inside.pop("_original_forward")
+
+
+def _plain_forward(base: Any) -> Callable:
+    """The model's forward as it was loaded, called on this very model."""
+    forward = _beneath_heads(base)
+    if isinstance(forward, functools.partial):  # accelerate's, for a model that is spread over devices
+        return functools.partial(forward.func, base, *forward.args[1:], **forward.keywords)
+    return types.MethodType(getattr(forward, "__func__", forward), base)
+
+
+def _beneath_heads(base: Any) -> Any:
+    forward = vars(base).get("forward", type(base).forward)
+    while True:
+        function = getattr(forward, "__func__", forward)
+        if hasattr(function, "answers_requests"):
+            return base.sg_opd_plain_forward
+        held = _closure(function)
+        if {"original_forward", "backbone_attr"} <= held.keys():  # TRL's fused head
+            forward = held["original_forward"]
+        elif isinstance(held.get("model_forward"), ConvertOutputsToFp32):  # accelerate's precision
+            forward = held["model_forward"].model_forward.__wrapped__
+        else:
+            return forward
+
+
+def _bind_cast_head(base: Any) -> None:
+    """Have the output head that TRL computes in float32 compute its own, in a copy too."""
+    layer = base.get_output_embeddings()
+    function: Any = vars(layer).get("forward") if layer is not None else None
+    held = _closure(function)
+    if held.get("lm_head", layer) is layer:
+        return
+    cells = tuple(types.CellType(layer if name == "lm_head" else value) for name, value in held.items())
+    layer.forward = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+
+
 def has_adapters_inside(model: nn.Module) -> bool:
     """Whether transformers has loaded adapters into a plain model, without PEFT's wrapper that can switch them."""
     return isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded
+
+
+def has_adapters_of_another(model: Any) -> bool:
+    """Whether a plain model is the base of a PEFT model that was made around it, and carries its adapters."""
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config"):
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # Unloading takes the layers out, and leaves the attribute.
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 # --- models whose weights never change -------------------------------------------------------------------------------
@@ -221,7 +363,21 @@ def agree_on_calls(accelerator: Any, calls: int) -> int:
 
 
 def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:
-    """Place a frozen model as TRL places its own reference model: DeepSpeed, FSDP or plain."""
+    """Place a frozen model as TRL places its own reference model: DeepSpeed, FSDP or plain.
+
+    One that is teacher and reference of a run is wrapped once.
+    """
+    owner, placed = vars(model).get("sg_opd_placed", (None, None))
+    if owner is None or owner() is not accelerator:
+        without_precision(model)
+        placed = _placed(model, accelerator)
+        without_precision(model)
+        # In the model, not in a table beside it: both are freed together.
+        vars(model)["sg_opd_placed"] = weakref.ref(accelerator), placed
+    return placed
+
+
+def _placed(model: PreTrainedModel, accelerator: Any) -> Any:
     backend = DistributedBackend(accelerator)
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(model, accelerator)
@@ -305,6 +461,7 @@ class GRPOSeam(GRPOTrainer):
         self._evaluated_as = "eval"
         self._written_aside: Path | None = None
         super().__init__(*args, **kwargs)
+        self.fused_head = HeadSettings(self.temperature, self.args.cast_lm_head_to_fp32, entropy=True)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
             self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))
 
@@ -509,7 +666,7 @@ class GRPOSeam(GRPOTrainer):
             request: what to compute from the hidden states beside the log-probs.
             auxiliary_loss: whether the load-balancing loss of a mixture of experts is wanted.
         """
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), head_in_use(self.fused_head):
             return fused_forward(
                 model, input_ids, attention_mask, completion_length, request, auxiliary_loss=auxiliary_loss
             )
@@ -536,9 +693,10 @@ class GRPOSeam(GRPOTrainer):
             return self.policy_forward(model, self._batch_in_loss)
         wants_more = torch.is_grad_enabled() or kwargs.get("compute_entropy") or kwargs.get("compute_aux_loss")
         if wants_more or args or kwargs.get("pixel_values") is not None:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+            with head_in_use(self.fused_head):
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                )
         # TRL scores the old policy and its own reference. The batch size that it names is for memory alone:
         # `score_for_trl` has a budget of its own.
         return self.score_for_trl(model, input_ids, attention_mask, logits_to_keep), None, None

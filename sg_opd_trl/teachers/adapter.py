@@ -14,7 +14,7 @@ from ..errors import SGOPDConfigError, TeacherError
 from ..run import Run
 from ..trl_seam import get_config_model_id
 from .local import LocalTeacher, fingerprint
-from .reference import REFERENCE_ADAPTER, adapter_switched, evaluating
+from .reference import REFERENCE_ADAPTER, adapter_switched, changes_base, evaluating, trained_base
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class AdapterTeacher(LocalTeacher):
         self.adapter_name = _load_into_student(student, self.path, self.revision, place)
         self.vocab_size = student.config.get_text_config().vocab_size
         self.identity = {"name": self.path, "fingerprint": fingerprint(student, adapter=self.adapter_name)}
-        self.accelerator = run.accelerator
+        self.accelerator, self.fused_head, self._head = run.accelerator, run.fused_head, None
         self._lender = run
 
     def _obstacle(self, student: Any) -> str | None:
@@ -84,7 +84,10 @@ class AdapterTeacher(LocalTeacher):
         reason = _trained_base(student)
         if reason is not None:
             return reason
-        wanted, base = adapter_config(self.path, self.revision).base_model_name_or_path, _base_name(student)
+        config = adapter_config(self.path, self.revision)
+        if changes_base(config):
+            return "an adapter that changes weights of its base, by `init_lora_weights` or `bias`."
+        wanted, base = config.base_model_name_or_path, _base_name(student)
         if not self.trust_base and wanted and base and not _same_source(wanted, base):
             return f"an adapter of {wanted!r} and a student on {base!r}. If these are one model, pass trust_base=True."
         if not (wanted and base):
@@ -150,7 +153,7 @@ def is_adapter(path: str, revision: str | None) -> bool:
 def fits_student(path: str, revision: str | None, student: Any) -> bool:
     """Whether an adapter was trained on the base that the student keeps frozen."""
     config = adapter_config(path, revision)
-    if _trained_base(student) is not None or config.base_model_name_or_path is None:
+    if _trained_base(student) is not None or changes_base(config) or config.base_model_name_or_path is None:
         return False
     kinds = {other.peft_type for other in student.peft_config.values()}
     return kinds == {config.peft_type} and _same_source(config.base_model_name_or_path, _base_name(student))
@@ -195,9 +198,12 @@ def _trained_base(student: Any) -> str | None:
     """What moves the student's base, as the end of a sentence; None if nothing does."""
     if not hasattr(student, "peft_config"):
         return "a student whose own weights are trained: such a teacher would change with every update."
-    adapters = set(student.peft_config)
-    trained = [name for name, p in student.named_parameters() if p.requires_grad and not adapters & {*name.split(".")}]
-    return f"a student that trains {trained[0]!r} of its base: the teacher would change with it." if trained else None
+    trained = trained_base(student)
+    if trained is not None:
+        return f"a student that trains {trained!r} of its base: the teacher would change with it."
+    if any(map(changes_base, student.peft_config.values())):
+        return "a student whose own adapter changes weights of that base, by `init_lora_weights` or `bias`."
+    return None
 
 
 def _base_name(student: Any) -> str:

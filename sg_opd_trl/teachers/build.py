@@ -1,16 +1,18 @@
 """The trainer's arguments -> its teacher and its reference: decided first, then built, then checked."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SGOPDConfigError
-from ..trl_seam import get_config_model_id
+from ..trl_seam import get_config_model_id, has_adapters_of_another
 from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, is_adapter, load_with_base
 from .base import Teacher
 from .fit import RenderingRun, check_fits_student, check_vocabulary_sizes
@@ -111,7 +113,7 @@ def resolve_teacher(args: "SGOPDConfig", teacher_model: Any) -> Any:
 
 def _build_one(run: BuildingRun, given: Any, tokenizer: Any, role: str) -> Teacher:
     """A teacher from a path, a model or a teacher, ready to score, its tokens checked as far as they are known."""
-    teacher: Any = given
+    teacher: Any = _of_its_own(given)
     if isinstance(given, str):
         teacher = _load_teacher(run, given)
     elif isinstance(given, nn.Module):
@@ -127,6 +129,20 @@ def _build_one(run: BuildingRun, given: Any, tokenizer: Any, role: str) -> Teach
     elif not isinstance(teacher, AdapterTeacher | ServerTeacher):
         # These two have checked what can be known when they were bound.
         check_vocabulary_sizes(run.tokenizer, teacher.vocab_size, role)
+    if isinstance(teacher, LocalTeacher | ServerTeacher):
+        _in_use.add(teacher)
+    return teacher
+
+
+_in_use: WeakSet[Any] = WeakSet()
+
+
+def _of_its_own(given: Any) -> Any:
+    """For a teacher object that another run has: the same weights or server, with settings and counts of its own."""
+    if not isinstance(given, LocalTeacher | ServerTeacher) or given not in _in_use:
+        return given
+    teacher = copy.copy(given)
+    teacher.tokens_scored = teacher.tokens_generated = 0
     return teacher
 
 
@@ -207,7 +223,7 @@ def _initial_student(run: BuildingRun, initial_student: PreTrainedModel | None) 
         # Without a copy of its adapter the initial student is the base: a new adapter begins as nothing.
         name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in student.peft_config else None
         size = run.model.config.get_text_config().vocab_size
-        return AdapterReference(run.student_scoring, run.accelerator, name, size)
+        return AdapterReference(run.student_scoring, run.accelerator, name, size, run.fused_head)
     if initial_student is not None:
         reference = FrozenModel(initial_student, role="reference", name="initial student")
     else:
@@ -408,4 +424,10 @@ def _check_not_the_student(run: BuildingRun, model: Any, argument: str) -> None:
         raise SGOPDConfigError(
             f"`{argument}` must be another object than `model`, got the student's own weights. They would be frozen, "
             "or move with every update. Pass copy.deepcopy(model) or the model's path."
+        )
+    if has_adapters_of_another(model):
+        raise SGOPDConfigError(
+            f"`{argument}` must be a model of its own, got a {type(model).__name__} around which a PeftModel was "
+            "made, by another trainer with `peft_config` perhaps. It would score with that adapter, which is trained. "
+            "Give the model's path, or load it again."
         )

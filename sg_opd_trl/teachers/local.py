@@ -20,14 +20,17 @@ from ..models.generate import generate_completions
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..models.internals import attention_implementation
 from ..trl_seam import (
+    HeadSettings,
     add_fused_head,
     agree_on_calls,
     create_model_from_path,
     fused_forward,
     get_config_model_id,
+    head_in_use,
     is_sharded,
     model_for_generation,
     output_head,
+    own_forward,
     prepare_frozen_model,
 )
 from .base import HiddenScores, Sampling, SupportScores
@@ -48,6 +51,7 @@ class ModelScorer:
         role: what messages call it.
         vocab_size: rows of its embedding.
         accelerator: of the trainer.
+        fused_head: the run's temperature and numerics.
         tokens_scored: completion tokens scored so far by this process.
     """
 
@@ -55,6 +59,7 @@ class ModelScorer:
     role: str
     vocab_size: int
     accelerator: Any
+    fused_head: HeadSettings
     tokens_scored: int = 0
     _head: OutputHead | None = None
 
@@ -133,7 +138,7 @@ class ModelScorer:
         """The one head of the model; its weights never change, so that it is the same at any time."""
         if self._head is None:
             with self.lent():
-                self._head = output_head(self.model)
+                self._head = output_head(self.model, self.fused_head)
         return [self._head]
 
     @torch.no_grad()
@@ -162,7 +167,7 @@ class ModelScorer:
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, request: HeadRequest | None = None
     ) -> ForwardOutput:
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), head_in_use(self.fused_head):
             return fused_forward(self.model, input_ids, attention_mask, completion_length, request)
 
     def _counted(self, batch: TokenBatch, rows: Tensor, logps: Tensor) -> Tensor:
@@ -190,6 +195,7 @@ class FrozenModel(ModelScorer):
     loaded_from: tuple[str, str | None, dict] | None = None
 
     def __init__(self, model: PreTrainedModel, *, role: str, name: str | None = None) -> None:
+        own_forward(model)
         self.model: Any = model.requires_grad_(False).eval()
         self.role = role
         self.vocab_size: int = model.config.get_text_config().vocab_size
@@ -231,8 +237,8 @@ class FrozenModel(ModelScorer):
 
     def prepare(self, accelerator: Any, *, temperature: float, cast_lm_head_to_fp32: bool) -> None:
         """Attach the fused head and place the model as TRL places its reference model."""
-        add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
-        self.accelerator = accelerator
+        self.fused_head = add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
+        self.accelerator, self._head = accelerator, None
         self.model = prepare_frozen_model(self.model, accelerator)
 
 

@@ -4,11 +4,13 @@ The latter takes no second copy of the student in memory. The reference is the z
 A(lambda) = lT - lS + (lambda - 1)(lT - lR)), so that it must be free of noise and of the student's updates.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,6 +59,7 @@ class AdapterReference(ModelScorer):
         accelerator: of the trainer.
         adapter_name: the frozen copy, or None for no adapter at all.
         vocab_size: rows of the student's embedding.
+        fused_head: the run's temperature and numerics.
     """
 
     def __init__(
@@ -65,11 +68,13 @@ class AdapterReference(ModelScorer):
         accelerator: Any,
         adapter_name: str | None,
         vocab_size: int,
+        fused_head: Any,
     ) -> None:
         self.student_scoring = student_scoring
         self.accelerator = accelerator
         self.adapter_name = adapter_name
         self.vocab_size = vocab_size
+        self.fused_head = fused_head
         self.role = "reference"
         self.model = None
         self.identity: dict = {"name": "initial student", "adapter": adapter_name, "fingerprint": None}
@@ -118,6 +123,72 @@ def adapter_switched(model: Any, adapter_name: str | None) -> Iterator[None]:
             parameter.requires_grad_(trainable[name])
 
 
+# --- whether the student without its adapters is the student as it was -----------------------------------------------
+#: Ways to begin an adapter, `init_lora_weights` of PEFT, that leave the base's weights alone. Others take its first
+#: state out of them, so that base and adapter together are the model that was loaded.
+_BASE_STAYS = (True, False, "gaussian", "eva", "orthogonal")
+#: Those that make nothing of the adapter's first state.
+_BEGINS_AS_NOTHING = (True, "gaussian", "eva")
+
+
+def changes_base(config: Any) -> bool:
+    """Whether an adapter of this PEFT configuration changes weights of its base: at its start, or in training."""
+    facts = vars(config)
+    return facts.get("init_lora_weights", True) not in _BASE_STAYS or facts.get("bias", "none") != "none"
+
+
+def trained_base(student: Any) -> str | None:
+    """Name of a parameter that is trained and is no adapter's, so that switching adapters off leaves it; None if none.
+
+    Biases that LoRA trains are among them, and layers that the caller has thawed.
+    """
+    adapters = set(student.peft_config)
+    names = (name for name, parameter in student.named_parameters() if parameter.requires_grad)
+    return next((name for name in names if not adapters & {*name.split(".")}), None)
+
+
+def trained_without_adapters(student: Any) -> str | None:
+    """Name of a trained parameter that is still in the forward once adapters are switched off; None if none is."""
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad(), evaluating(student), adapter_switched(student, None):
+        for parameter in trained.values():
+            # Switching adapters off freezes them, and would hide one that is used all the same.
+            parameter.requires_grad_(True)
+        total = _logits(student).float().sum()
+        used = torch.autograd.grad(total, list(trained.values()), allow_unused=True) if total.requires_grad else ()
+    return next((name for name, gradient in zip(trained, used, strict=False) if gradient is not None), None)
+
+
+@torch.no_grad()
+def is_its_base(student: Any) -> bool:
+    """Whether the student with its adapters, as they are now, is the student without them."""
+    with evaluating(student):
+        with_adapters = _logits(student)
+        with adapter_switched(student, None):
+            without = _logits(student)
+    return torch.allclose(with_adapters.float(), without.float(), rtol=_ROUNDING, atol=_ROUNDING)
+
+
+def begins_as_its_base(student: Any) -> bool:
+    """The same from the adapters' configurations, where the student cannot be run yet."""
+    return not any(
+        config.is_prompt_learning or vars(config).get("init_lora_weights", True) not in _BEGINS_AS_NOTHING
+        for config in student.peft_config.values()
+    )
+
+
+# A copy that is not needed costs little, a reference that is another model everything.
+_ROUNDING = 1e-4
+
+
+def _logits(student: Any) -> Tensor:
+    size = student.config.get_text_config().vocab_size
+    ids = torch.arange(1, 9, device=student.device).unsqueeze(0) % size
+    logits = student(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    # Virtual tokens of an adapter add positions in front.
+    return logits[:, -ids.size(1) :]
+
+
 def add_reference_adapter(model: Any) -> None:
     """Keep a frozen copy of the student's adapter, as it is now, under the name `ref`.
 
@@ -133,7 +204,11 @@ def add_reference_adapter(model: Any) -> None:
             "`reference_model`."
         )
     if REFERENCE_ADAPTER not in model.peft_config:
-        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
+        # Its weights are copied: begun as the first one was, it could take a part of the base's weights for itself.
+        config = copy.copy(model.peft_config[active])
+        if "init_lora_weights" in vars(config):
+            config.init_lora_weights = True
+        model.add_adapter(REFERENCE_ADAPTER, config)
         model.has_sg_opd_reference = True
     elif not hasattr(model, "has_sg_opd_reference"):
         raise SGOPDConfigError(

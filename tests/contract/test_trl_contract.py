@@ -13,7 +13,7 @@ import pytest
 import torch
 import trl
 from repository import MODULES, PACKAGE, check_none, name_of
-from tiny import parity_verifier, save_pair, tiny_data, tiny_model
+from tiny import parity_verifier, save_pair, tiny_data, tiny_model, tiny_trainer
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -290,6 +290,40 @@ def test_what_the_second_output_of_a_head_leans_on() -> None:
     assert getattr(model, settings["backbone_attr"]) is model.model
     assert {"log_probs", "entropy", "aux_loss"} <= {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
     assert next(iter(inspect.signature(maybe_gather_lm_head_ctx).parameters.values())).kind.name == "VAR_POSITIONAL"
+
+
+def test_what_a_forward_of_ones_own_leans_on(tmp_path: Path) -> None:
+    """The names by which forwards of TRL and accelerate are told, and what is beneath them."""
+    from accelerate import Accelerator
+    from accelerate.utils.operations import ConvertOutputsToFp32
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = tiny_model(0)
+    add_fused_lm_head(model)
+    held = inspect.getclosurevars(model.forward.__func__).nonlocals
+    assert held["outputs"] == ("log_probs",)
+    assert held["original_forward"].__self__ is model
+    assert held["original_forward"].__func__ is type(model).forward
+    beneath = model.forward.__func__
+    accelerator = Accelerator(cpu=True)
+    accelerator.native_amp = True
+    accelerator.prepare_model(model, evaluation_mode=True)
+    around = inspect.getclosurevars(model.forward.__func__).nonlocals["model_forward"]
+    assert isinstance(around, ConvertOutputsToFp32)
+    assert around.model_forward.__wrapped__ is beneath
+    assert vars(model)["_original_forward"].__func__ is beneath
+    assert "_is_accelerate_prepared" in inspect.getsource(Accelerator)
+    # The head that is computed in float32 keeps to the layer it was made for, by this name.
+    student = tiny_trainer(tmp_path, settings={"cast_lm_head_to_fp32": True, "teacher_sampling_enable": False}).model
+    assert set(inspect.getclosurevars(student.lm_head.forward).nonlocals) == {"lm_head"}
+
+
+def test_transformers_restores_callbacks_in_one_place() -> None:
+    loading = inspect.getsource(Trainer._init_training_state)
+    assert loading.count("self._load_callback_state()") == 1
+    restoring = inspect.getsource(Trainer._load_callback_state)
+    assert "self.state.stateful_callbacks.items()" in restoring
+    assert "type(callback)(**args)" in restoring
 
 
 def test_the_scoring_step_does_nothing_with_the_model_but_call_it_once() -> None:
