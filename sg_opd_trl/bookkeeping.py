@@ -141,6 +141,12 @@ class SavedRun(Run, Protocol):
 
     callback_handler: Any
 
+    def rollouts_state(self) -> dict[str, Any]:
+        """Where the run is among its rollouts."""
+
+    def restore_rollouts(self, state: dict[str, Any]) -> None:
+        """Go back to there."""
+
     def save_checkpoint(self) -> None:
         """Write it, as the training loop does."""
 
@@ -161,6 +167,7 @@ class LastStep(TrainerCallback):
         self.random_state: RandomState | None = None
         self.saved_step: int | None = None
         self._tokens = 0
+        self._rollouts: dict[str, Any] = {}
         self._counters: list[tuple[Any, dict]] = []
 
     def on_train_begin(
@@ -175,6 +182,7 @@ class LastStep(TrainerCallback):
         """Remember the random state, and the counters that checkpoints keep."""
         self.random_state = RandomState.of(self.run.accelerator.device)
         self._tokens = state.num_input_tokens_seen
+        self._rollouts = self.run.rollouts_state()
         self._remember_callbacks()
 
     def on_evaluate(
@@ -196,6 +204,7 @@ class LastStep(TrainerCallback):
         if self.random_state is not None:
             self.random_state.restore()
             self.run.state.num_input_tokens_seen = self._tokens
+            self.run.restore_rollouts(self._rollouts)
         for owner, attributes in self._counters:
             vars(owner).update(attributes)
 
@@ -229,14 +238,12 @@ def keep_last_step(run: SavedRun, last: LastStep, error: TeacherError) -> None:
                 failure,
             )
             return
-    inside = step * args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
     logger.warning(
-        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.%s",
+        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
         type(error).__name__,
         step,
         folder,
         folder,
-        " It is inside a generation batch: what is left of it is replaced by new rollouts." if inside else "",
     )
 
 

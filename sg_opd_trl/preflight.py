@@ -320,7 +320,6 @@ def check_run(run: PreparedRun) -> None:
     student = run.accelerator.unwrap_model(run.model)
     _check_student(student)
     check_is_trained(run)
-    _warn_of_inexact_resume(args)
     warn_of_unused(args)
     if run.is_multimodal:
         raise SGOPDConfigError(
@@ -386,21 +385,6 @@ def check_rollout_engine(run: Run) -> None:
     prompts = run.tokenize_prompts(first_prompts(run.train_dataset))
     longest = max(map(len, prompts), default=0)
     check_prompt_room(run.args, longest, f"the longest of the first {PROMPTS_RENDERED} prompts")
-
-
-def _warn_of_inexact_resume(args: Any) -> None:
-    """Rollouts are not part of a checkpoint: one inside a generation batch resumes with new rollouts."""
-    block = args.steps_per_generation * args.num_iterations
-    between = args.save_steps * args.gradient_accumulation_steps
-    if args.save_strategy == "steps" and args.save_steps >= 1 and between % block:
-        logger.warning(
-            "`save_steps=%s` puts checkpoints inside a generation batch (%d micro-batches, used %d times): a run "
-            "resumed from one draws new rollouts and differs from an uninterrupted one. Make save_steps * "
-            "gradient_accumulation_steps a multiple of steps_per_generation * num_iterations.",
-            args.save_steps,
-            args.steps_per_generation,
-            args.num_iterations,
-        )
 
 
 def warn_of_a_gate_without_drift(args: Any) -> None:

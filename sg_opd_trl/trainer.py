@@ -874,6 +874,15 @@ class SGOPDTrainer(GRPOSeam):
         own = {"anchor": counters[0]} if counters else {}
         return checkpoint_facts(self) | own | self.gate_noise.facts()
 
+    def rollouts_state(self) -> dict[str, Any]:
+        """With the rows of the data set that the rollouts are of: the anchor may share their prompts."""
+        return super().rollouts_state() | {"examples": list(self._examples)}
+
+    def restore_rollouts(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().restore_rollouts(state)
+        self._examples = state.get("examples", ())
+
     def check_checkpoint_state(self, state: dict) -> None:
         """Refuse to continue a run with another teacher or reference, and count on from its tokens and rollouts."""
         compare_checkpoint_facts(self, state)

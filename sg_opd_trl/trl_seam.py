@@ -404,6 +404,8 @@ def model_for_generation(
 
 
 STATE_FILE = "sg_opd_state.json"
+ROLLOUTS_FILE = "sg_opd_rollouts_{}.pt"
+"""Of each rank, in a checkpoint inside a generation batch: what is left of its rollouts, with their scores."""
 
 OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]]], None]
 """`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
@@ -460,6 +462,7 @@ class GRPOSeam(GRPOTrainer):
         self._batch_in_loss = None
         self._evaluated_as = "eval"
         self._written_aside: Path | None = None
+        self._train_sampler: Any = None
         super().__init__(*args, **kwargs)
         self.fused_head = HeadSettings(self.temperature, self.args.cast_lm_head_to_fp32, entropy=True)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
@@ -536,6 +539,14 @@ class GRPOSeam(GRPOTrainer):
         """Callbacks whose instances go on in a resumed run, with their attributes in its checkpoint."""
         return []
 
+    def rollouts_state(self) -> dict[str, Any]:
+        """Where the run is among its rollouts: the number of micro-batches so far, and the slices still in use."""
+        return {"step": self._step, "slices": self._buffered_inputs}
+
+    def restore_rollouts(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._step, self._buffered_inputs = state["step"], state["slices"]
+
     # --- what a subclass may use ---------------------------------------------------------------------------------
     @property
     def tokenizer(self) -> Any:
@@ -600,6 +611,11 @@ class GRPOSeam(GRPOTrainer):
         """Have the student never sample these ids; vLLM does its own sampling and is not told."""
         wanted = sorted({*ids, *(self.generation_config.suppress_tokens or ())})
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = wanted
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Micro-batches that are trained on one generation batch, repetitions included."""
+        return int(self.args.steps_per_generation * self.num_iterations)
 
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
         """Token ids of prompts, rendered exactly as for the student's rollouts."""
@@ -795,6 +811,7 @@ class GRPOSeam(GRPOTrainer):
             if self.args.should_save:
                 self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
                 (aside / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
+            self._save_rollouts(aside)
             # Every rank has written its part.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -807,6 +824,38 @@ class GRPOSeam(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(place))
+
+    def _save_rollouts(self, folder: Path) -> None:
+        state = self.rollouts_state()
+        # On the boundary of a generation batch there is nothing left of it.
+        if state["step"] % self.micro_batches_per_rollout and not self.args.save_only_model:
+            torch.save(state, folder / self._rollouts_file)
+
+    @property
+    def _rollouts_file(self) -> str:
+        return ROLLOUTS_FILE.format(self.accelerator.process_index)
+
+    def _init_training_state(
+        self,
+        max_steps: Any,
+        num_update_steps_per_epoch: Any,
+        num_train_epochs: Any,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        # What a `train()` before this one in the same process has left belongs to it.
+        self.restore_rollouts({"step": 0, "slices": None})
+        epochs, steps = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        # TRL's sampler draws a permutation per epoch from one generator, and would begin with that of the first.
+        for _ in range(epochs if self._train_sampler is not None and not self.args.ignore_data_skip else 0):
+            next(iter(self._train_sampler), None)
+        return epochs, steps
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._written_aside is None else str(self._written_aside)
@@ -848,3 +897,6 @@ class GRPOSeam(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STATE_FILE).is_file():
             self.check_checkpoint_state(json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8")))
+        if checkpoint is not None and (Path(checkpoint) / self._rollouts_file).is_file():
+            path, device = Path(checkpoint) / self._rollouts_file, self.accelerator.device
+            self.restore_rollouts(torch.load(path, map_location=device, weights_only=True))

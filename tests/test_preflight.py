@@ -295,16 +295,6 @@ def test_adapters_loaded_into_a_plain_model_are_refused(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, model=student, settings={"lambda_high": 1.0} | OFF)
 
 
-@pytest.mark.parametrize(("save_steps", "warned"), [(1, True), (2, False)])
-def test_checkpoints_inside_a_generation_batch_are_warned_about(
-    tmp_path: Path, save_steps: int, warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = OFF | {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": save_steps}
-    with caplog.at_level(logging.WARNING, logger="sg_opd_trl"):
-        tiny_trainer(tmp_path, settings=settings)
-    assert ("inside a generation batch" in caplog.text) is warned
-
-
 @pytest.mark.parametrize(
     ("settings", "dropout", "warned"),
     [
