@@ -9,7 +9,7 @@ import pytest
 import torch
 from teachers.fake_server import FakeServer
 from teachers.model_server import by_url, model_server
-from tiny import logged, tiny_data, tiny_model, tiny_trainer
+from tiny import changed_weights, copied_weights, logged, tiny_data, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -181,13 +181,15 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_error(
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_checkpoint_inside_a_generation_batch_is_said_to_be_one(
-    tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = model_server(tiny_model(1)).start()
+def test_inside_a_generation_batch_too(tmp_path: Path, step: int) -> None:
+    """What is left of the batch is in the checkpoint."""
     # Nothing is asked ahead, so that the step after the server's end fails.
-    settings = SETTINGS | {"steps_per_generation": 2, "teacher_sampling_prompts": "share"}
-    with pytest.raises(TeacherError), caplog.at_level(logging.WARNING):
-        by_url(tmp_path, server.url, settings=settings, callbacks=[EndAfter(server, step)]).train()
-    assert f"Its {step} finished steps are in" in caplog.text
-    assert ("replaced by new rollouts" in caplog.text) is (step == 1)
+    settings = {"steps_per_generation": 2, "teacher_sampling_prompts": "share"}
+    server = model_server(tiny_model(1)).start()
+    whole = run(tmp_path / "whole", server.url, **settings)
+    with pytest.raises(TeacherError):
+        run(tmp_path / "cut", server.url, [EndAfter(server, step)], **settings)
+    checkpoint = str(tmp_path / "cut" / f"checkpoint-{step}")
+    with model_server(tiny_model(1)) as again:
+        resumed = run(tmp_path / "again", again.url, checkpoint=checkpoint, **settings)
+    assert changed_weights(resumed.model, copied_weights(whole.model)) == []
