@@ -58,7 +58,9 @@ def check_context_room(run: RunWithModels) -> None:
         # One without weights of its own is the student with another adapter; servers know their context themselves.
         if isinstance(teacher, ModelScorer) and its_rows:
             read = [row["prompt"] if row.get(TEACHER_PROMPT) is None else row[TEACHER_PROMPT] for row in its_rows]
-            model = run.accelerator.unwrap_model(teacher.model) if isinstance(teacher, FrozenModel) else student
+            # An adapter on the student's weights is a frozen model that has them only while it scores.
+            frozen = isinstance(teacher, FrozenModel) and teacher.model is not None
+            model = run.accelerator.unwrap_model(teacher.model) if frozen else student
             _check(model, teacher.role, _longest_prompt(run, read), longest)
 
 

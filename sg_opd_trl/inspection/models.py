@@ -44,6 +44,7 @@ def context_row(rooms: Mapping[str, int | None], prompt: int, completion: int) -
     told = ", ".join(f"{name} {room if room is not None else 'without a limit'}" for name, room in rooms.items())
     said = f"A prompt of {prompt} and a completion of {completion} tokens take {needed}; there is room for: {told}."
     if any(room is not None and room < needed for room in rooms.values()):
-        change = "Lower max_completion_length or max_prompt_tokens, or take models with a longer context."
-        return Row("context", "red", said, change)
+        # A model that ends in an error beyond its positions is refused where the run is set up.
+        change = "Log-probs get worse beyond it. Lower max_completion_length, or take models with a longer context."
+        return Row("context", "yellow", said, change)
     return Row("context", "green", said)

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from transformers import TrainerState
 
-from ..agreement import Agreement, positions_of
+from ..agreement import Agreement
 from ..data import datasets_of, first_prompts, first_rows
 from ..errors import SGOPDConfigError, SGOPDError
+from ..models.context import extended_positions
 from ..noise import MeasuredRun, can_be_measured, measure
 from ..random_state import forked_random_state
 from ..run import Run
@@ -100,9 +101,9 @@ def _context_rows(run: InspectedRun) -> Iterator[Row]:
     if run.environment_factories is not None:
         return
     args: Any = run.args  # TRL has filled in by now what its fields leave open
-    rooms: dict[str, int | None] = {"student": positions_of(run.accelerator.unwrap_model(run.model).config)}
+    rooms: dict[str, int | None] = {"student": extended_positions(run.accelerator.unwrap_model(run.model).config)}
     for model in _frozen(run):
-        rooms[model.role] = positions_of(run.accelerator.unwrap_model(model.model).config)
+        rooms[model.role] = extended_positions(run.accelerator.unwrap_model(model.model).config)
     for teacher in _teachers(run):
         if isinstance(teacher, ServerTeacher):
             rooms["teacher server"] = teacher.client.max_length

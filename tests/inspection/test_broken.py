@@ -91,9 +91,7 @@ def test_answers_that_the_template_ends_otherwise_than_rollouts(look, other):
 
 # --- models ----------------------------------------------------------------------------------------------------------
 def test_a_context_that_is_too_small(look):
-    report = look(max_completion_length=120)
-    assert report.state == "red"
-    assert any("128" in str(row) and "131" in str(row) for row in report.in_state("red")), str(report)
+    told(look(max_completion_length=120), "context", "yellow", "take 131", "student 128, teacher 128", "get worse")
 
 
 def test_a_model_whose_rows_cannot_be_scored_together(look, tmp_path):
@@ -111,6 +109,11 @@ def test_a_teacher_that_is_the_student(look, pair):
 
 def test_a_dead_zone_that_leaves_nothing_to_the_gate(look):
     told(look(gate_dead_zone=50), "gate", "yellow", "100% neutral (dead zone 50)")
+
+
+def test_a_dead_zone_below_the_noise_of_bfloat16(look):
+    report = look(bf16="true", gradient_checkpointing="true")
+    told(report, "rounding", "yellow", "The dead zone is 0.0001", 'gate_dead_zone="auto"')
 
 
 # --- verifier and golds ----------------------------------------------------------------------------------------------
