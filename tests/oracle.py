@@ -61,10 +61,10 @@ def log_probs(model: torch.nn.Module, row: Row, temperature: float) -> list[torc
     ]
 
 
-def group_advantages() -> list[float]:
+def group_advantages(verdicts: list[float | None] = VERDICTS, size: int = GROUP) -> list[float]:
     result = []
-    for first in range(0, len(VERDICTS), GROUP):
-        group = VERDICTS[first : first + GROUP]
+    for first in range(0, len(verdicts), size):
+        group = verdicts[first : first + size]
         judged = [v for v in group if v is not None]
         mean = sum(judged) / len(judged)
         deviation = math.sqrt(sum((v - mean) ** 2 for v in judged) / (len(judged) - 1))
