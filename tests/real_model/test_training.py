@@ -23,16 +23,16 @@ from sg_opd_trl.models.batch import TokenBatch
 
 pytestmark = NEEDS_MODEL
 SETTINGS = {
-    "per_device_train_batch_size": 12,
+    "per_device_train_batch_size": 8,
     "num_generations": 4,
-    "max_completion_length": 10,
+    "max_completion_length": 8,
     "max_steps": 1,
     "temperature": 0.7,
     "learning_rate": 1e-5,
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,  # LoRA's A has no gradient in the first step: it stays as it was made
     "disagree_interp_beta": 0.5,  # so that the three routes differ
-    "teacher_sampling_ratio": 0.5,  # as many teacher prompts as student prompts: 3
+    "teacher_sampling_ratio": 0.5,  # as many teacher prompts as student prompts: 2
     "teacher_num_generations": 2,
     "seed": 1,
     **ANCHOR,
@@ -78,7 +78,7 @@ def run_step(where: Path, folder: str, settings: dict | None = None, replay: Any
         inject_teacher_rollouts(trainer, in_order([row.completion for row in replay.written]))
     trainer.train()
     calls = {len(ids): (prompts, ids, verdicts) for prompts, ids, verdicts in verifier.calls}
-    (student, verdicts), (teacher, judged) = (judged_rows(trainer.tokenizer, calls[size]) for size in (12, 6))
+    (student, verdicts), (teacher, judged) = (judged_rows(trainer.tokenizer, calls[size]) for size in (8, 4))
     kept = [row for row, verdict in zip(teacher, judged, strict=True) if verdict == 1]
     (batch,), (gradient,) = scored, recorder.steps
     log = next(entry for entry in trainer.state.log_history if "gate/neutral" in entry)
