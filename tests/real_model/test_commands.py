@@ -57,3 +57,13 @@ def test_train_by_recipe_leaves_an_adapter_that_is_evaluated(recipe: Path, tmp_p
     found = json.loads(result.read_text(encoding="utf-8"))
     assert (found["num_problems"], found["abstained"]) == (6, 0)
     assert found["avg_at_k"] > 0
+
+
+def test_check_says_what_there_is_to_say_of_the_recipe(recipe: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    assert main(["check", "--config", str(recipe), "--prompts", "2", "--json", str(found)]) == 0
+    report = json.loads(found.read_text(encoding="utf-8"))
+    states = {row["name"]: row["state"] for row in report["rows"]}
+    for name in ("tokenizer", "chat template", "end token", "context", "log-probs", "verifier", "golds"):
+        assert states[name] == "green", report["rows"]
+    assert not (tmp_path / "student").exists()
