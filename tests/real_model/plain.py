@@ -47,7 +47,9 @@ def step_gradient(
             taught = log_probs(model, Row(read, row.completion), args.temperature).tolist()
         logps = log_probs(model, row, args.temperature)
         own = logps.tolist()  # the reference's too, which is the student before the first step
-        damped = [min(1.0, args.stability_tau / abs(t - s)) if t != s else 1.0 for s, t in zip(own, taught, strict=True)]
+        damped = [
+            min(1.0, args.stability_tau / abs(t - s)) if t != s else 1.0 for s, t in zip(own, taught, strict=True)
+        ]
         loss = torch.zeros((), dtype=torch.float64)
         for logp, s, t, phi in zip(logps, own, taught, damped, strict=True):
             classes.append(gate(signal, t - s, args.gate_dead_zone))

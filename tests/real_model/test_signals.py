@@ -23,9 +23,7 @@ def step(where: Path, folder: str, tokenizer: Any, answers: list[str], verdicts:
     }
     verifier = ScriptedVerifier(verdicts)
     data = rows(**columns)
-    trainer = SGOPDTrainer(
-        folder, verifier, tiny_config(where, **settings), train_dataset=data, teacher_model=folder
-    )
+    trainer = SGOPDTrainer(folder, verifier, tiny_config(where, **settings), train_dataset=data, teacher_model=folder)
     inject_rollouts(trainer, in_order([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in answers]))
     trainer.train()
     return trainer

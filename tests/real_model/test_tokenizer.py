@@ -70,12 +70,17 @@ def test_an_answer_continues_its_prompt_in_the_next_turn(tokenizer: Any) -> None
     start = encode_prompt(tokenizer, first, {}) + written
     whole = encode_prompt(tokenizer, second, {})
     assert whole[: len(start)] == start
-    assert tokenizer.decode(whole[len(start) :]) == f"\n<|im_start|>user\n{question(3)}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(whole[len(start) :])
+        == f"\n<|im_start|>user\n{question(3)}<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_completions_are_read_without_their_end_and_with_every_other_token(tokenizer: Any) -> None:
     ids = [*tokenizer(r" \boxed{3}")["input_ids"], 2]
-    read = read_completions(tokenizer, [EXAMPLE[:1]], [ids], lambda prompts: [encode_prompt(tokenizer, prompts[0], {})])
+    read = read_completions(
+        tokenizer, [EXAMPLE[:1]], [ids], lambda prompts: [encode_prompt(tokenizer, prompts[0], {})]
+    )
     assert read == [[{"role": "assistant", "content": r" \boxed{3}"}]]
 
 

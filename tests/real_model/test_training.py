@@ -4,7 +4,6 @@ Student, teacher and reference are one model; the teacher reads worked examples 
 example in a turn before. All tests share the rollouts that the first run sampled and `math_reward` judged.
 """
 
-import gc
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +118,12 @@ def test_the_rollouts_make_a_step_worth_comparing(full: Run, expected: Expected)
 def test_the_teacher_reads_its_own_prompt_before_the_same_completions(full: Run) -> None:
     tokenizer, data = full.trainer.tokenizer, rows(teacher_system=WORKED_EXAMPLES)
     own = {tuple(encode_prompt(tokenizer, row["prompt"], {})): row["teacher_prompt"] for row in data}
-    entries = (full.scored.prompt_ids, full.scored.prompt_mask, full.scored.completion_ids, full.scored.completion_mask)
+    entries = (
+        full.scored.prompt_ids,
+        full.scored.prompt_mask,
+        full.scored.completion_ids,
+        full.scored.completion_mask,
+    )
     for row, ids, mask, completion, written in zip(full.rollouts, *entries, strict=True):
         prompt = own[tuple(row.prompt)]
         assert prompt[0] == system_turn(WORKED_EXAMPLES)
@@ -181,9 +185,8 @@ def test_lora_has_the_gradient_of_the_projections_it_is_added_to(
     torch.testing.assert_close(saved, trained, rtol=0, atol=1e-5)
     assert (saved - untrained).abs().max() > 1e-3
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == run.trainer.tokenizer.chat_template
-    gc.collect()
 
 
 def peft_state(run: Run) -> dict[str, Tensor]:
-    """A is as it was made: its gradient is 0, and weight decay is off in one step of so small a size."""
+    """After the step, in which A stayed as it was made: its gradient is 0, and there is no weight decay."""
     return {name: p.detach() for name, p in run.trainer.model.named_parameters() if "lora_" in name}
