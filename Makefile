@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-fast test-vllm test-real lint format type check bench notebooks showcase docs clean distclean
+.PHONY: help install demo test test-all test-fast test-vllm test-real lint format type check bench notebooks showcase docs survey clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -76,6 +76,9 @@ showcase: $(VENV)/.installed-dev ## execute the notebooks in full and keep their
 
 docs: $(VENV)/.installed-dev ## write docs/configuration.md from the fields' help
 	$(OFFLINE) $(BIN)/python docs/build_configuration.py
+
+survey: $(VENV)/.installed-dev ## write docs/models.md: every causal language model of transformers, checked in minutes
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python docs/build_models.py
 
 lint: $(VENV)/.installed-dev ## check style and format
 	$(BIN)/ruff check $(CODE)

@@ -4,6 +4,7 @@
 to the loop of transformers what ours would have to ignore.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -373,6 +374,8 @@ def _check_support(
         "several completions per row": config.num_return_sequences not in (None, 1),
         "more than token ids to return": bool(config.return_dict_in_generate),
         "prefill in chunks": config.prefill_chunk_size is not None,
+        # It would be run on the last token alone.
+        "model without a key-value cache": CACHE not in inspect.signature(type(model).forward).parameters,
         "key-value cache": not can_select_rows(inputs.get(CACHE)),
         f"options {[type(x).__name__ for x in options]}": bool(options),
         f"inputs {sorted(inputs.keys() - _INPUTS)}": bool(inputs.keys() - _INPUTS),
