@@ -1,4 +1,4 @@
-"""The books of a run: metrics of a logging window, what stops a step, the last finished step, facts of checkpoints."""
+"""The books of a run: metrics of a logging window, what stops a step, facts of checkpoints."""
 
 import logging
 import math
@@ -11,15 +11,11 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
 
 from . import __version__
 from .core import TokenStatistics, combine, finalize
-from .errors import NonFiniteError, SGOPDConfigError, TeacherError
-from .random_state import RandomState
+from .errors import NonFiniteError, SGOPDConfigError
 from .run import Run
 from .trl_seam import get_config_model_id
 
@@ -132,118 +128,6 @@ def check_grad_norm(grad_norm: Any, step: int, accelerator: Any) -> None:
         f"The gradient norm of step {step} is {float(grad_norm)}, which the optimizer "
         f"spreads to every weight. {now} Lower `learning_rate`, train in float32 or bfloat16, or look at the "
         "rollouts of this step."
-    )
-
-
-# --- the last finished step: a teacher that is gone ends the run, and not what it has learnt -------------------------
-class SavedRun(Run, Protocol):
-    """A run that can write a checkpoint of its current step."""
-
-    callback_handler: Any
-
-    def rollouts_state(self) -> dict[str, Any]:
-        """Where the run is among its rollouts."""
-
-    def restore_rollouts(self, state: dict[str, Any]) -> None:
-        """Go back to there."""
-
-    def save_checkpoint(self) -> None:
-        """Write it, as the training loop does."""
-
-
-class LastStep(TrainerCallback):
-    """Remembers what the process was like after the last finished step, before the next one draws or counts anything.
-
-    Args:
-        run: whose steps it remembers.
-
-    Attributes:
-        random_state: of then; None before the first step has finished.
-        saved_step: of this run's newest checkpoint, None without any.
-    """
-
-    def __init__(self, run: SavedRun) -> None:
-        self.run = run
-        self.random_state: RandomState | None = None
-        self.saved_step: int | None = None
-        self._tokens = 0
-        self._rollouts: dict[str, Any] = {}
-        self._counters: list[tuple[Any, dict]] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Nothing to go back to yet."""
-        self.random_state = self.saved_step = None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remember the random state, and the counters that checkpoints keep."""
-        self.random_state = RandomState.of(self.run.accelerator.device)
-        self._tokens = state.num_input_tokens_seen
-        self._rollouts = self.run.rollouts_state()
-        self._remember_callbacks()
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """What an evaluation after the step counts, such as patience; the random state here is its own."""
-        self._remember_callbacks()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A checkpoint of this run; folders of other runs may have the same name."""
-        self.saved_step = state.global_step
-
-    def _remember_callbacks(self) -> None:
-        stateful = [one for one in self.run.callback_handler.callbacks if isinstance(one, ExportableState)]
-        self._counters = [(one, dict(one.state()["attributes"])) for one in stateful]
-
-    def restore(self) -> None:
-        """Go back to it."""
-        if self.random_state is not None:
-            self.random_state.restore()
-            self.run.state.num_input_tokens_seen = self._tokens
-            self.run.restore_rollouts(self._rollouts)
-        for owner, attributes in self._counters:
-            vars(owner).update(attributes)
-
-
-def keep_last_step(run: SavedRun, last: LastStep, error: TeacherError) -> None:
-    """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
-
-    Ranks that did not fail wait for one another and cannot take part: with several processes nothing is written. What
-    goes wrong here is told and not raised, so that it does not hide the error.
-
-    Args:
-        run: that the error ends.
-        last: its callback.
-        error: why.
-    """
-    args: Any = run.args
-    step = run.state.global_step
-    if last.random_state is None or run.accelerator.num_processes > 1 or args.save_strategy == SaveStrategy.NO:
-        return
-    folder = Path(args.output_dir) / f"checkpoint-{step}"
-    if last.saved_step != step:
-        last.restore()
-        try:
-            run.save_checkpoint()
-        except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
-            logger.warning(
-                "The teacher ended the run, and its %d finished steps could not be kept in %s: %s. Delete that "
-                "folder, and continue from an older checkpoint.",
-                step,
-                folder,
-                failure,
-            )
-            return
-    logger.warning(
-        "The teacher ended the run (%s). Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
-        type(error).__name__,
-        step,
-        folder,
-        folder,
     )
 
 

@@ -32,7 +32,6 @@ from . import core
 from .agreement import Agreement
 from .bookkeeping import (
     TIMED_PARTS,
-    LastStep,
     TrainingMetrics,
     card_arguments,
     check_anchor_is_finite,
@@ -40,13 +39,12 @@ from .bookkeeping import (
     check_step_is_finite,
     checkpoint_facts,
     compare_checkpoint_facts,
-    keep_last_step,
     reduce_over_ranks,
 )
 from .checkpoints import check_checkpoint
 from .config import SGOPDConfig
 from .context_room import check_context_room
-from .errors import TeacherError
+from .ending import kept
 from .inspection import Report, first_seconds, inspect_run
 from .models.batch import (
     TokenBatch,
@@ -770,7 +768,7 @@ class SGOPDTrainer(GRPOSeam):
 
     # === what surrounds a step: running, logging, writing ========================================================
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; whichever way that ends, a teacher does not go on with what nobody will ask for.
+        """Train; whichever way that ends, the last finished step is kept, and no teacher goes on unasked.
 
         Raises:
             CheckpointError: `resume_from_checkpoint` names a checkpoint that is not whole.
@@ -781,15 +779,10 @@ class SGOPDTrainer(GRPOSeam):
         check_is_trained(self)
         if self.args.preflight:
             first_seconds(self)
-        last = LastStep(self)
-        self.add_callback(last)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        except TeacherError as error:
-            keep_last_step(self, last, error)
-            raise
+            with kept(self):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.remove_callback(last)
             drop_prefetched(self.teacher)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

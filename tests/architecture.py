@@ -22,7 +22,7 @@ LAYERS = (
     ("", "checkpoints", "errors", "files", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
     ("models", "data", "tasks"),
-    ("trl_seam", "bookkeeping"),
+    ("trl_seam", "bookkeeping", "ending"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "noise", "precision", "prefetch", "token_weights"),

@@ -193,7 +193,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
     model = build("rotary")
     with torch.no_grad():
         model.lm_head.weight[7, 0] = torch.nan
-    with pytest.raises(SGOPDConfigError, match="by inf nats"):
+    with pytest.raises(SGOPDConfigError, match="must give finite log-probs"):
         check(model)
 
 

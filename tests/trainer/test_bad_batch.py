@@ -20,6 +20,7 @@ from tiny import (
 )
 
 from sg_opd_trl import NonFiniteError, VerifierError
+from sg_opd_trl.errors import NonFiniteTeacherError
 from sg_opd_trl.models.forward import ForwardOutput
 
 OFF = {"teacher_sampling_enable": False}
@@ -31,7 +32,7 @@ def check_untouched(trainer: Any, error: type[Exception], *said: str) -> None:
     before = copied_weights(trainer.model)
     with pytest.raises(error) as caught:
         trainer.train()
-    assert type(caught.value) is error
+    assert type(caught.value) in (error, NonFiniteTeacherError)
     missing = [words for words in said if words not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
     assert trainer.state.global_step == 0
@@ -54,7 +55,7 @@ def always_right(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def poisoned(model: Any, value: float = math.nan) -> Any:
-    """A model with one bad entry in its output layer."""
+    """A model with one bad entry in its output layer, as it becomes; one that is so from the start is refused."""
     with torch.no_grad():
         model.lm_head.weight[7, 0] = value
     return model
@@ -124,21 +125,24 @@ def test_accepted_verdicts(tmp_path: Path, value: Any) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_teacher_with_a_bad_weight(tmp_path: Path, value: float, mode: str) -> None:
     settings = OFF | {"distillation_mode": mode, "distillation_topk": 4}
-    trainer = tiny_trainer(tmp_path, settings=settings, teacher_model=poisoned(tiny_model(1), value))
+    trainer = tiny_trainer(tmp_path, settings=settings)
+    poisoned(trainer.teacher.model, value)
     check_untouched(
         trainer, NonFiniteError, "The teacher gave", "not finite", "in row 0", "Check the teacher's weights"
     )
 
 
 def test_a_teacher_with_a_bad_weight_that_writes_rollouts(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, settings=ANCHOR, teacher_model=poisoned(tiny_model(1)))
+    trainer = tiny_trainer(tmp_path, settings=ANCHOR)
+    poisoned(trainer.teacher.model)
     check_untouched(trainer, NonFiniteError, "teacher", "not finite", "Check the teacher's weights")
 
 
 @pytest.mark.parametrize("mode", ["sampled_token", "topk_logits"])
 def test_a_reference_with_a_bad_weight(tmp_path: Path, mode: str) -> None:
     settings = OFF | {"distillation_mode": mode, "distillation_topk": 4}
-    trainer = tiny_trainer(tmp_path, settings=settings, reference_model=poisoned(tiny_model(2)))
+    trainer = tiny_trainer(tmp_path, settings=settings, reference_model=tiny_model(2))
+    poisoned(trainer.reference.model)
     check_untouched(trainer, NonFiniteError, "The reference gave", "Check the reference's weights")
 
 
@@ -158,7 +162,8 @@ def test_a_teacher_score_that_is_no_log_prob(tmp_path: Path, scores: float, monk
 
 
 def test_a_student_with_a_bad_weight(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, settings=NO_REFERENCE, model=poisoned(tiny_model(0)))
+    trainer = tiny_trainer(tmp_path, settings=NO_REFERENCE)
+    poisoned(trainer.model)
     inject_rollouts(trainer, lambda prompt, row: [6 + row % 2, 8, 1])
     before = copied_weights(trainer.model)
     with pytest.raises(NonFiniteError, match=r"of step 1 are not finite\. Nothing was updated.*student's weights"):

@@ -1,19 +1,26 @@
-"""A teacher that is gone for good: what was trained until then is kept, and the run goes on as if nothing had been."""
+"""Whatever ends a run: what was trained until then is kept, and the run goes on as if nothing had been."""
 
 import json
 import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from teachers.fake_server import FakeServer
 from teachers.model_server import by_url, model_server
 from tiny import changed_weights, copied_weights, logged, tiny_data, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from sg_opd_trl import NonFiniteError, TeacherError
+from sg_opd_trl import NonFiniteError, TeacherError, VerifierError
+from sg_opd_trl.checkpoints import check_checkpoint
+from sg_opd_trl.ending import Stopped
 
 SETTINGS = {
     **{"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "learning_rate": 1e-2},
@@ -176,7 +183,8 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_error(
     monkeypatch.setattr(trainer, "save_checkpoint", full)
     with pytest.raises(TeacherError), caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "could not be kept in" in caplog.text and "No space left" in caplog.text
+    assert "could not be kept in" in caplog.text
+    assert "No space left" in caplog.text
     assert "continue with resume_from_checkpoint" not in caplog.text
 
 
@@ -193,3 +201,110 @@ def test_inside_a_generation_batch_too(tmp_path: Path, step: int) -> None:
     with model_server(tiny_model(1)) as again:
         resumed = run(tmp_path / "again", again.url, checkpoint=checkpoint, **settings)
     assert changed_weights(resumed.model, copied_weights(whole.model)) == []
+
+
+# --- whatever else ends a run ----------------------------------------------------------------------------------------
+class EndingVerifier:
+    """Ends the run by `act` when it judges for the third time; the parity of tokens otherwise."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act, self.calls, self.__name__ = act, 0, "ending_verifier"
+
+    def __call__(self, completion_ids: list[list[int]], **_: Any) -> Any:
+        self.calls += 1
+        answer = self.act() if self.calls == 3 else None
+        return [float((len(ids) + ids[0]) % 2 == 0) for ids in completion_ids] if answer is None else answer
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+ENDS: dict[str, tuple[Callable[[], Any], type[BaseException]]] = {
+    "raises": (lambda: fail(ZeroDivisionError("in the verifier")), ZeroDivisionError),
+    "another number": (lambda: [1.0], ValueError),
+    "text": (lambda: ["right"] * 8, Exception),
+    "a half": (lambda: [0.5] * 8, VerifierError),
+    "sys.exit": (lambda: sys.exit(3), SystemExit),
+    "no memory": (lambda: fail(MemoryError()), MemoryError),
+    "Ctrl-C": (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
+    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), Stopped),
+}
+LOCAL = {"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "learning_rate": 1e-2}
+LOCAL |= {"teacher_sampling_enable": False}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_a_verifier_does_the_last_finished_step_is_kept(
+    tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    act, kind = ENDS[end]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    trainer = tiny_trainer(tmp_path / "cut", settings=LOCAL, reward_funcs=EndingVerifier(act))
+    with pytest.raises(kind) as caught, caplog.at_level(logging.WARNING):
+        trainer.train()
+    name = "SIGTERM" if end == "SIGTERM" else type(caught.value).__name__
+    assert (
+        f"The run was ended by {name}. Its 2 finished steps are in {tmp_path / 'cut' / 'checkpoint-2'}" in caplog.text
+    )
+    assert {number: signal.getsignal(number) for number in before} == before
+    if end == "SIGTERM":
+        assert caught.value.code == 128 + signal.SIGTERM
+        whole = tiny_trainer(tmp_path / "whole", settings=LOCAL, reward_funcs=EndingVerifier(lambda: None))
+        whole.train()
+        resumed = tiny_trainer(tmp_path / "again", settings=LOCAL, reward_funcs=EndingVerifier(lambda: None))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+        assert changed_weights(resumed.model, copied_weights(whole.model)) == []
+
+
+class SignalIn(TrainerCallback):
+    """Sends SIGTERM in the middle of an update."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.send)
+
+    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("event", ["on_optimizer_step"])
+def test_a_signal_waits_for_the_update_that_is_under_way(tmp_path: Path, event: str) -> None:
+    trainer = tiny_trainer(tmp_path / "cut", settings=LOCAL, callbacks=[SignalIn(event)])
+    with pytest.raises(Stopped):
+        trainer.train()
+    whole = tiny_trainer(tmp_path / "whole", settings=LOCAL | {"max_steps": 1, "save_steps": 1})
+    whole.train()
+    kept = load_file(tmp_path / "cut" / "checkpoint-1" / "model.safetensors")
+    expected = load_file(tmp_path / "whole" / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path, settings=LOCAL | {"save_steps": 1})
+    state = trainer.checkpoint_state
+
+    def sent() -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return state()
+
+    monkeypatch.setattr(trainer, "checkpoint_state", sent)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    check_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = tiny_trainer(tmp_path, settings=LOCAL)
+
+    def broken() -> None:
+        with torch.no_grad():
+            trainer.model.lm_head.weight[3, 0] = torch.nan
+        raise ZeroDivisionError
+
+    trainer.reward_funcs = [EndingVerifier(broken)]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "could not be kept" in caplog.text
+    assert "the weights are not finite" in caplog.text
+    assert list(tmp_path.glob("checkpoint-*")) == []

@@ -1,0 +1,262 @@
+"""Whatever ends a run leaves its last finished step, as a checkpoint from which it goes on exactly.
+
+A teacher that is gone, a verifier that raises, a value that is not finite, a signal of the scheduler: between two
+updates the weights are those of the last finished step. `LastStep` remembers the rest (random state, rollouts in use,
+counters), and `kept` writes it all before the error goes on its way.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+
+from .errors import CheckpointError
+from .random_state import RandomState
+from .run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(SystemExit):
+    """A signal asked the run to end. As a `SystemExit` it ends the process with the status that shells expect."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
+
+
+@contextmanager
+def kept(run: "SavedRun") -> Iterator[None]:
+    """Keep the last finished step of a run, whatever ends the block; the error goes on unchanged.
+
+    SIGTERM, which schedulers send some time before they kill, ends the block as `Stopped` between two updates; SIGINT
+    as the `KeyboardInterrupt` that it is.
+    """
+    last = LastStep(run)
+    run.add_callback(last)
+    try:
+        with _stopping(last):
+            yield
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        _keep(run, last, error)
+        raise
+    finally:
+        run.remove_callback(last)
+
+
+@contextmanager
+def _stopping(last: "LastStep") -> Iterator[None]:
+    """Have signals end the block at a moment at which the weights are whole."""
+    # Only the main thread may, and a handler of the caller's own is left alone.
+    ours = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.getsignal(number) for number in ours}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    taken = [number for number in ours if before[number] in usual]
+    for number in taken:
+        signal.signal(number, last.on_signal)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+class SavedRun(Run, Protocol):
+    """A run that can write a checkpoint of its current step."""
+
+    callback_handler: Any
+
+    def add_callback(self, callback: Any) -> None:
+        """Have a callback told of what happens in the run."""
+
+    def remove_callback(self, callback: Any) -> None:
+        """No longer."""
+
+    def rollouts_state(self) -> dict[str, Any]:
+        """Where the run is among its rollouts."""
+
+    def restore_rollouts(self, state: dict[str, Any]) -> None:
+        """Go back to there."""
+
+    def save_checkpoint(self) -> None:
+        """Write it, as the training loop does."""
+
+
+class LastStep(TrainerCallback):
+    """Remembers what the process was like after the last finished step, before the next one draws or counts anything.
+
+    Args:
+        run: whose steps it remembers.
+
+    Attributes:
+        random_state: of then; None before the first step has finished.
+        saved_step: of this run's newest checkpoint, None without any.
+        updating: whether the optimizer is changing weights right now, or a checkpoint is written.
+    """
+
+    def __init__(self, run: SavedRun) -> None:
+        self.run = run
+        self.random_state: RandomState | None = None
+        self.saved_step: int | None = None
+        self.updating = False
+        self._process = os.getpid()
+        self._signal: int | None = None
+        self._tokens = 0
+        self._rollouts: dict[str, Any] = {}
+        self._counters: list[tuple[Any, dict]] = []
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """End the run now, or as soon as the update or the checkpoint that is under way is whole."""
+        if os.getpid() != self._process:
+            # A fork, the data loader's say, which inherits the handler and has nothing to keep.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if self._signal is not None:
+            # Whoever asks twice does not want to wait for a checkpoint.
+            raise KeyboardInterrupt
+        self._signal = number
+        # Ranks must leave together: each of them looks at the end of its step.
+        if not self.updating and self.run.accelerator.num_processes == 1:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal is not None:
+            raise Stopped(self._signal)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing to go back to yet."""
+        self.random_state = self.saved_step = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on the weights are between two steps."""
+        self.updating = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the random state, and the counters that checkpoints keep."""
+        self.random_state = RandomState.of(self.run.accelerator.device)
+        self._tokens = state.num_input_tokens_seen
+        self._rollouts = self.run.rollouts_state()
+        self._remember_callbacks()
+        if self.run.accelerator.num_processes > 1:
+            asked = torch.tensor([self._signal or 0], device=self.run.accelerator.device)
+            if number := int(self.run.accelerator.gather(asked).max()):
+                self._signal = number
+                control.should_save = args.save_strategy != SaveStrategy.NO
+                control.should_training_stop = True
+        # A checkpoint that is due follows at once, and is waited for.
+        self.updating = control.should_save
+        if not self.updating:
+            self._stop_alone()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an evaluation after the step counts, such as patience; the random state here is its own."""
+        self._remember_callbacks()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint of this run; folders of other runs may have the same name."""
+        self.saved_step = state.global_step
+        self.updating = False
+        self._stop_alone()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ranks have left their loops together."""
+        self._stop()
+
+    def _stop_alone(self) -> None:
+        if self.run.accelerator.num_processes == 1:
+            self._stop()
+
+    def _remember_callbacks(self) -> None:
+        stateful = [one for one in self.run.callback_handler.callbacks if isinstance(one, ExportableState)]
+        self._counters = [(one, dict(one.state()["attributes"])) for one in stateful]
+
+    def restore(self) -> None:
+        """Go back to it."""
+        if self.random_state is not None:
+            self.random_state.restore()
+            self.run.state.num_input_tokens_seen = self._tokens
+            self.run.restore_rollouts(self._rollouts)
+        for owner, attributes in self._counters:
+            vars(owner).update(attributes)
+
+
+def _keep(run: SavedRun, last: LastStep, error: BaseException) -> None:
+    """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
+
+    Ranks that did not fail wait for one another and cannot take part: with several processes an error leaves the last
+    checkpoint. What goes wrong here is told and not raised, so that it does not hide the error.
+    """
+    args: Any = run.args
+    step, several = run.state.global_step, run.accelerator.num_processes > 1
+    there = last.saved_step == step
+    nothing = last.random_state is None or args.save_strategy == SaveStrategy.NO or isinstance(error, CheckpointError)
+    if nothing or (several and not there):
+        return
+    folder = Path(args.output_dir) / f"checkpoint-{step}"
+    # Its words follow: the error goes on its way.
+    why = str(error) if isinstance(error, Stopped) else type(error).__name__
+    if not there:
+        problem = _problem(run, last) or _written(run, last)
+        if problem is not None:
+            logger.warning(
+                "The run was ended by %s. Its %d finished steps could not be kept in %s: %s. Continue from an older "
+                "checkpoint.",
+                why,
+                step,
+                folder,
+                problem,
+            )
+            return
+    logger.warning(
+        "The run was ended by %s. Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
+        why,
+        step,
+        folder,
+        folder,
+    )
+
+
+def _problem(run: SavedRun, last: LastStep) -> str | None:
+    """Why the weights are not those of a finished step."""
+    if last.updating:
+        return "the weights were being updated"
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in run.model.parameters()):
+        return "the weights are not finite"
+    return None
+
+
+def _written(run: SavedRun, last: LastStep) -> str | None:
+    """Write it; what went wrong, or None."""
+    last.restore()
+    last.updating = True  # a second signal waits
+    try:
+        run.save_checkpoint()
+    except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
+        return str(failure)
+    return None
