@@ -105,13 +105,14 @@ class LastStep(TrainerCallback):
         random_state: of then; None before the first step has finished.
         saved_step: of this run's newest checkpoint, None without any.
         updating: whether the optimizer is changing weights right now, or a checkpoint is written.
+        ended: whether the run has ended and its last step is being kept.
     """
 
     def __init__(self, run: SavedRun) -> None:
         self.run = run
         self.random_state: RandomState | None = None
         self.saved_step: int | None = None
-        self.updating = False
+        self.updating = self.ended = False
         self._process = os.getpid()
         self._signal: int | None = None
         self._tokens = 0
@@ -125,12 +126,12 @@ class LastStep(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if self._signal is not None:
-            # Whoever asks twice does not want to wait for a checkpoint.
+        if number == signal.SIGINT and self._signal is not None and not self.updating:
+            # Who presses the keys twice does not want to wait for a checkpoint; schedulers repeat themselves.
             raise KeyboardInterrupt
         self._signal = number
         # Ranks must leave together: each of them looks at the end of its step.
-        if not self.updating and self.run.accelerator.num_processes == 1:
+        if not self.updating and not self.ended and self.run.accelerator.num_processes == 1:
             self._stop()
 
     def _stop(self) -> None:
@@ -189,7 +190,7 @@ class LastStep(TrainerCallback):
         self._stop()
 
     def _stop_alone(self) -> None:
-        if self.run.accelerator.num_processes == 1:
+        if self.run.accelerator.num_processes == 1 and not self.ended:
             self._stop()
 
     def _remember_callbacks(self) -> None:
@@ -254,7 +255,7 @@ def _problem(run: SavedRun, last: LastStep) -> str | None:
 def _written(run: SavedRun, last: LastStep) -> str | None:
     """Write it; what went wrong, or None."""
     last.restore()
-    last.updating = True  # a second signal waits
+    last.ended = True
     try:
         run.save_checkpoint()
     except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
