@@ -162,3 +162,14 @@ def test_table_of_overridable_methods_is_true() -> None:
         for name in re.findall(r"`([\w.]+)`", row["override"]):
             owner = name.rpartition(".")[0] or owner
             assert callable(getattr(getattr(sg_opd_trl, owner), name.rpartition(".")[2])), name
+
+
+def test_every_test_that_the_robustness_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", read("docs/robustness.md"))
+    assert len(named) > 40
+    missing = [
+        f"{path}::{name}"
+        for path, name in named
+        if not (ROOT / path).is_file() or (name and f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert missing == []
