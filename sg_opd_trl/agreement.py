@@ -104,6 +104,16 @@ def row_length(config: Any, longest: int) -> int:
     return wanted if limit is None else min(wanted, limit)
 
 
+def plain_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Some ids of ordinary text, from all over the vocabulary."""
+    size = min(len(tokenizer), vocab_size)
+    ids = range(0, size, max(1, size // _PLAIN_IDS))
+    return [token for token in ids if token not in tokenizer.added_tokens_decoder] or list(ids)
+
+
+_PLAIN_IDS = 512
+
+
 # --- the check -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def check_model(
@@ -146,6 +156,28 @@ def check_model(
     return Agreement(role, check.name, layouts, check.largest, check.tolerance, " ".join(check.reasons) or None)
 
 
+@torch.no_grad()
+def check_writer(model: nn.Module, tokenizer: Any) -> None:
+    """Have a model that only writes continue prompts together and alone, and keep it to one length if it must be.
+
+    Args:
+        model: in evaluation mode; without a fused head.
+        tokenizer: its own.
+
+    Raises:
+        SGOPDConfigError: what it writes is not what its logits say.
+    """
+    config: Any = _base(model).config
+    ids = plain_ids(tokenizer, config.get_text_config().vocab_size)
+    with _told_of_errors(model, "model"):
+        check = _Check(model, made_up_rows(config, ids, 0, _base(model).device), "model", 1.0, float)
+        check.sampled()
+    known = layouts_of(model)
+    restrict_layouts(model, replace(known, written_together=known.written_together and check.layouts.written_together))
+    for reason in check.reasons:
+        logger.warning("%s", reason)
+
+
 class _Check:
     """One model and what plain logits say of its rows; every method compares one thing.
 
@@ -158,7 +190,7 @@ class _Check:
     def __init__(self, model: nn.Module, batch: TokenBatch, role: str, temperature: float, agree: Agree) -> None:
         self.model, self.batch, self.role = model, batch, role
         self.temperature, self.agree = temperature, agree
-        base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        base = _base(model)
         self.name, self.config = type(base).__name__, base.config
         self.keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
         self.tolerance = _tolerance(base)
@@ -340,7 +372,7 @@ def _told_of_errors(model: nn.Module, role: str) -> Iterator[None]:
     except (SGOPDConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        base = _base(model)
         raise SGOPDConfigError(
             f"`{_setting(role)}` must run on rows of token ids, padded and alone, got the {role} "
             f"{type(base).__name__}, which ended in {type(error).__name__}: {error}. Rollouts could not be scored or "
@@ -354,6 +386,10 @@ def _setting(role: str) -> str:
 
 
 _SETTINGS = {"student": "model", "teacher": "teacher_model", "reference": "reference_model"}
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _row(batch: TokenBatch, number: int) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,16 @@ class Sampler:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return short_hash([digest.hexdigest(), active_adapters(self.model), self.eos_ids, list(prompt_ids)])
 
+    def check(self) -> None:
+        """Where completions depend on the prompts beside them, sample prompts of one length at a time, or refuse.
+
+        Raises:
+            SGOPDConfigError: what it writes is not what its logits say.
+        """
+        from .agreement import check_writer
+
+        check_writer(self.model, self.processing_class)
+
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt; chats get the template and the generation prompt."""
         return encode_prompt(self.processing_class, prompt, self.chat_template_kwargs)
@@ -197,6 +207,8 @@ def draw_samples(
         ) as bar,
         _untouched_state(sampler),
     ):
+        if len(stored) < sum(map(len, batches)):
+            sampler.check()
         for number, batch in enumerate(batches):
             if all(job in stored for job in batch):
                 samples += [stored[job] for job in batch]

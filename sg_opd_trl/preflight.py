@@ -18,7 +18,7 @@ from datasets import IterableDataset
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
-from .agreement import Agreement, check_model, made_up_rows
+from .agreement import Agreement, check_model, made_up_rows, plain_ids
 from .config import SGOPDConfig, engine_problems, warn_of_unused
 from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
@@ -496,7 +496,7 @@ def _check_models(run: ScoringRun) -> None:
             # Rendering prompts takes longer than scoring rows, and few models ask how long rows can be.
             if longest is None and bounds_of(config):
                 longest = _longest_row(run)
-            ids = _plain_ids(run.tokenizer, config.get_text_config().vocab_size)
+            ids = plain_ids(run.tokenizer, config.get_text_config().vocab_size)
             rows = made_up_rows(config, ids, longest or 0, device, run.tokenizer.pad_token_id)
             found = check_model(
                 model,
@@ -578,13 +578,3 @@ def _longest_row(run: ScoringRun) -> int:
     if run.args.teacher_sampling_enable:
         completion = max(completion, run.args.teacher_completion_length)
     return max(map(len, prompts), default=0) + completion
-
-
-def _plain_ids(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Some ids of ordinary text, from all over the vocabulary."""
-    size = min(len(tokenizer), vocab_size)
-    ids = range(0, size, max(1, size // _PLAIN_IDS))
-    return [token for token in ids if token not in tokenizer.added_tokens_decoder] or list(ids)
-
-
-_PLAIN_IDS = 512

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import logged, relative_difference, tiny_model, tiny_trainer
+from tiny import logged, relative_difference, tiny_model, tiny_tokenizer, tiny_trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
+from sg_opd_trl import evaluate_model
 from sg_opd_trl.agreement import Agreement, check_model, made_up_rows, row_length
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.models.batch import TokenBatch
@@ -202,6 +203,21 @@ def test_a_base_of_several_roles_keeps_to_what_is_right_for_all() -> None:
     check(model)
     rows = TokenBatch.from_lists([[5, 6]] * 2, [[7, 8]] * 2, 0, CPU)  # without padding every layout agrees
     assert check_model(model, rows, role="reference", temperature=0.8).layouts == FLUSH
+
+
+def test_a_model_that_is_only_evaluated_is_asked_to_write() -> None:
+    """Its completions of prompts of unequal length are those of each prompt alone, or it is refused."""
+    rows = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "12+12+12=", "solution": "36"}]
+    tokenizer = tiny_tokenizer()
+    model = build("recurrent, without a mask")
+    with pytest.raises(SGOPDConfigError, match=r"RwkvForCausalLM.*`generate` continues"):
+        evaluate_model(model, tokenizer, rows, num_samples=1, max_new_tokens=2)
+    peft = pytest.importorskip("peft")
+    prompted = peft.get_peft_model(
+        tiny_model(0), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
+    evaluate_model(prompted, tokenizer, rows, num_samples=1, max_new_tokens=2)
+    assert not layouts_of(prompted).written_together
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
