@@ -28,6 +28,7 @@ from .core import (
 )
 from .errors import SGOPDConfigError
 from .precision import precision_problems, settle_bf16
+from .run_folder import FolderFields, folder_problems
 from .setting import AUTO, ON, NumberOrWord, Rule, Setting, declared, setting, unused, value_problems
 from .teachers.urls import MAX_RETRIES, RETRIES_RULE, TIMEOUT, TIMEOUT_RULE, server_problems
 from .teachers.urls import parsed as parsed_servers
@@ -60,7 +61,7 @@ _TRL_RULES: Mapping[str, Rule] = {
 
 
 @dataclass
-class SGOPDConfig(GRPOConfig):
+class SGOPDConfig(FolderFields, GRPOConfig):
     """Configuration of `SGOPDTrainer`.
 
     All of `trl.GRPOConfig`, with the defaults of the paper's recipe (arXiv:2606.09304, appendix C), plus the teacher,
@@ -575,6 +576,7 @@ def check_config(config: SGOPDConfig) -> None:
         *_wrong_rollouts_path(config),
         *server_problems(config),
         *engine_problems(config),
+        *folder_problems(config),
         *_wrong_groups(config),
         *precision_problems(config),
         *_refused_of_trl(config),

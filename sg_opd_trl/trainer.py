@@ -17,16 +17,20 @@ The page has them in this order, after the building of the trainer and the decis
 Arithmetic is in `core`, one function per equation.
 """
 
+import logging
+import math
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import TrainOutput
 
 from . import core
 from .agreement import Agreement
@@ -41,10 +45,10 @@ from .bookkeeping import (
     compare_checkpoint_facts,
     reduce_over_ranks,
 )
-from .checkpoints import check_checkpoint
 from .config import SGOPDConfig
 from .context_room import check_context_room
 from .ending import kept
+from .errors import SGOPDConfigError
 from .inspection import Report, first_seconds, inspect_run
 from .models.batch import (
     TokenBatch,
@@ -77,6 +81,8 @@ from .random_state import forked_random_state
 from .reporting.model_card import build_model_card
 from .reporting.symptoms import SymptomReporter
 from .run import inherits
+from .run_folder import Start, owned, read_resume
+from .run_identity import Identity, data_fingerprint, peft_identity, settings_identity
 from .teacher_sampling.callback import (
     AnchorBinding,
     anchor_callbacks,
@@ -96,6 +102,8 @@ from .token_weights import TokenFactors, TokenWeights
 from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, agree_on_calls
 from .verifiers.calls import read_completions
 from .verifiers.verdicts import RunVerifier
+
+logger = logging.getLogger(__name__)
 
 
 class MicroBatchSignals(NamedTuple):
@@ -178,6 +186,9 @@ class SGOPDTrainer(GRPOSeam):
     agreements: list[Agreement]
     """How the rows of every model are scored, and how far that is from plain logits of each row alone."""
 
+    identity: Identity
+    """What makes this run, as checkpoints and `run.json` have it; empty before it starts."""
+
     evaluations: dict | None = None
     """Results by name that the model card shows; a name with `after` in it is the student's own."""
 
@@ -220,6 +231,8 @@ class SGOPDTrainer(GRPOSeam):
         self._examples: Sequence[dict] = ()
         self._before_micro_batch: Callable[[], None] | None = None
         self._tokens_before: Sequence[int] = (0, 0)
+        self.identity = {}
+        self._own_folder: Path | None = None
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -767,21 +780,72 @@ class SGOPDTrainer(GRPOSeam):
             self.metrics = metrics
 
     # === what surrounds a step: running, logging, writing ========================================================
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; whichever way that ends, the last finished step is kept, and no teacher goes on unasked.
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, in a folder that no other run uses.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint; True starts where there is none, goes on from the
+                newest one otherwise, and where the run has finished loads its student and trains nothing. Default:
+                that of the configuration.
+            args: see `transformers.Trainer.train`, as for `kwargs`.
+            kwargs: see there.
+
+        Returns:
+            transformers' account of the training.
 
         Raises:
+            SGOPDConfigError: `output_dir` is another run's, or the checkpoint is of a run with other mathematics.
             CheckpointError: `resume_from_checkpoint` names a checkpoint that is not whole.
         """
-        if isinstance(resume_from_checkpoint, str):
-            with self.args.main_process_first(desc="checkpoint"):
-                check_checkpoint(resume_from_checkpoint)
         check_is_trained(self)
-        if self.args.preflight:
+        given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        with owned(self.args) as folder:
+            # A second call is the same run: what is in the folder is its own.
+            start = folder.begin(self._identity(), read_resume(given), again=self._own_folder == folder.path)
+            self._own_folder, self.identity = folder.path, folder.identity
+            if start.finished and start.checkpoint is None:
+                return self._load_finished(folder.path)
+            try:
+                return self._train(start, *args, **kwargs)
+            finally:
+                folder.note(steps=self.state.global_step)
+
+    def _identity(self) -> Identity:
+        facts = checkpoint_facts(self)
+        return settings_identity(
+            self.args,
+            train_dataset=data_fingerprint(self.train_dataset),
+            reward_funcs=self.reward_func_names,
+            peft_config=peft_identity(self.model),
+            teacher=facts["teacher"],
+            reference=facts["reference"],
+        )
+
+    def _load_finished(self, folder: Path) -> TrainOutput:
+        """The student of a run that kept no checkpoint of its end."""
+        if self.sharded or self.is_deepspeed_enabled:
+            raise SGOPDConfigError(
+                f"`resume_from_checkpoint=True` is not supported in {str(folder)!r}, whose run has finished, with a "
+                "student in shards: there is no checkpoint of its last step to load. Leave the run as it is, or set "
+                "`overwrite_output_dir=True` to start anew."
+            )
+        logger.warning("The run in %s has finished: its student is loaded, and nothing is trained.", folder)
+        self.load_student(folder)
+        return TrainOutput(0, math.nan, {})
+
+    def _train(self, start: Start, *args: Any, **kwargs: Any) -> Any:
+        """Train; whichever way that ends, the last finished step is kept, and no teacher goes on unasked."""
+        if start.finished:
+            logger.warning(
+                "The run has finished: its student is loaded from %s, nothing is trained.", start.checkpoint
+            )
+        elif self.args.preflight:
             first_seconds(self)
+        self.nothing_left = start.finished
+        checkpoint = None if start.checkpoint is None else str(start.checkpoint)
         try:
             with kept(self):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                return super().train(checkpoint, *args, **kwargs)
         finally:
             drop_prefetched(self.teacher)
 
@@ -864,8 +928,9 @@ class SGOPDTrainer(GRPOSeam):
         The anchor's counters are here too: transformers' own restoring of callbacks is off by default.
         """
         counters = [callback.counters for callback in anchor_callbacks(self)]
+        facts = checkpoint_facts(self) | {"identity": self.identity}
         own = {"anchor": counters[0]} if counters else {}
-        return checkpoint_facts(self) | own | self.gate_noise.facts()
+        return facts | own | self.gate_noise.facts()
 
     def rollouts_state(self) -> dict[str, Any]:
         """With the rows of the data set that the rollouts are of: the anchor may share their prompts."""

@@ -403,6 +403,29 @@ def model_for_generation(
         yield unwrapped
 
 
+# --- a loop that goes on from its last step --------------------------------------------------------------------------
+def is_over(loop: Any) -> bool:
+    """Whether a training loop of transformers has done all its steps."""
+    return loop.state.global_step >= loop.state.max_steps
+
+
+def end_in_time(loop: Any) -> None:
+    """Have a trainer of TRL or transformers that goes on from its last step train none.
+
+    Transformers goes into the epoch of the checkpoint without asking whether a step of it is left, takes one more, and
+    the student that was finished is another one.
+    """
+    run_epoch = loop._run_epoch
+
+    def run_what_is_left(*args: Any, **kwargs: Any) -> None:
+        if is_over(loop):
+            loop.control.should_training_stop = True
+        else:
+            run_epoch(*args, **kwargs)
+
+    loop._run_epoch = run_what_is_left
+
+
 STATE_FILE = "sg_opd_state.json"
 ROLLOUTS_FILE = "sg_opd_rollouts_{}.pt"
 """Of each rank, in a checkpoint inside a generation batch: what is left of its rollouts, with their scores."""
@@ -453,6 +476,9 @@ class GRPOSeam(GRPOTrainer):
     model: Any
     _buffered_inputs: Any
     _batch_in_loss: dict | None
+
+    nothing_left = False
+    """Whether training ends before its first step: the run that it goes on from has finished."""
 
     on_completions: OnCompletions | None = None
     """Is told of completions while others are still written, and of all of them before they are judged."""
@@ -787,6 +813,16 @@ class GRPOSeam(GRPOTrainer):
             self._buffered_inputs = self.on_slices(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return self.on_micro_batch(inputs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.nothing_left or is_over(self):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def load_student(self, folder: Path) -> None:
+        """Give the student the weights that were saved in a folder."""
+        self._load_from_checkpoint(str(folder))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

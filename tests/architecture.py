@@ -19,10 +19,10 @@ PACKAGE = "sg_opd_trl"
 
 # From the bottom to the top; "" is the package itself. A module may import what is in its own layer or below.
 LAYERS = (
-    ("", "checkpoints", "errors", "files", "lazy_imports", "random_state", "run", "setting"),
+    ("", "checkpoints", "errors", "files", "folder_lock", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
     ("models", "data", "tasks"),
-    ("trl_seam", "bookkeeping", "ending"),
+    ("trl_seam", "bookkeeping", "ending", "run_folder", "run_identity"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "noise", "precision", "prefetch", "token_weights"),

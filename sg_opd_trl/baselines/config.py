@@ -9,6 +9,7 @@ from trl import GRPOConfig, SFTConfig
 
 from ..errors import SGOPDConfigError
 from ..precision import precision_problems, settle_bf16
+from ..run_folder import FolderFields, folder_problems
 
 _TOKENIZED = "Rows are token ids before TRL's trainer sees them, it would have no effect or change them."
 ORDER = "Rows come in the order in which SG-OPD visits their prompts."
@@ -31,7 +32,7 @@ _FIXED_SFT = {"completion_only_loss": "The loss is on the completion, the prompt
 
 
 @dataclass
-class PairedFields:
+class PairedFields(FolderFields):
     """Fields of every baseline; a base to stand before TRL's configuration, whose defaults these replace.
 
     Students are compared pair by pair: rows keep the order and the length that SG-OPD's have.
@@ -92,6 +93,7 @@ class _TeacherSFTFields(PairedFields, SFTConfig):
                 *no_teacher(self),
                 *not_positive(self, "max_completion_length", "rollout_batch_size"),
                 *precision_problems(self),
+                *folder_problems(self),
             ]
         )
         settle_bf16(self)
@@ -133,15 +135,16 @@ class SeqKDConfig(_TeacherSFTFields):
 
 
 @dataclass
-class PlainGRPOConfig(GRPOConfig):
+class PlainGRPOConfig(FolderFields, GRPOConfig):
     """Configuration of `method: grpo`: `trl.GRPOConfig` as it is, on machines without bfloat16 too.
 
     Raises:
-        SGOPDConfigError: bfloat16 is asked for on a machine that has none.
+        SGOPDConfigError: bfloat16 is asked for on a machine that has none, or settings of the folder exclude one
+            another or name nothing.
     """
 
     def __post_init__(self) -> None:
-        raise_problems([*precision_problems(self)])
+        raise_problems([*precision_problems(self), *folder_problems(self)])
         settle_bf16(self)
         super().__post_init__()
 

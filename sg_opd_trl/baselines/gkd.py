@@ -19,6 +19,7 @@ from ..models.batch import pad_rows
 from ..models.experts import without_router_logits
 from ..models.sampling import without_own_settings
 from ..precision import precision_problems, settle_bf16
+from ..run_folder import folder_problems
 from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
 from .order import plan_steps
 from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer, padding_ids
@@ -60,6 +61,7 @@ class OnPolicyGKDConfig(PairedFields, GKDConfig):
                 *not_positive(self, "max_new_tokens", "num_generations"),
                 *outside(self, "temperature", math.inf, "It divides the logits that rollouts are drawn from."),
                 *precision_problems(self),
+                *folder_problems(self),
             ]
         )
         settle_bf16(self)

@@ -7,11 +7,12 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import write_atomically
+from ..run_folder import RunFolder
+from ..run_identity import RUN_FILE, read_json
 from .methods import METHODS
 
-RUN_FILE = "run.json"
 _TOKENS = ("teacher_tokens_scored", "teacher_tokens_generated", "teacher_tokens_reused")
 
 
@@ -23,18 +24,17 @@ class RunCost(TrainerCallback):
     Args:
         method: of the recipe.
         trainer: that of the method.
-        checkpoint: that the run resumes from; True is the newest of the output folder.
+        folder: of the run.
+        checkpoint: that the run goes on from, or None.
     """
 
-    def __init__(self, method: str, trainer: Any, checkpoint: str | bool | None) -> None:
-        self.method, self.trainer = method, trainer
+    def __init__(self, method: str, trainer: Any, folder: RunFolder, checkpoint: Path | None) -> None:
+        self.method, self.trainer, self.folder = method, trainer, folder
         self._before: dict[str, float] = {}
         self._at_start: dict[str, float] = {}
         self._started = time.perf_counter()
-        folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
-        path = Path(str(folder)) / RUN_FILE
-        if folder and path.is_file():
-            self._before = json.loads(path.read_text(encoding="utf-8"))
+        if checkpoint is not None:
+            self._before = read_json(checkpoint / RUN_FILE)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,11 +46,15 @@ class RunCost(TrainerCallback):
         self._at_start = self._counts() if self._before else {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the costs into the checkpoint."""
-        self.write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Write costs and identity into the checkpoint."""
+        facts = self.facts()
+        if facts:
+            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / RUN_FILE
+            content = {**facts, "identity": self.folder.identity}
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Write `run.json` into a folder; all processes must call it. The one that writes returns its contents."""
+    def facts(self) -> dict[str, Any]:
+        """What the run has cost so far; all processes must call it. Only the main one learns the sum."""
         own = self._counts()
         for name, count in self._at_start.items():
             own[name] -= count
@@ -67,8 +71,6 @@ class RunCost(TrainerCallback):
         }
         for name in _TOKENS:
             facts[name] = int(sum(rank[name] for rank in ranks) + self._before.get(name, 0))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return facts
 
     def _counts(self) -> dict[str, float]:

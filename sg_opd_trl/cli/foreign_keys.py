@@ -55,7 +55,6 @@ _OF_ACCELERATE = frozenset(
     }
 )
 _WITHOUT_USE: Mapping[str, str] = {
-    "overwrite_output_dir": "Nothing is overwritten unasked; `--resume_from_checkpoint true` goes on with a run.",
     "save_safetensors": "Models are always saved so.",
     "benchmarks": "Measure with `sg-opd evaluate`.",
     "callbacks": "Add them in Python: `trainer.add_callback`.",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SGOPDConfigError, did_you_mean
 from ..files import check_folder
@@ -14,6 +14,9 @@ from .methods import METHODS
 from .outside import check_vocabulary, concerning, explained
 from .parsing import TrainSettings, build_settings, read_command_line
 from .rewards import load_reward_funcs
+
+if TYPE_CHECKING:
+    from ..run_folder import RunFolder, Start
 
 
 def run(argv: Sequence[str], *, debug: bool = False) -> int:
@@ -50,9 +53,34 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     Returns:
         Folder of the student.
     """
-    from .cost import RunCost, describe_cost
+    from ..run_folder import has_student, owned, read_resume
 
     check_before_loading(settings)
+    with owned(settings.training, **_beside_settings(settings)) as folder:
+        start = folder.decide(settings.training, read_resume(settings.training.resume_from_checkpoint))
+        if start.finished and has_student(folder.path):
+            if settings.training.process_index == 0:
+                say(f"The run in {settings.output_dir} has finished: its student is left as it is.")
+        else:
+            _train(settings, folder, start, measure)
+    return settings.output_dir
+
+
+def _beside_settings(settings: TrainSettings) -> dict[str, Any]:
+    """What makes the run and is no setting of its trainer; models by the names that the recipe has."""
+    names = {"method", "model_name_or_path", "model_revision", "load_in_8bit", "load_in_4bit"}
+    names |= {"teacher_model_name_or_path", "reference_model_name_or_path"}
+    return {name: value for name, value in settings.named().items() if name in names}
+
+
+def _train(
+    settings: TrainSettings,
+    folder: "RunFolder",
+    start: "Start",
+    measure: Callable[[Path], dict[str, Any]] | None,
+) -> None:
+    from .cost import RunCost, describe_cost
+
     dataset_name = settings.script.dataset_name  # before it becomes a folder of this machine: the card names it
     resolve_names(settings)
     check_tokenizers(settings)
@@ -60,22 +88,41 @@ def train(settings: TrainSettings, measure: Callable[[Path], dict[str, Any]] | N
     with settings.training.main_process_first(desc="data set"):
         train_dataset, eval_dataset = load_data(settings, reward_funcs)
     trainer = build_trainer(settings, reward_funcs, train_dataset, eval_dataset)
-    checkpoint = _checkpoint(settings.training.resume_from_checkpoint)
-    run_cost = RunCost(settings.script.method, trainer, checkpoint)
+    run_cost = RunCost(settings.script.method, trainer, folder, start.checkpoint)
     trainer.add_callback(run_cost)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if settings.script.method != "sg_opd":
+        _begin_baseline(settings, folder, start, trainer, train_dataset)
+    # Not None where the run starts: that would ask the configuration.
+    trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint is not None else False)
 
     trainer.save_model(str(settings.output_dir))
-    cost = run_cost.write(settings.output_dir)  # on every process: their counts are gathered
+    cost = run_cost.facts()  # on every process: their counts are gathered
+    folder.record("running", **cost)
     if trainer.accelerator.is_main_process:
         say(f"Student saved to {settings.output_dir}\n{describe_cost(cost)}")
         evaluations = measure(settings.output_dir) if measure is not None else {}
         _write_card(trainer, evaluations, dataset_name)
         _write_logs(settings, trainer.state.log_history, evaluations)
+    # Before the push: a Hub that fails takes nothing from the run.
+    folder.record("finished")
     if settings.training.push_to_hub:
         _push(trainer, settings, dataset_name)
     trainer.end()
-    return settings.output_dir
+
+
+def _begin_baseline(settings: TrainSettings, folder: "RunFolder", start: "Start", trainer: Any, rows: Any) -> None:
+    """What `SGOPDTrainer.train` does for itself, for a trainer of TRL."""
+    from ..run_identity import data_fingerprint, peft_identity, settings_identity
+    from ..trl_seam import end_in_time
+
+    identity = settings_identity(
+        settings.training,
+        train_dataset=data_fingerprint(rows),
+        reward_funcs=settings.script.reward_funcs,
+        peft_config=peft_identity(trainer.model),
+    )
+    folder.begin(identity, start.checkpoint or False)
+    end_in_time(trainer)
 
 
 def check_before_loading(settings: TrainSettings) -> None:
@@ -87,6 +134,7 @@ def check_before_loading(settings: TrainSettings) -> None:
     # Not before the flags are read: `--help` is answered at once.
     from ..config import SGOPDConfig
     from ..models.sampling import check_generation_kwargs
+    from ..run_folder import read_resume, refuse_used
     from ..teachers.build import check_teacher_names
 
     check_folder("output_dir", settings.output_dir)
@@ -102,12 +150,14 @@ def check_before_loading(settings: TrainSettings) -> None:
         # The configuration has read JSON text by now. Who writes besides is known where the trainer is built.
         kwargs: Any = training.generation_kwargs
         check_generation_kwargs(kwargs, use_vllm=training.use_vllm, local_teacher_writes=False)
-    checkpoint = training.resume_from_checkpoint
-    if isinstance(checkpoint, str) and checkpoint.lower() not in ("true", "false") and not Path(checkpoint).is_dir():
+    checkpoint = read_resume(training.resume_from_checkpoint)
+    if isinstance(checkpoint, Path) and not checkpoint.is_dir():
         raise SGOPDConfigError(
-            f"`resume_from_checkpoint` must be true or the folder of a checkpoint, got {checkpoint!r}. There is no "
-            "such folder. Correct it, or leave it out."
+            "`resume_from_checkpoint` must be true or the folder of a checkpoint, got "
+            f"{training.resume_from_checkpoint!r}. There is no such folder. Correct it, or leave it out."
         )
+    if not checkpoint and not training.overwrite_output_dir:
+        refuse_used(settings.output_dir)
 
 
 def check_trackers(names: list[str]) -> None:
@@ -269,13 +319,6 @@ def _model_init_kwargs(settings: TrainSettings) -> dict[str, Any]:
         "dtype": settings.model.dtype,
         **(given if isinstance(given, dict) else {}),
     }
-
-
-def _checkpoint(value: str | bool | None) -> str | bool | None:
-    """`true` means the newest checkpoint of the output folder; the parser only knows strings."""
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return value
 
 
 def _write_card(trainer: Any, evaluations: dict[str, Any], dataset_name: str | None) -> None:

@@ -80,7 +80,7 @@ def test_a_second_run_reuses_the_teachers_rollouts(recipe_of, tmp_path):
     assert main(["train", "--config", path]) == 0
     first = facts(tmp_path / "student")
     weights = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    assert main(["train", "--config", path]) == 0
+    assert main(["train", "--config", path, "--overwrite_output_dir", "true"]) == 0
     second = facts(tmp_path / "student")
     assert (second["teacher_tokens_generated"], first["teacher_tokens_reused"]) == (0, 0)
     assert second["teacher_tokens_reused"] == first["teacher_tokens_generated"] > 0

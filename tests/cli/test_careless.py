@@ -138,7 +138,7 @@ def test_what_is_said_of_an_offline_hub_and_of_a_missing_folder(tiny_recipe, cap
         (["--report_to", "neptune"], ["`report_to`", "'neptune'", "installed"]),
         (["--push_to_hub", "true", "--hub_model_id", "my run (1)"], ["`hub_model_id`", "my run (1)"]),
         (["--resume_from_checkpoint", "./nowhere"], ["`resume_from_checkpoint`", "./nowhere"]),
-        (["--resume_from_checkpoint", "true"], ["`resume_from_checkpoint`"]),
+        (["--allow_changed", "learning_rat"], ["`allow_changed`", "'learning_rat'", "`learning_rate`"]),
         (["--use_peft", "--lora_target_modules", "no_such_module"], ["`lora_target_modules`", "no_such_module"]),
         (["--optim_args", "nope"], ["`optim_args`", "name=value"]),
         (["--fsdp", "full_shard"], ["`fsdp`", "distributed"]),

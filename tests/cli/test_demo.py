@@ -44,6 +44,7 @@ def test_the_whole_demo_on_tiny_models(tiny_recipe, tmp_path, capsys):
     assert len(stored) == 3
     assert json.loads(next(iter(stored)).read_text(encoding="utf-8"))["num_problems"] == 6
 
-    assert main(words) == 0
+    assert main(words) == 2, "nothing is replaced unasked"
+    assert main([*words, "--overwrite_output_dir", "true"]) == 0
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "evaluations").iterdir()}
     assert all(again[path] == stamp for path, stamp in stored.items())

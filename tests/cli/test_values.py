@@ -248,7 +248,7 @@ FOREIGN = {
     "torch_dtype": "`dtype`",
     "distributed_type": "`accelerate_config`",
     "max_prompt_length": "`max_prompt_tokens`",
-    "overwrite_output_dir": "no use",
+    "logging_dir": "TENSORBOARD_LOGGING_DIR",
     "warmup_ratio": "`warmup_steps`",
     "evaluation_strategy": "`eval_strategy`",
     "wandb_project": "env: {WANDB_PROJECT: ...}",
@@ -295,7 +295,7 @@ def test_a_whole_recipe_of_open_r1_says_what_to_change_at_once(read):
     message = refused(read, OPEN_R1)
     named = [line.split("`")[1] for line in message.splitlines() if line.startswith("Unknown key")]
     assert named == [
-        *("torch_dtype", "dataset_prompt_column", "max_prompt_length", "overwrite_output_dir"),
+        *("torch_dtype", "dataset_prompt_column", "max_prompt_length"),
         *("push_to_hub_revision", "vllm_device", "warmup_ratio"),
     ]
     assert "Did you mean" not in message

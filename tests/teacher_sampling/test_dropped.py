@@ -322,7 +322,7 @@ def test_an_anchor_that_kept_one_before_it_was_resumed_ends_in_silence(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    settings |= {"restore_callback_states_from_checkpoint": True}
+    settings |= {"restore_callback_states_from_checkpoint": True, "allow_changed": ["reward_funcs"]}
     run(tmp_path, by_first, [[6, 1]], settings=settings)
     trainer = tiny_trainer(
         tmp_path, settings=SMALL | settings, reward_funcs=lambda completions, **_: [0.0] * len(completions)
@@ -385,6 +385,7 @@ def test_a_schedule_that_is_zero_throughout_is_told(
 def test_a_run_resumed_after_its_anchor_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     settings |= {"teacher_sampling_phase1_end_frac": 0.5, "teacher_sampling_phase2_end_frac": 0.5}
+    settings |= {"allow_changed": ["reward_funcs"]}
     run(tmp_path, lambda ids: 1.0, [[6, 1]], settings=settings)
     assert schedule_warnings(caplog) == []
     for step, messages in ((1, 0), (2, 1), (4, 1)):

@@ -10,6 +10,7 @@ from sg_opd_trl import SGOPDConfigError, TeacherAnchorCallback
 
 OFF = {"teacher_sampling_enable": False}
 SAVED = ANCHOR | {"save_strategy": "steps", "save_steps": 1}
+LONGER = {"allow_changed": ["max_steps"]}
 
 
 class Fixed(TeacherAnchorCallback):
@@ -116,7 +117,7 @@ def test_a_resumed_run_goes_on_with_the_callers_instance(tmp_path: Path, kind: t
     first = kind(0.3)
     trainer = tiny_trainer(tmp_path, settings=SAVED, callbacks=[first])
     trainer.train()
-    settings = SAVED | {"max_steps": 3, "restore_callback_states_from_checkpoint": restored}
+    settings = SAVED | LONGER | {"max_steps": 3, "restore_callback_states_from_checkpoint": restored}
     second = kind(0.3)
     resumed = tiny_trainer(tmp_path, settings=settings, callbacks=[second])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -126,7 +127,7 @@ def test_a_resumed_run_goes_on_with_the_callers_instance(tmp_path: Path, kind: t
     assert (first.rollouts, second.rollouts) == (2, 3)
     assert second.verified >= first.verified
     assert second.tokens >= first.tokens
-    again = tiny_trainer(tmp_path, settings=SAVED | {"max_steps": 4}, callbacks=[kind(0.3)])
+    again = tiny_trainer(tmp_path, settings=SAVED | LONGER | {"max_steps": 4}, callbacks=[kind(0.3)])
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert anchors(again)[0].rollouts == 4
 
@@ -142,7 +143,7 @@ def test_what_a_subclass_exports_is_restored_where_transformers_restores(tmp_pat
     first, second = Marked(0.3), Marked(0.3)
     first.mark = "first"
     tiny_trainer(tmp_path, settings=SAVED, callbacks=[first]).train()
-    settings = SAVED | {"max_steps": 3, "restore_callback_states_from_checkpoint": True}
+    settings = SAVED | LONGER | {"max_steps": 3, "restore_callback_states_from_checkpoint": True}
     tiny_trainer(tmp_path, settings=settings, callbacks=[second]).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )

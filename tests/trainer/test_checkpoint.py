@@ -59,7 +59,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, prompts: str) ->
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "run")
-    other = tiny_trainer(tmp_path / "again", settings=SAVING, teacher_model=tiny_model(7))
+    other = tiny_trainer(
+        tmp_path / "again", settings=SAVING | PHASES, reward_funcs=always_right, teacher_model=tiny_model(7)
+    )
     with pytest.raises(SGOPDConfigError) as caught:
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     message = str(caught.value)
@@ -98,7 +100,9 @@ def test_another_model_of_a_server_is_refused(changed: dict, said: str | None, s
 
 def test_another_reference_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "run", reference_model=tiny_model(2))
-    other = tiny_trainer(tmp_path / "again", settings=SAVING, reference_model=tiny_model(3))
+    other = tiny_trainer(
+        tmp_path / "again", settings=SAVING | PHASES, reward_funcs=always_right, reference_model=tiny_model(3)
+    )
     with pytest.raises(SGOPDConfigError, match="The reference must be the one of the checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
@@ -110,7 +114,7 @@ def test_one_changed_weight_is_another_teacher(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.mul_(1.01)
-    other = tiny_trainer(tmp_path / "again", settings=SAVING, teacher_model=tuned)
+    other = tiny_trainer(tmp_path / "again", settings=SAVING | PHASES, reward_funcs=always_right, teacher_model=tuned)
     with pytest.raises(SGOPDConfigError, match="got other weights"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 

@@ -155,14 +155,19 @@ class Patience(TrainerCallback, ExportableState):
 def test_a_folder_of_another_run_is_not_taken_for_this_runs_checkpoint(tmp_path: Path) -> None:
     """And what an evaluation after the last step has counted is in it."""
     other = tmp_path / "checkpoint-2"
-    other.mkdir()
-    (other / "trainer_state.json").write_text("{}", encoding="utf-8")
+
+    class Foreign(TrainerCallback):
+        # After the run has begun: a folder that has it before is refused.
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            other.mkdir(exist_ok=True)
+            (other / "trainer_state.json").write_text("{}", encoding="utf-8")
+
     server, patience = model_server(tiny_model(1)).start(), Patience()
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 4}
     trainer = by_url(
         *(tmp_path, server.url),
         settings=SETTINGS | evaluated,
-        callbacks=[EndAfter(server, 2), patience],
+        callbacks=[EndAfter(server, 2), patience, Foreign()],
         eval_dataset=tiny_data().select([0]),
     )
     with pytest.raises(TeacherError):
