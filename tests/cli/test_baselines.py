@@ -13,7 +13,7 @@ from sg_opd_trl.errors import SGOPDConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trl.experimental.*")
 
-FACTS = {"method", "seed", "steps", "seconds"} | {
+FACTS = {"method", "seed", "steps", "seconds", "state", "identity"} | {
     f"teacher_tokens_{name}" for name in ("scored", "generated", "reused")
 }
 

@@ -1,0 +1,26 @@
+"""Both ranks begin a run in a folder; each says what became of it. Run by `test_run_folder.py`."""
+
+import sys
+from types import SimpleNamespace
+
+from accelerate import PartialState
+
+from sg_opd_trl import SGOPDError
+from sg_opd_trl.run_folder import owned, read_resume
+
+folder, resume, rate = sys.argv[1:]
+state = PartialState(cpu=True)
+args = SimpleNamespace(
+    output_dir=folder,
+    overwrite_output_dir=False,
+    allow_changed=None,
+    world_size=state.num_processes,
+    to_dict=lambda: {"learning_rate": float(rate)},
+)
+try:
+    with owned(args) as own:
+        start = own.begin({"learning_rate": float(rate)}, read_resume(resume))
+        print(f"rank {state.process_index}: starts from {start.checkpoint and start.checkpoint.name}", flush=True)
+        state.wait_for_everyone()
+except SGOPDError as error:
+    print(f"rank {state.process_index}: {error}", flush=True)
