@@ -24,6 +24,7 @@ from .models.batch import TokenBatch, pad_rows
 from .models.context import bounds_of, follows_length, positions_of
 from .models.experts import without_router_logits
 from .models.forward import Layouts, layouts_of, packed_forward, padded_forward, restrict_layouts, should_pack
+from .models.internals import inner_model
 from .models.sampling import without_own_settings
 from .trl_seam import compact_head
 
@@ -167,10 +168,10 @@ def check_writer(model: nn.Module, tokenizer: Any) -> None:
     Raises:
         SGOPDConfigError: what it writes is not what its logits say.
     """
-    config: Any = _base(model).config
+    config: Any = inner_model(model).config
     ids = plain_ids(tokenizer, config.get_text_config().vocab_size)
     with _told_of_errors(model, "model"):
-        check = _Check(model, made_up_rows(config, ids, 0, _base(model).device), "model", 1.0, float)
+        check = _Check(model, made_up_rows(config, ids, 0, inner_model(model).device), "model", 1.0, float)
         check.sampled()
     known = layouts_of(model)
     restrict_layouts(model, replace(known, written_together=known.written_together and check.layouts.written_together))
@@ -190,7 +191,7 @@ class _Check:
     def __init__(self, model: nn.Module, batch: TokenBatch, role: str, temperature: float, agree: Agree) -> None:
         self.model, self.batch, self.role = model, batch, role
         self.temperature, self.agree = temperature, agree
-        base = _base(model)
+        base = inner_model(model)
         self.name, self.config = type(base).__name__, base.config
         self.keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
         self.tolerance = _tolerance(base)
@@ -372,7 +373,7 @@ def _told_of_errors(model: nn.Module, role: str) -> Iterator[None]:
     except (SGOPDConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        base = _base(model)
+        base = inner_model(model)
         raise SGOPDConfigError(
             f"`{_setting(role)}` must run on rows of token ids, padded and alone, got the {role} "
             f"{type(base).__name__}, which ended in {type(error).__name__}: {error}. Rollouts could not be scored or "
@@ -386,10 +387,6 @@ def _setting(role: str) -> str:
 
 
 _SETTINGS = {"student": "model", "teacher": "teacher_model", "reference": "reference_model"}
-
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _row(batch: TokenBatch, number: int) -> tuple[Tensor, Tensor]:

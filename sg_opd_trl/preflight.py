@@ -24,6 +24,7 @@ from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
 from .models.batch import TokenBatch
 from .models.context import bounds_of
+from .models.internals import inner_model
 from .models.sampling import check_generation_kwargs, own_settings
 from .run import Run
 from .teacher_sampling.callback import check_anchor_callbacks, is_anchor_callback
@@ -492,7 +493,7 @@ def _check_models(run: ScoringRun) -> None:
     longest: int | None = None
     for role, writes, lent in _models_that_score(run):
         with lent as model:
-            config = accelerator.unwrap_model(model).config
+            config = inner_model(model).config
             # Rendering prompts takes longer than scoring rows, and few models ask how long rows can be.
             if longest is None and bounds_of(config):
                 longest = _longest_row(run)
@@ -524,7 +525,7 @@ def _check_auxiliary_loss(run: ScoringRun, model: Any, rows: TokenBatch) -> None
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the code of one architecture among many raises
-        name = type(run.accelerator.unwrap_model(model)).__name__
+        name = type(inner_model(model)).__name__
         raise SGOPDConfigError(
             f"`router_aux_loss_coef` must be 0 with a student of the class {name}, got {run.router_aux_loss_coef} "
             f"(unset, it is the model's own): its auxiliary loss ends in {type(error).__name__}: {error}. TRL "

@@ -45,6 +45,7 @@ from .models.experts import without_router_logits
 from .models.forward import ForwardOutput, HeadRequest, layouts_of, packed_forward, padded_forward, should_pack
 from .models.generate import generate_completions
 from .models.head import OutputHead
+from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .random_state import forked_random_state
 
@@ -144,7 +145,7 @@ def add_fused_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
 
     The same model may be given several, each of which stays; returns what names this one.
     """
-    base = _base(model)
+    base = inner_model(model)
     if not _answers(base):
         _answer_requests(base)
     base.sg_opd_head = HeadSettings(temperature, cast_lm_head_to_fp32)
@@ -156,7 +157,7 @@ def add_head_output(model: nn.Module) -> None:
 
     The answer is part of what the forward returns: replicas and shards take their gradients from there.
     """
-    base = _base(model)
+    base = inner_model(model)
     if _answers(base):
         return
     fused: Any = vars(base)["forward"].__func__
@@ -235,7 +236,7 @@ class HeadCausalLMOutput(FusedCausalLMOutput):
 
 def output_head(model: nn.Module, settings: HeadSettings) -> OutputHead:
     """The output head of a model with a fused head as it is now, computing what the fused head computes."""
-    base = _base(model)
+    base = inner_model(model)
     made_of, layer = _closure(_fused_function(base, settings)), base.get_output_embeddings()
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (layer.weight, layer.bias))
     return OutputHead(
@@ -247,11 +248,6 @@ def output_head(model: nn.Module, settings: HeadSettings) -> OutputHead:
         full_precision=settings.full_precision,
         gathered=maybe_gather_lm_head_ctx,
     )
-
-
-def _base(model: nn.Module) -> Any:
-    """The transformers model inside its wrappers."""
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import SGOPDConfigError
+from .internals import inner_model
 
 # Names of configuration fields after which a model treats longer rows differently.
 _BOUNDS = re.compile(r"window(?!_layers)|chunk|local_attention|original_max_position_embeddings")
@@ -79,7 +79,7 @@ def keeps_a_table(model: nn.Module) -> bool:
     RoPE keeps nothing. Whether a weight is such a table is seen where the same model with more positions is built,
     without memory: its tables have another size.
     """
-    base = _inner(model)
+    base = inner_model(model)
     longer = copy.deepcopy(base.config)
     settings = longer.get_text_config()
     for name in _LIMITS:
@@ -104,7 +104,7 @@ def check_rows_fit(model: nn.Module, attention_mask: Tensor) -> None:
     if table is None:
         return
     lengths = attention_mask.sum(dim=1)
-    _refuse_longer(table, int(lengths.argmax()), int(lengths.max()), 0, type(_inner(model)).__name__)
+    _refuse_longer(table, int(lengths.argmax()), int(lengths.max()), 0, type(inner_model(model)).__name__)
 
 
 def check_prompts_fit(model: nn.Module, prompts: Sequence[Sequence[int]], completion: int, role: str) -> None:
@@ -133,7 +133,7 @@ def _refuse_longer(table: int, row: int, length: int, completion: int, reader: s
 
 def _table(model: nn.Module, width: int) -> int | None:
     """Size of the model's table of positions if something this wide can pass it; None where there is none."""
-    base = _inner(model)
+    base = inner_model(model)
     known = vars(base).setdefault(_KNOWN, {})
     # In every forward: reading a configuration takes longer than comparing two numbers.
     if "positions" not in known:
@@ -147,7 +147,3 @@ def _table(model: nn.Module, width: int) -> int | None:
 
 
 _KNOWN = "sg_opd_positions"
-
-
-def _inner(model: nn.Module) -> PreTrainedModel:
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

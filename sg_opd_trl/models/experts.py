@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+
+from .internals import inner_model
 
 
 def returns_router_logits(model: nn.Module) -> bool:
@@ -34,5 +35,5 @@ def without_router_logits(model: nn.Module) -> Iterator[None]:
 
 
 def _text_config(model: nn.Module) -> Any:
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base = inner_model(model)
     return base.config.get_text_config()

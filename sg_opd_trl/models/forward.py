@@ -23,7 +23,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .experts import returns_router_logits
 from .head import OutputHead
-from .internals import attention_implementation, attention_is_looked_up, attention_switched, is_recurrent
+from .internals import (
+    attention_implementation,
+    attention_is_looked_up,
+    attention_switched,
+    inner_model,
+    is_recurrent,
+)
 
 Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
 """`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens in row-major order.
@@ -165,19 +171,15 @@ class Layouts:
 def layouts_of(model: nn.Module) -> Layouts:
     """What is known to be right for a model; everything, until `restrict_layouts` has said otherwise."""
     # In the instance, where copies and wrappers of the model find it.
-    return vars(_inner(model)).get(_LAYOUTS, Layouts())
+    return vars(inner_model(model)).get(_LAYOUTS, Layouts())
 
 
 def restrict_layouts(model: nn.Module, layouts: Layouts) -> None:
     """Have all further forwards of a model keep to these layouts, whoever runs them."""
-    setattr(_inner(model), _LAYOUTS, layouts)
+    setattr(inner_model(model), _LAYOUTS, layouts)
 
 
 _LAYOUTS = "sg_opd_layouts"
-
-
-def _inner(model: nn.Module) -> PreTrainedModel:
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 _IGNORED = -100  # label of a position that predicts nothing, as transformers has it

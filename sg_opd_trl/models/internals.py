@@ -9,12 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 _ROOM = 32  # tokens by which a key-value buffer grows at least
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The transformers model inside wrappers of adapters and of data parallelism, or the model itself.
+
+    Typed as anything: parts of this package keep facts in the instance, which no type declares.
+    """
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

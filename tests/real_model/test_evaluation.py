@@ -51,6 +51,6 @@ def test_twenty_problems_of_gsm8k(model: Any, tokenizer: Any, tmp_path: Path) ->
     samples = samples_of(path)
     # Golds are worked answers, of which the number behind #### counts: all can be read, none lacks a verdict.
     assert (result.num_problems, len(samples), result.abstained) == (20, 20, 0)
-    # In 32 tokens hardly an answer is finished. Seen: none right.
+    # In 32 tokens hardly an answer is finished.
     assert result.truncated == sum(sample["num_tokens"] == 32 and sample["truncated"] for sample in samples) >= 10
     assert result.avg_at_k <= 0.2
