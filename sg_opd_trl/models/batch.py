@@ -158,6 +158,8 @@ def score_parts(
     indices = rows.nonzero().flatten()
     lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum(1))[indices].tolist()
     groups = list(plan_batches(lengths, max_tokens))
+    # Before the first forward: ranks that are still asked would answer the others' forwards with another collective.
+    calls = agree_on_calls(len(groups))
     for group in groups:
         numbers = indices[group]
         part = batch.select(numbers)
@@ -165,7 +167,7 @@ def score_parts(
         for result, scores in zip(results, score(part, numbers), strict=True):
             kept = counted.view(*counted.shape, *[1] * (scores.dim() - 2))
             result[numbers, : counted.size(1)] = scores.to(result.dtype).masked_fill(~kept, 0)
-    for _ in range(agree_on_calls(len(groups)) - len(groups)):
+    for _ in range(calls - len(groups)):
         score(_one_token(batch), indices.new_zeros(1))
     return results
 

@@ -266,12 +266,14 @@ class LocalTeacher(FrozenModel):
         lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
         groups = list(plan_batches(lengths, max_tokens))
         completions: list[list[int]] = [[] for _ in prompts]
+        # Before the first forward, see `score_parts`.
+        calls = self._agree_on_calls(len(groups))
         with self._generation(seed) as model:
             for group in groups:
                 written = self._generate_batch(model, [prompts[i] for i in group], sampling)
                 for i, ids in zip(group, written, strict=True):
                     completions[i] = ids
-            for _ in range(self._agree_on_calls(len(groups)) - len(groups)):
+            for _ in range(calls - len(groups)):
                 self._generate_batch(model, [[sampling.pad_token_id]], sampling)
         self.tokens_generated += sum(map(len, completions))
         return completions

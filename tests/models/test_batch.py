@@ -161,6 +161,7 @@ def test_missing_forwards_run_on_one_token_and_are_dropped(agreed: int, extra: i
         return readable_score(input_ids, attention_mask, width)
 
     def agree(own: int) -> int:
+        assert calls == [], "a rank that is still asked would answer another's forward with this collective"
         asked.append(own)
         return agreed
 

@@ -150,6 +150,18 @@ def test_temperature_and_top_k_are_honoured() -> None:
     assert teacher.generate(PROMPTS, cold, 3, 10_000) == teacher.generate(PROMPTS, cold, 4, 10_000)
 
 
+def test_ranks_agree_on_their_batches_before_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is still asked would answer the forward of another with this collective."""
+    teacher, events = prepared(), list[str]()
+    write = teacher._generate_batch
+    monkeypatch.setattr(teacher, "_agree_on_calls", lambda calls: events.append("agree") or calls + 1)
+    monkeypatch.setattr(teacher, "_generate_batch", lambda *args: events.append("write") or write(*args))
+    teacher.generate(PROMPTS, SAMPLING, 3, 14)
+    assert events[0] == "agree"
+    assert events.count("agree") == 1
+    assert events.count("write") > 2
+
+
 def test_nothing_to_write() -> None:
     assert prepared().generate([], SAMPLING, 3, 100) == []
 
