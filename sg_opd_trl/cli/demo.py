@@ -91,7 +91,11 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
     name = settings.model.model_name_or_path
     if name is not None and name.startswith("builtin/") and "@" not in name:
         settings.model.model_name_or_path = f"{name}@{options.seed}"
-    settings.training.output_dir = options.output_dir or f"{settings.output_dir}-seed{options.seed}"
+    # The demo's own folder holds nothing but demos: the command may be given again.
+    own = f"{settings.output_dir}-seed{options.seed}"
+    if options.output_dir is None and not settings.training.resume_from_checkpoint:
+        settings.training.overwrite_output_dir = True
+    settings.training.output_dir = options.output_dir or own
     return settings
 
 

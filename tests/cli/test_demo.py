@@ -14,12 +14,15 @@ def test_the_demo_is_the_builtin_recipe_with_a_seed_for_run_and_student():
     assert settings.training.teacher_model_name_or_path == "builtin/arithmetic-teacher"
     assert (settings.training.seed, settings.training.lambda_high) == (2, 1.5)
     assert settings.output_dir.name == "arithmetic-sg_opd-seed2"
+    assert settings.training.overwrite_output_dir, "the command may be given again"
+    assert not _settings(["--resume_from_checkpoint", "true"]).training.overwrite_output_dir
 
 
 def test_a_named_student_and_folder_are_kept(tmp_path):
     settings = _settings(["--model_name_or_path", "builtin/arithmetic-student@7", "--output_dir", str(tmp_path)])
     assert settings.model.model_name_or_path == "builtin/arithmetic-student@7"
     assert settings.output_dir == tmp_path
+    assert not settings.training.overwrite_output_dir
 
 
 def test_several_processes_and_unknown_keys_are_refused():
