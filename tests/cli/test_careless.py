@@ -223,7 +223,7 @@ def test_an_output_folder_that_may_not_be_written(tiny_recipe, tmp_path, capsys,
     def refuse(**settings):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
-    monkeypatch.setattr("sg_opd_trl.cli.outside.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("sg_opd_trl.files.tempfile.TemporaryFile", refuse)
     one_message(capsys, ["train", "--config", tiny_recipe], "`output_dir`", "Permission denied")
 
 
