@@ -215,7 +215,8 @@ def test_a_checkpoint_without_one_has_it_measured(tmp_path: Path) -> None:
         "teacher_processing_class": None,
     }
     trainer_of(tmp_path / "run", settings, **arguments).train()
-    resumed = trainer_of(tmp_path / "run", settings | {"gate_dead_zone": "auto"}, **arguments)
+    automatic = {"gate_dead_zone": "auto", "allow_changed": ["gate_dead_zone"]}
+    resumed = trainer_of(tmp_path / "run", settings | automatic, **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert resumed.gate_noise.dead_zone == 1e-4
 
