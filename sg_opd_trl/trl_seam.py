@@ -75,10 +75,11 @@ def fused_forward(
         auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
 
     Raises:
-        SGOPDConfigError: a row that is longer than the model's table of positions.
+        SGOPDConfigError: a row that is longer than the model's table of positions, or so long that its frequencies
+            would be those of the longest row beside it.
     """
     check_rows_fit(model, attention_mask)
-    layouts = layouts_of(model)
+    layouts = layouts_of(model).of(attention_mask)
     rows = input_ids, attention_mask, completion_length
     with compact_head(input_ids.device):
         if layouts.packed and not auxiliary_loss and should_pack(model, attention_mask):
