@@ -536,6 +536,12 @@ class SGOPDConfig(FolderFields, GRPOConfig):
         """Longest teacher rollout in tokens."""
         return self.teacher_max_completion_length or self.max_completion_length or 0
 
+    @property
+    def longest_completion(self) -> int:
+        """Longest completion in tokens that is scored: the student's, or the anchor's where that is on."""
+        own = self.max_completion_length or 0
+        return max(own, self.teacher_completion_length) if self.teacher_sampling_enable else own
+
 
 @dataclass
 class StudentConfig(ModelConfig):

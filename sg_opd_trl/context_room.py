@@ -44,9 +44,8 @@ def check_context_room(run: RunWithModels) -> None:
         return
     rows = first_rows(run.train_dataset)[:PROMPTS_RENDERED]
     args: Any = run.args  # TRL has filled in by now what its fields leave open
-    scored = args.max_completion_length or 0
     # The anchor's rollouts are scored by the student after its own prompt, and written by the teacher after its own.
-    longest = max(scored, args.teacher_completion_length) if args.teacher_sampling_enable else scored
+    scored, longest = args.max_completion_length or 0, args.longest_completion
     own = _longest_prompt(run, [row["prompt"] for row in rows])
     student = run.accelerator.unwrap_model(run.model)
     _check(student, "student", own, longest)

@@ -48,13 +48,21 @@ def kept(run: "SavedRun") -> Iterator[None]:
     last = LastStep(run)
     run.add_callback(last)
     try:
-        with _stopping(last):
+        # Around the keeping too, which another signal would end.
+        with _stopping(last), _keeping(run, last):
             yield
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        _keep(run, last, error)
-        raise
     finally:
         run.remove_callback(last)
+
+
+@contextmanager
+def _keeping(run: "SavedRun", last: "LastStep") -> Iterator[None]:
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        last.ended = True
+        _keep(run, last, error)
+        raise
 
 
 @contextmanager
@@ -104,7 +112,8 @@ class LastStep(TrainerCallback):
     Attributes:
         random_state: of then; None before the first step has finished.
         saved_step: of this run's newest checkpoint, None without any.
-        updating: whether the optimizer is changing weights right now, or a checkpoint is written.
+        updating: whether the optimizer is changing weights right now.
+        saving: whether a checkpoint of the last step is due and not there yet.
         ended: whether the run has ended and its last step is being kept.
     """
 
@@ -112,7 +121,7 @@ class LastStep(TrainerCallback):
         self.run = run
         self.random_state: RandomState | None = None
         self.saved_step: int | None = None
-        self.updating = self.ended = False
+        self.updating = self.saving = self.ended = False
         self._process = os.getpid()
         self._signal: int | None = None
         self._tokens = 0
@@ -126,13 +135,13 @@ class LastStep(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if number == signal.SIGINT and self._signal is not None and not self.updating:
+        busy = self.updating or self.saving
+        if number == signal.SIGINT and self._signal is not None and not busy:
             # Who presses the keys twice does not want to wait for a checkpoint; schedulers repeat themselves.
             raise KeyboardInterrupt
         self._signal = number
-        # Ranks must leave together: each of them looks at the end of its step.
-        if not self.updating and not self.ended and self.run.accelerator.num_processes == 1:
-            self._stop()
+        if not busy:
+            self._stop_alone()
 
     def _stop(self) -> None:
         if self._signal == signal.SIGINT:
@@ -166,9 +175,9 @@ class LastStep(TrainerCallback):
                 self._signal = number
                 control.should_save = args.save_strategy != SaveStrategy.NO
                 control.should_training_stop = True
-        # A checkpoint that is due follows at once, and is waited for.
-        self.updating = control.should_save
-        if not self.updating:
+        # A checkpoint that is due is waited for; where the evaluation before it fails, it is written as the run ends.
+        self.updating, self.saving = False, control.should_save
+        if not self.saving:
             self._stop_alone()
 
     def on_evaluate(
@@ -180,7 +189,7 @@ class LastStep(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint of this run; folders of other runs may have the same name."""
         self.saved_step = state.global_step
-        self.updating = False
+        self.saving = False
         self._stop_alone()
 
     def on_train_end(
@@ -190,6 +199,7 @@ class LastStep(TrainerCallback):
         self._stop()
 
     def _stop_alone(self) -> None:
+        # Ranks must leave together: each of them looks at the end of its step.
         if self.run.accelerator.num_processes == 1 and not self.ended:
             self._stop()
 
@@ -255,7 +265,6 @@ def _problem(run: SavedRun, last: LastStep) -> str | None:
 def _written(run: SavedRun, last: LastStep) -> str | None:
     """Write it; what went wrong, or None."""
     last.restore()
-    last.ended = True
     try:
         run.save_checkpoint()
     except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk

@@ -77,11 +77,12 @@ class EvaluationFiles:
         """All samples of this evaluation so far, as `Sample.to_dict` wrote them."""
         if self._samples is None or not self._samples.exists():
             return []
-        lines = self._samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        # Not `splitlines`: a completion may hold what that takes for the end of a line (U+2028, U+0085).
+        *lines, unfinished = self._samples.read_text(encoding="utf-8", errors="replace").split("\n")
         found = []
-        for number, line in enumerate(lines):
+        for number, line in enumerate([*lines, unfinished] if unfinished else lines):
             values = _read_json(line)
-            if values is None and number == len(lines) - 1 and _BEGINNING.startswith(line[: len(_BEGINNING)]):
+            if values is None and number == len(lines) and _BEGINNING.startswith(line[: len(_BEGINNING)]):
                 break  # the line that an interrupted call did not end
             mark = values.pop(_MARK, None) if isinstance(values, dict) else None
             _refuse_others("samples_path" if self.lasting else "output", self._samples, identity.differences(mark))

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from .agreement import Agreement, check_model, made_up_rows, plain_ids
 from .config import SGOPDConfig, engine_problems, warn_of_unused
-from .data import PROMPTS_RENDERED, TEACHER_PROMPT, check_dataset, datasets_of, first_prompts, longest_prompts
+from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
 from .errors import SGOPDConfigError
 from .models.batch import TokenBatch
 from .models.context import bounds_of
@@ -48,6 +48,7 @@ from .trl_seam import (
     get_config_model_id,
     has_adapters_inside,
     has_adapters_of_another,
+    head_in_use,
     is_prepared_later,
     is_sharded,
     own_forward,
@@ -471,7 +472,7 @@ def check_log_probs(run: ScoringRun) -> None:
     if is_prepared_later(run.accelerator):
         run.add_callback(_CheckOnceSharded(run))
     else:
-        _check_models(run)
+        run.agreements = _check_models(run)
 
 
 class _CheckOnceSharded(TrainerCallback):
@@ -480,12 +481,12 @@ class _CheckOnceSharded(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._run.agreements:
-            _check_models(self._run)
+            self._run.agreements = _check_models(self._run)
 
 
-def _check_models(run: ScoringRun) -> None:
+def _check_models(run: ScoringRun) -> list[Agreement]:
     accelerator = run.accelerator
-    device = accelerator.device
+    device, agreements = accelerator.device, []
 
     def over_ranks(difference: float) -> float:
         return float(accelerator.gather(torch.tensor([difference], device=device)).max())
@@ -510,7 +511,8 @@ def _check_models(run: ScoringRun) -> None:
             )
             if role == "student" and run.aux_loss_enabled:
                 _check_auxiliary_loss(run, model, rows)
-        run.agreements.append(found)
+        agreements.append(found)
+    return agreements
 
 
 def _check_auxiliary_loss(run: ScoringRun, model: Any, rows: TokenBatch) -> None:
@@ -553,7 +555,7 @@ def _models_that_score(run: ScoringRun) -> Iterator[tuple[str, bool, AbstractCon
 
 @contextmanager
 def _student_without_dropout(run: ScoringRun) -> Iterator[Any]:
-    with run.student_scoring() as model, evaluating(model):
+    with run.student_scoring() as model, evaluating(model), head_in_use(run.fused_head):
         yield model
 
 
@@ -565,18 +567,15 @@ def _evaluated(model: Any) -> Iterator[Any]:
 
 @contextmanager
 def _lent(scorer: ModelScorer) -> Iterator[Any]:
-    with scorer.lent():
+    # A model that several runs share has the temperature of the one that was made last, unless it is said.
+    with scorer.lent(), head_in_use(scorer.fused_head):
         yield scorer.model
 
 
 def _longest_row(run: ScoringRun) -> int:
-    """Tokens that a row of the run can have, as far as its longest prompts tell."""
-    longest = 0
-    for _, dataset in datasets_of(run):
-        for column in ("prompt", TEACHER_PROMPT) if dataset is not None else ():
-            prompts = longest_prompts(dataset, column)
-            longest = max([longest, *map(len, run.tokenize_prompts(prompts) if prompts else ())])
-    completion: int = run.args.max_completion_length or 0
-    if run.args.teacher_sampling_enable:
-        completion = max(completion, run.args.teacher_completion_length)
-    return longest + completion
+    """Tokens that a row of the run can have, as far as its first prompts tell."""
+    prompts: list = []
+    # An environment writes its own prompts.
+    if not run.environment_factories and run.train_dataset is not None:
+        prompts = run.tokenize_prompts(first_prompts(run.train_dataset))
+    return max(map(len, prompts), default=0) + run.args.longest_completion

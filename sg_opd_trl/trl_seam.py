@@ -1,8 +1,12 @@
 """The private steps of TRL's GRPO trainer as hooks with public names."""
 
 import copy
+import datetime
+import decimal
 import functools
 import json
+import logging
+import pickle
 import shutil
 import time
 import types
@@ -38,7 +42,7 @@ from trl.trainer.utils import (  # noqa: F401
     maybe_gather_lm_head_ctx,
 )
 
-from .checkpoints import ASIDE, complete, told_of_a_full_disk
+from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
@@ -48,6 +52,8 @@ from .models.head import OutputHead
 from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .random_state import forked_random_state
+
+logger = logging.getLogger(__name__)
 
 
 # --- one forward -----------------------------------------------------------------------------------------------------
@@ -75,11 +81,10 @@ def fused_forward(
         auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
 
     Raises:
-        SGOPDConfigError: a row that is longer than the model's table of positions, or so long that its frequencies
-            would be those of the longest row beside it.
+        SGOPDConfigError: a row that is longer than the model's table of positions.
     """
     check_rows_fit(model, attention_mask)
-    layouts = layouts_of(model).of(attention_mask)
+    layouts = layouts_of(model)
     rows = input_ids, attention_mask, completion_length
     with compact_head(input_ids.device):
         if layouts.packed and not auxiliary_loss and should_pack(model, attention_mask):
@@ -426,6 +431,11 @@ def end_in_time(loop: Any) -> None:
 STATE_FILE = "sg_opd_state.json"
 ROLLOUTS_FILE = "sg_opd_rollouts_{}.pt"
 """Of each rank, in a checkpoint inside a generation batch: what is left of its rollouts, with their scores."""
+# Rows of the data set are in it: what their columns may hold besides numbers and texts, and torch would not read.
+_VALUES_OF_ROWS: list[Any] = [
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    decimal.Decimal,
+]
 
 OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]]], None]
 """`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
@@ -829,10 +839,13 @@ class GRPOSeam(GRPOTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
         aside, place = folder / ASIDE / name, folder / name
+        size = self._size_of_checkpoint()
         if self.args.should_save:
             shutil.rmtree(aside.parent, ignore_errors=True)
+            # Before any rank writes: a slower one would take what is written for what is missing.
+            check_room(aside.parent, size)
         self.accelerator.wait_for_everyone()
-        with told_of_a_full_disk(aside.parent, self._size_of_checkpoint()):
+        with told_of_a_full_disk(aside.parent, size):
             # Transformers asks for the run's folder, and gets the one beside it.
             self._written_aside = aside.parent
             try:
@@ -861,8 +874,29 @@ class GRPOSeam(GRPOTrainer):
     def _save_rollouts(self, folder: Path) -> None:
         state = self.rollouts_state()
         # On the boundary of a generation batch there is nothing left of it.
-        if state["step"] % self.micro_batches_per_rollout and not self.args.save_only_model:
-            torch.save(state, folder / self._rollouts_file)
+        if state["step"] % self.micro_batches_per_rollout == 0 or self.args.save_only_model:
+            return
+        path, unreadable = folder / self._rollouts_file, ""
+        torch.save(state, path)
+        # Whether a resumed run can read it is seen now, and not then.
+        try:
+            self._read_rollouts(path, "meta")
+        except pickle.UnpicklingError as error:
+            unreadable = str(error)
+        # All ranks or none: they would go on at different places.
+        if int(self.accelerator.gather(torch.tensor([bool(unreadable)], device=self.accelerator.device)).sum()):
+            path.unlink()
+            logger.warning(
+                "Rows of the data set hold values that a checkpoint cannot keep: a run that goes on from step %d has "
+                "new rollouts in place of those that were in use. Turn such columns (times with a zone, say) into "
+                "text or numbers. %s",
+                self.state.global_step,
+                unreadable,
+            )
+
+    def _read_rollouts(self, path: Path, device: Any) -> dict[str, Any]:
+        with torch.serialization.safe_globals(_VALUES_OF_ROWS):
+            return torch.load(path, map_location=device, weights_only=True)
 
     @property
     def _rollouts_file(self) -> str:
@@ -931,5 +965,5 @@ class GRPOSeam(GRPOTrainer):
         if checkpoint is not None and (Path(checkpoint) / STATE_FILE).is_file():
             self.check_checkpoint_state(json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8")))
         if checkpoint is not None and (Path(checkpoint) / self._rollouts_file).is_file():
-            path, device = Path(checkpoint) / self._rollouts_file, self.accelerator.device
-            self.restore_rollouts(torch.load(path, map_location=device, weights_only=True))
+            path = Path(checkpoint) / self._rollouts_file
+            self.restore_rollouts(self._read_rollouts(path, self.accelerator.device))

@@ -13,6 +13,8 @@ from word_case import even_length, run, word_data, word_model, word_tokenizer
 
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.evaluation import EvaluationResult, evaluate_model
+from sg_opd_trl.evaluation_files import EvaluationFiles
+from sg_opd_trl.evaluation_plan import Identity
 
 TOKENIZER, DATA = word_tokenizer(), word_data()
 
@@ -75,6 +77,18 @@ def test_a_process_that_was_killed_in_the_middle_of_a_line(tmp_path):
     path.write_text("".join(lines[:7]) + lines[7][:20])
     assert numbers(run(word_model(), TOKENIZER, DATA, samples_path=path)) == numbers(whole)
     assert path.read_text() == text
+
+
+def test_whatever_a_completion_holds_its_line_ends_where_it_was_ended(tmp_path):
+    """Unicode has more ends of a line than JSON Lines: U+2028 and U+0085 stand in a line as they are."""
+    files, identity = EvaluationFiles(tmp_path / "samples.jsonl", None), Identity("a", "b", "c")
+    samples = [{"problem": number, "completion": text} for number, text in enumerate(["1\u20282", "\x853", "4\r5\n6"])]
+    files.add(identity, samples)
+    assert files.samples(identity) == samples
+    files.add(identity, samples)
+    path = tmp_path / "samples.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    assert files.samples(identity) == [*samples, *samples[:-1]]
 
 
 def test_a_batch_does_not_depend_on_what_was_sampled_before(tmp_path):

@@ -100,17 +100,15 @@ def _text_rows(run: InspectedRun) -> Iterator[Row]:
 def _context_rows(run: InspectedRun) -> Iterator[Row]:
     if run.environment_factories is not None:
         return
-    args: Any = run.args  # TRL has filled in by now what its fields leave open
     rooms: dict[str, int | None] = {"student": extended_positions(run.accelerator.unwrap_model(run.model).config)}
     for model in _frozen(run):
         rooms[model.role] = extended_positions(run.accelerator.unwrap_model(model.model).config)
     for teacher in _teachers(run):
         if isinstance(teacher, ServerTeacher):
-            rooms["teacher server"] = teacher.client.max_length
+            rooms[f"teacher server {teacher.client.addresses[0]}"] = teacher.client.max_length
     prompts = [row["prompt"] for row in first_rows(run.train_dataset)[:GOLDS_COUNTED]]
     longest = max(map(len, run.tokenize_prompts(prompts)))
-    written = run.args.teacher_completion_length if args.teacher_sampling_enable else 0
-    yield context_row(rooms, longest, max(args.max_completion_length or 0, written))
+    yield context_row(rooms, longest, run.args.longest_completion)
 
 
 def _verifier_rows(run: InspectedRun, counted: int = GOLDS_COUNTED) -> list[Row]:

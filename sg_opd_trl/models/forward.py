@@ -8,12 +8,11 @@ model (`Layouts`).
 """
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,6 @@ from .internals import (
     inner_model,
     is_recurrent,
 )
-
-logger = logging.getLogger(__name__)
 
 Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
 """`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens in row-major order.
@@ -164,41 +161,11 @@ class Layouts:
         packed: rows behind one another, where `should_pack` says so too.
         padded: prompts padded on the left, as TRL has them; otherwise all padding must stand behind the rows.
         written_together: prompts of unequal length padded on the left and continued; otherwise one length at a time.
-        up_to: tokens of the longest row for which that is known; None where longer ones are treated no differently.
     """
 
     packed: bool = True
     padded: bool = True
     written_together: bool = True
-    up_to: int | None = None
-
-    def common(self, later: "Layouts") -> "Layouts":
-        """What is right for both, two looks at one model."""
-        return Layouts(
-            self.packed and later.packed,
-            self.padded and later.padded,
-            self.written_together and later.written_together,
-            later.up_to,
-        )
-
-    def of(self, attention_mask: Tensor) -> "Layouts":
-        """Those of some rows `(B, W)`: of longer ones than were looked at, what is right for any causal model."""
-        if self.up_to is None or attention_mask.size(1) <= self.up_to:
-            return self
-        # The width too: some models count the columns, whatever is in them.
-        longer = int(attention_mask.sum(dim=1).max()) > self.up_to
-        if longer:
-            _warn_of_longer_rows(self.up_to)
-        return replace(self, padded=False, packed=self.packed and not longer)
-
-
-@cache  # once
-def _warn_of_longer_rows(up_to: int) -> None:
-    logger.warning(
-        "Rows of more than %d tokens have all their padding behind them and are not packed, which is slower: no "
-        "prompt that was known before the run was so long, and the model may treat such rows differently.",
-        up_to,
-    )
 
 
 def layouts_of(model: nn.Module) -> Layouts:

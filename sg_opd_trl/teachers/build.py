@@ -16,7 +16,7 @@ from ..trl_seam import get_config_model_id, has_adapters_of_another
 from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, is_adapter, load_with_base
 from .base import Teacher
 from .fit import RenderingRun, check_fits_student, check_vocabulary_sizes
-from .local import FrozenModel, LocalTeacher
+from .local import FrozenModel, LocalTeacher, ModelScorer
 from .reference import REFERENCE_ADAPTER, AdapterReference, Reference
 from .routed import RoutedTeacher, check_teacher_columns
 from .server import ServerTeacher
@@ -120,6 +120,9 @@ def _build_one(run: BuildingRun, given: Any, tokenizer: Any, role: str) -> Teach
         # Before it is frozen: the student would be.
         _check_not_the_student(run, given, "teacher_model")
         teacher = LocalTeacher(teacher)
+    if isinstance(teacher, ModelScorer):
+        # Of several, messages and reports name the one.
+        teacher.role = role
     if tokenizer is None:
         tokenizer = _tokenizer_of_teacher(run, given)
     run.tokenizers[role] = tokenizer

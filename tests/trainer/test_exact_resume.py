@@ -1,5 +1,7 @@
 """A resumed run is the uninterrupted run bit for bit, wherever it was interrupted."""
 
+import datetime
+import decimal
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,32 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, case: str) -> No
         for ours, theirs in zip(resumed.state.log_history, straight.state.log_history, strict=True):
             same = {name for name in theirs if "time" not in name and not name.startswith(("train_", "eval_"))}
             assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}, step
+
+
+INSIDE = SETTINGS | OFF | SMALL | {"steps_per_generation": 2, "max_steps": 2}
+
+
+def test_rows_of_the_data_set_may_hold_dates_and_decimals(tmp_path: Path) -> None:
+    """They are in a checkpoint inside a generation batch, and torch reads nothing that it does not know."""
+    data = tiny_data(8).add_column("price", [decimal.Decimal("1.5")] * 8)
+    data = data.add_column("written", [datetime.datetime(2026, 1, 1 + row) for row in range(8)])
+    straight = tiny_trainer(tmp_path / "straight", train_dataset=data, settings=INSIDE)
+    straight.train()
+    resumed = tiny_trainer(tmp_path / "again", train_dataset=data, settings=INSIDE)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-1"))
+    assert changed_weights(resumed.model, copied_weights(straight.model)) == []
+
+
+def test_values_that_cannot_be_read_again_are_told_of_when_they_are_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    zoned = [datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)] * 8
+    data = tiny_data(8).add_column("written", zoned)
+    tiny_trainer(tmp_path, train_dataset=data, settings=INSIDE).train()
+    assert caplog.text.count("hold values that a checkpoint cannot keep") == 1
+    resumed = tiny_trainer(tmp_path / "again", train_dataset=data, settings=INSIDE)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
 
 
 def test_a_second_training_does_not_use_the_rollouts_of_the_first(tmp_path: Path) -> None:

@@ -299,6 +299,33 @@ def test_a_signal_waits_for_the_checkpoint_that_is_under_way(tmp_path: Path, mon
     check_checkpoint(tmp_path / "checkpoint-1")
 
 
+def test_an_evaluation_that_fails_before_a_checkpoint_leaves_its_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = LOCAL | {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    verifier = EndingVerifier(lambda: fail(ZeroDivisionError("in the evaluation")))
+    trainer = tiny_trainer(tmp_path, settings=settings, reward_funcs=verifier, eval_dataset=tiny_data(4))
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "Its 2 finished steps are in" in caplog.text
+    check_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_a_signal_does_not_end_the_keeping_of_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verifier = EndingVerifier(lambda: fail(ZeroDivisionError("in the verifier")))
+    trainer = tiny_trainer(tmp_path, settings=LOCAL, reward_funcs=verifier)
+    state = trainer.checkpoint_state
+
+    def sent() -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return state()
+
+    monkeypatch.setattr(trainer, "checkpoint_state", sent)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    check_checkpoint(tmp_path / "checkpoint-2")
+
+
 def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = tiny_trainer(tmp_path, settings=LOCAL)
 
