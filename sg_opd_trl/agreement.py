@@ -23,7 +23,16 @@ from .errors import SGOPDConfigError
 from .models.batch import TokenBatch, pad_rows
 from .models.context import bounds_of, follows_length, positions_of
 from .models.experts import without_router_logits
-from .models.forward import Layouts, layouts_of, packed_forward, padded_forward, restrict_layouts, should_pack
+from .models.forward import (
+    Layouts,
+    computing_dtype,
+    layouts_of,
+    packed_forward,
+    padded_forward,
+    padding_behind,
+    restrict_layouts,
+    should_pack,
+)
 from .models.internals import inner_model
 from .models.sampling import without_own_settings
 from .trl_seam import compact_head
@@ -52,7 +61,7 @@ class Agreement:
         role: `student`, `teacher`, ...
         model: its class.
         layouts: those that agree.
-        difference: the largest mean difference of a row in any of them, in nats.
+        difference: the largest mean difference of a row in any of those that the run uses, in nats.
         tolerance: up to which it counts as rounding.
         reason: why a layout is left out; None where none is.
     """
@@ -194,7 +203,8 @@ class _Check:
         base = inner_model(model)
         self.name, self.config = type(base).__name__, base.config
         self.keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
-        self.tolerance = _tolerance(base)
+        self.device = batch.prompt_ids.device
+        self.tolerance = TOLERANCES.get(computing_dtype(model, self.device), TOLERANCES[torch.float32])
         self.layouts, self.reasons, self.largest = Layouts(), list[str](), 0.0
         self.rows = [_row(batch, number) for number in range(len(batch))]
         self.alone = [self._plain_logps(prompt, completion) for prompt, completion in self.rows]
@@ -227,17 +237,30 @@ class _Check:
             self.tolerance = max(self.tolerance, _TIMES_ROUNDING * difference)
 
     def padded(self) -> None:
-        """Prompts padded on the left as TRL has them, or else all padding behind the rows."""
+        """Prompts padded on the left as TRL has them, or else all padding behind the rows.
+
+        The run scores its rows with the padding behind them in half precision. What padding on the left gives is known
+        then too, for forwards of the model in another precision.
+        """
         padded = self._difference(padded_forward)
-        if self._agrees(padded):
+        left = padded <= self.tolerance
+        if left and not padding_behind(self.model, self.device):
+            self.largest = max(self.largest, padded)
             return
         moved = self._difference(padded_forward, flush_left=True)
-        if not self._agrees(moved):
+        if self._agrees(moved):
+            if not left:
+                self._leave_out(
+                    "padded", padded, "rows that are padded on the left",
+                    "its padding is moved behind the rows, which costs nothing",
+                )  # fmt: skip
+        elif self._agrees(padded):
+            self._leave_out(
+                "behind", moved, "rows with all padding behind them",
+                "its prompts are padded on the left, where half precision rounds otherwise than in packed rows",
+            )  # fmt: skip
+        else:
             raise self._refusal(moved, *self._why_not_even_moved())
-        self._leave_out(
-            "padded", padded, "rows that are padded on the left",
-            "its padding is moved behind the rows, which costs nothing",
-        )  # fmt: skip
 
     def packed(self) -> None:
         """Rows behind one another, if the run would pack them."""
@@ -278,7 +301,7 @@ class _Check:
 
     def _difference(self, forward: Callable, **options: Any) -> float:
         """Largest mean difference of a row in one layout, over all ranks."""
-        with compact_head(self.batch.prompt_ids.device):
+        with compact_head(self.device):
             logps = forward(self.model, *self.batch.joined(), self.batch.completion_ids.size(1), **options).logps
         return self.agree(
             max(_distance(row[: len(alone)], alone) for row, alone in zip(logps, self.alone, strict=True))
@@ -288,8 +311,8 @@ class _Check:
         """That of rows which are run one by one through the fused head: of the head, then, and of no layout."""
         largest = 0.0
         for number, alone in enumerate(self.alone):
-            part = self.batch.select(torch.tensor([number], device=self.batch.prompt_ids.device))
-            with compact_head(part.prompt_ids.device):
+            part = self.batch.select(torch.tensor([number], device=self.device))
+            with compact_head(self.device):
                 logps = padded_forward(self.model, *part.joined(), part.completion_ids.size(1)).logps[0]
             largest = max(largest, _distance(logps, alone))
         return self.agree(largest)
@@ -307,7 +330,6 @@ class _Check:
 
     def _distance_of_written(self, prompts: list[Tensor]) -> float:
         """Of the log-probs that `generate` saw while it wrote, from plain logits of each row alone."""
-        device = self.batch.prompt_ids.device
         ids, mask = pad_rows([prompt.tolist() for prompt in prompts], 0, left=True)
         config = GenerationConfig(
             max_new_tokens=_WRITTEN,
@@ -322,7 +344,7 @@ class _Check:
             # Wrappers of data parallelism only run forward.
             model: Any = self.model if hasattr(self.model, "generate") else self.model.module
             written = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
             )
         tokens = written.sequences[:, ids.size(1) :]
         logps = torch.stack(written.logits, dim=1).float().div(self.temperature).log_softmax(dim=-1)
@@ -398,12 +420,3 @@ def _row(batch: TokenBatch, number: int) -> tuple[Tensor, Tensor]:
 def _distance(logps: Tensor, alone: Tensor) -> float:
     """Mean difference of a row; infinite for what is not finite, which no tolerance lets pass."""
     return float((logps - alone).abs().mean().nan_to_num(nan=torch.inf))
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    if dtype == torch.float32 and kind == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        # Its products have the mantissa of float16.
-        dtype = torch.float16
-    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])

@@ -46,7 +46,15 @@ from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
-from .models.forward import ForwardOutput, HeadRequest, layouts_of, packed_forward, padded_forward, should_pack
+from .models.forward import (
+    ForwardOutput,
+    HeadRequest,
+    layouts_of,
+    packed_forward,
+    padded_forward,
+    padding_behind,
+    should_pack,
+)
 from .models.generate import generate_completions
 from .models.head import OutputHead
 from .models.internals import inner_model
@@ -68,8 +76,8 @@ def fused_forward(
 ) -> ForwardOutput:
     """One forward of a model with TRL's fused head: what every log-prob of this package comes from.
 
-    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work. Gradient
-    and autocast are the caller's.
+    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work; in half
+    precision a row has the same positions in every layout (`padding_behind`). Gradient and autocast are the caller's.
 
     Args:
         model: plain or wrapped, prepared by `add_fused_head` or by TRL; with `add_head_output` where it is to answer a
@@ -84,12 +92,12 @@ def fused_forward(
         SGOPDConfigError: a row that is longer than the model's table of positions.
     """
     check_rows_fit(model, attention_mask)
-    layouts = layouts_of(model)
-    rows = input_ids, attention_mask, completion_length
-    with compact_head(input_ids.device):
-        if layouts.packed and not auxiliary_loss and should_pack(model, attention_mask):
+    rows, device = (input_ids, attention_mask, completion_length), input_ids.device
+    with compact_head(device):
+        if layouts_of(model).packed and not auxiliary_loss and should_pack(model, attention_mask):
             return packed_forward(model, *rows, request)
-        return padded_forward(model, *rows, request, auxiliary_loss=auxiliary_loss, flush_left=not layouts.padded)
+        behind = padding_behind(model, device)
+        return padded_forward(model, *rows, request, auxiliary_loss=auxiliary_loss, flush_left=behind)
 
 
 # Columns of the vocabulary that are projected at once on the CPU.

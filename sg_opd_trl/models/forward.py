@@ -1,6 +1,7 @@
 """One forward of a causal LM on prompts and completions, padded or packed, with a second output if one is requested.
 
-`padded_forward` takes rows as they are, or with all padding behind them. `packed_forward` puts them behind one another
+`padded_forward` takes rows as they are, or with all padding behind them (`padding_behind`: in half precision, so that
+a row is rounded alike in every layout). `packed_forward` puts them behind one another
 without their padding, which is exact where tokens meet in attention alone (`should_pack`): attention is then a
 variable-length kernel, or SDPA row by row (`rows_apart`). Both run a model with TRL's fused head, which gives
 log-probs and never builds logits; `trl_seam.fused_forward` picks one of them, among those that are right for the
@@ -161,11 +162,13 @@ class Layouts:
         packed: rows behind one another, where `should_pack` says so too.
         padded: prompts padded on the left, as TRL has them; otherwise all padding must stand behind the rows.
         written_together: prompts of unequal length padded on the left and continued; otherwise one length at a time.
+        behind: all padding behind the rows, which is looked at where it is used.
     """
 
     packed: bool = True
     padded: bool = True
     written_together: bool = True
+    behind: bool = True
 
 
 def layouts_of(model: nn.Module) -> Layouts:
@@ -180,6 +183,33 @@ def restrict_layouts(model: nn.Module, layouts: Layouts) -> None:
 
 
 _LAYOUTS = "sg_opd_layouts"
+
+
+def padding_behind(model: nn.Module, device: torch.device) -> bool:
+    """Whether rows that are not packed have all their padding behind them, rather than prompts padded on the left.
+
+    Padding on the left moves a row to other positions. RoPE makes nothing of that but other rounding: in float32 some
+    1e-6 nats, and rows stay as TRL has them. In half precision it is some 1e-2 nats, and the log-ratios of two models
+    that score a row in different layouts would have a sign where there is none. With the padding behind, a row has the
+    positions that it has when it is packed, or alone.
+    """
+    layouts = layouts_of(model)
+    half = computing_dtype(model, device).itemsize < torch.float32.itemsize
+    return layouts.behind and (half or not layouts.padded)
+
+
+def computing_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """The precision of a forward on this device: autocast's where that is on, or else the weights'."""
+    kind = device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inner_model(model).dtype
+    # TF32's products have the mantissa of float16.
+    return torch.float16 if dtype == torch.float32 and kind == "cuda" and _multiplies_in_tf32() else dtype
+
+
+def _multiplies_in_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # From 2.9 on PyTorch has a setting with this name, and the old one cannot be read once somebody has set the new.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 _IGNORED = -100  # label of a position that predicts nothing, as transformers has it
@@ -218,49 +248,63 @@ def pad(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Pa
 
 @dataclass(frozen=True)
 class MovedRows:
-    """Rows moved to the left, so that all padding stands behind them; `W` columns, the longest row's.
+    """Rows moved to the left, so that all padding stands behind them, in `W` columns.
+
+    Nothing here makes the host wait for an accelerator, which a forward could not hide: no shape follows from a value.
 
     Attributes:
         model_inputs: arguments of the model: `input_ids`, `attention_mask` and `labels`, `(B, W)` each.
-        scored: `(B, W - 1)` bool, positions that predict a token of a completion.
-        targets: `(B, T)` bool, the tokens that they predict, in the same order.
+        predictors: `(B, T)` int64, which position predicts a token of a completion, from 1 on; 0 where none does.
     """
 
     model_inputs: dict[str, Any]
-    scored: Tensor
-    targets: Tensor
+    predictors: Tensor
 
     @property
     def shape(self) -> torch.Size:
         """`(B, T)`."""
-        return self.targets.shape
+        return self.predictors.shape
 
     def unpack(self, values: Tensor) -> Tensor:
         """Back to `(B, T)` from one value per position that predicts another, `(B, W - 1)`."""
-        return scattered(self._of_text(values)[self.scored], self.targets)
+        return functional.pad(self._of_text(values), (1, 0)).gather(1, self.predictors)
 
     def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
-        """`(N, ...)` values `(B, W - 1, ...)` of the positions that predict the chosen tokens, `(B, T)` bool."""
-        positions = scattered(self.scored.flatten().nonzero().flatten(), self.targets)
-        return self._of_text(values).flatten(0, 1)[positions[chosen]]
+        """`(N, ...)` values `(B, W - 1, ...)` of the positions that predict the chosen tokens, `(B, T)` bool.
+
+        A token that nothing predicts, the first one without a prompt, gets those of its row's first position.
+        """
+        values = self._of_text(values)
+        rows = torch.arange(values.size(0), device=values.device).unsqueeze(1)
+        positions = values.size(1) * rows + (self.predictors - 1).clamp(min=0)
+        return values.flatten(0, 1)[positions[chosen]]
 
     def _of_text(self, values: Tensor) -> Tensor:
         # Virtual tokens of an adapter add positions in front.
-        return values[:, values.size(1) - self.scored.size(1) :]
+        return values[:, values.size(1) - self.model_inputs["input_ids"].size(1) + 1 :]
 
 
 def move_left(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> MovedRows:
     """Rows with all their padding behind them, their completions labelled; arguments as in `pack`."""
     present = attention_mask != 0
     # Stable: tokens keep their order.
-    order = (~present).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(present.sum(dim=1).max()))]
+    order = (~present).to(torch.int8).argsort(dim=1, stable=True)[:, : _columns(present)]
     labels = input_ids.masked_fill(~present, _IGNORED)
     labels[:, :-completion_length] = _IGNORED
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     inputs = {name: values.gather(1, order) for name, values in inputs.items()}
-    # Nothing predicts the first token of a row.
-    targets = present & (present.cumsum(dim=1) > 1)
-    return MovedRows(inputs, inputs["labels"][:, 1:] != _IGNORED, targets[:, -completion_length:])
+    # A row's first position predicts its second token.
+    predictors = (present.cumsum(dim=1) - 1).masked_fill(~present, 0)
+    return MovedRows(inputs, predictors[:, -completion_length:])
+
+
+def _columns(present: Tensor) -> int:
+    """Columns of moved rows: on the CPU those of the longest row, elsewhere all of them.
+
+    Counting would make the host wait for an accelerator before every forward, and micro-batches are trimmed to their
+    longest prompt and completion anyway. It also keeps widths the multiples that they were padded to.
+    """
+    return max(1, int(present.sum(dim=1).max())) if present.device.type == "cpu" else present.size(1)
 
 
 @dataclass(frozen=True)
