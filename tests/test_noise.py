@@ -22,13 +22,19 @@ from transformers import (
 )
 from two_ranks import launch
 
-from sg_opd_trl import SGOPDConfigError, SGOPDTrainer
+from sg_opd_trl import SGOPDConfigError, SGOPDTrainer, trl_seam
 from sg_opd_trl.noise import Noise, measure, noise_of
 
 OFF = {"teacher_sampling_enable": False}
-#: Padded rows in training, packed ones where a frozen model scores them: what rounds differently.
+#: Padded rows in training, packed ones where a frozen model scores them.
 CHECKPOINTING = {"bf16": True, "gradient_checkpointing": True}
 TOO_SMALL = "is below the rounding noise of this run"
+
+
+@pytest.fixture
+def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts padded on the left in half precision too, where a row rounds otherwise than packed."""
+    monkeypatch.setattr(trl_seam, "padding_behind", lambda model, device: False)
 
 
 def own_teacher(seed: int = 0, **config: Any) -> dict[str, Any]:
@@ -60,6 +66,7 @@ class Watching(SGOPDTrainer):
         return output
 
 
+@pytest.mark.usefixtures("noisy")
 def test_what_is_measured_is_what_the_gate_meets_where_teacher_and_student_are_the_same(tmp_path: Path) -> None:
     """The oracle is the run itself: its teacher has the student's weights, so that every gated token is noise."""
     trainer = trainer_of(tmp_path, CHECKPOINTING, trainer_class=Watching)
@@ -77,6 +84,16 @@ def test_what_is_measured_is_what_the_gate_meets_where_teacher_and_student_are_t
     assert chosen.gate_noise.dead_zone == pytest.approx(before[0].quantile)
 
 
+def test_in_bfloat16_the_gate_reads_hardly_any_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its teacher has the student's weights, and rows of unequal length are padded in training and packed outside."""
+    trainer = trainer_of(tmp_path, CHECKPOINTING | {"max_completion_length": 32}, trainer_class=Watching)
+    trainer.train()
+    assert measure(trainer, 1e-4).gated < 0.05
+    assert gated_share(trainer) < 0.05
+    assert TOO_SMALL not in caplog.text
+
+
+@pytest.mark.usefixtures("noisy")
 def test_a_number_below_the_noise_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of(tmp_path, CHECKPOINTING)
     trainer.train()
@@ -90,6 +107,7 @@ def test_a_number_below_the_noise_is_told_once(tmp_path: Path, caplog: pytest.Lo
     assert caplog.text.count(TOO_SMALL) == 1
 
 
+@pytest.mark.usefixtures("noisy")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -105,6 +123,7 @@ def test_nothing_is_told_without_reason(tmp_path: Path, settings: dict, caplog: 
     assert TOO_SMALL not in caplog.text
 
 
+@pytest.mark.usefixtures("noisy")
 def test_a_gate_of_ones_own_is_not_told_of_a_setting_that_it_does_not_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +207,7 @@ def test_weights_gradients_mode_and_checkpointing_are_left_as_they_were(tmp_path
         assert (model.training, model.is_gradient_checkpointing) == (training, True)
 
 
+@pytest.mark.usefixtures("noisy")
 def test_a_resumed_run_takes_the_dead_zone_from_the_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +241,7 @@ def test_a_checkpoint_without_one_has_it_measured(tmp_path: Path) -> None:
     assert resumed.gate_noise.dead_zone == 1e-4
 
 
+@pytest.mark.usefixtures("noisy")
 def test_an_evaluation_before_the_training_has_a_dead_zone(tmp_path: Path) -> None:
     settings = CHECKPOINTING | {"gate_dead_zone": "auto", "eval_with_teacher": True, "per_device_eval_batch_size": 8}
     trainer = trainer_of(tmp_path, settings, eval_dataset=tiny_data(4))
