@@ -37,7 +37,7 @@ VLLM_OFFLINE := VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1
 CODE := sg_opd_trl tests benchmarks docs notebooks
 # Further flags of one benchmark: make bench step_time_flags="--longest 766 --repeats 5". Without a GPU, the last one
 # says so and ends.
-BENCHMARKS := step_time overhead memory scaling rollouts end_to_end gpu_step
+BENCHMARKS := step_time overhead memory scaling rollouts noise end_to_end gpu_step
 # Smaller than the scripts' own defaults, which docs/performance.md uses: for a first look in about ten minutes.
 step_time_flags ?= --repeats 1 --longest 192
 overhead_flags ?= --steps 6

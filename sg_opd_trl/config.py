@@ -199,9 +199,9 @@ class SGOPDConfig(FolderFields, GRPOConfig):
         way_out="Set it to 0 to let every non-zero log-ratio pass.",
         used_if=_GATE,
         help="Teacher log-ratios up to this absolute value, in nats, count as zero (our choice). 1e-4 is above the "
-        "rounding noise of float32. 'auto' measures the noise of this run before its first step and takes what 95 per "
-        "cent of it stays below, at least 1e-4: in bfloat16 often about 0.03, at the price of many more neutral "
-        "tokens (docs/methods.md has both).",
+        "rounding noise between a student and its frozen copies, in bfloat16 too. 'auto' measures the noise of this "
+        "run before its first step and takes what 95 per cent of it stays below, at least 1e-4; a larger "
+        "one makes many more tokens neutral (docs/methods.md has both).",
     )
     # Used without the gate too: the anchor's filter and the metrics of evaluation ask the verifier.
     verifier_reward_func: str | None = setting(

@@ -2,8 +2,10 @@
 
 a2 is the difference of two forwards that agree in their mathematics alone: the student's in training, in micro-batches
 that may be padded, and a frozen model's, packed where that saves work and beside other rows. Rounding differs between
-them, and the gate looks at a sign, which rounding has too. In bfloat16 with gradient checkpointing four tenths of the
-tokens on which both models agree exactly were called consensus or conflict.
+them, and the gate looks at a sign, which rounding has too. In half precision all padding stands behind the rows
+(`models.forward.padding_behind`), which leaves next to nothing of it; with prompts padded on the left, bfloat16 called
+four tenths of the tokens on which both models agree exactly consensus or conflict. A kernel or a model that rounds
+otherwise is found here.
 
 So the student scores a few rows of its own, once as it is trained and once as a frozen copy of it would be scored.
 Where `gate_dead_zone` is a number and too small for what is found, a warning says so; "auto" is chosen from it.

@@ -12,12 +12,20 @@ from tiny import logged, relative_difference, tiny_model, tiny_tokenizer, tiny_t
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from sg_opd_trl import evaluate_model
+from sg_opd_trl import agreement, evaluate_model
 from sg_opd_trl.agreement import Agreement, check_model, made_up_rows, row_length
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.models.context import bounds_of
-from sg_opd_trl.models.forward import HeadRequest, Layouts, layouts_of, move_left, padded_forward, restrict_layouts
+from sg_opd_trl.models.forward import (
+    HeadRequest,
+    Layouts,
+    layouts_of,
+    move_left,
+    padded_forward,
+    padding_behind,
+    restrict_layouts,
+)
 from sg_opd_trl.models.generate import generate_completions
 from sg_opd_trl.trl_seam import add_fused_head, fused_forward
 
@@ -188,6 +196,44 @@ def test_within_the_original_context_rope_that_follows_the_row_agrees() -> None:
 @pytest.mark.parametrize("name", ["rotary", "learned positions", "window of some layers"])
 def test_in_bfloat16_the_same_is_found(name: str) -> None:
     assert check(build(name, torch.bfloat16)).layouts == check(build(name)).layouts
+
+
+def padded_with_error(monkeypatch: pytest.MonkeyPatch, left: float, behind: float) -> None:
+    """Have padded rows differ by so much from those of each row alone."""
+
+    def forward(*args: Any, flush_left: bool = False, **options: Any) -> Any:
+        output = padded_forward(*args, flush_left=flush_left, **options)
+        return output._replace(logps=output.logps + (behind if flush_left else left))
+
+    monkeypatch.setattr(agreement, "padded_forward", forward)
+
+
+def test_in_bfloat16_the_rows_that_count_have_their_padding_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded_with_error(monkeypatch, left=0.15, behind=0.0)
+    found = check(build("rotary", torch.bfloat16))
+    assert found.layouts == Layouts()
+    assert found.difference < 0.1
+    # In float32 it is the others, whose error is beyond the tolerance there.
+    assert check(build("rotary")).layouts == FLUSH
+
+
+def test_in_bfloat16_a_model_may_keep_its_padding_on_the_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    padded_with_error(monkeypatch, left=0.0, behind=1.0)
+    model = build("rotary", torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="sg_opd_trl.agreement"):
+        assert check(model).layouts == Layouts(behind=False) == layouts_of(model)
+    assert "rows with all padding behind them other log-probs" in caplog.text
+    assert not padding_behind(model, CPU)
+    # Nobody looks at it in float32.
+    assert check(build("rotary")).layouts == Layouts()
+
+
+def test_in_bfloat16_a_model_without_a_right_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded_with_error(monkeypatch, left=1.0, behind=1.0)
+    with pytest.raises(SGOPDConfigError, match="must give rows that are run together"):
+        check(build("rotary", torch.bfloat16))
 
 
 def test_a_model_that_gives_nan_is_refused() -> None:

@@ -29,6 +29,7 @@ RANDOM_MODELS = {
     "gpu_step": ["--device", "cpu", "--tiny", "--rows", "8", "--longest", "12", "--repeats", "1"],
 }
 BUILT_IN_TASK = {
+    "noise": ["--problems", "4", "--rows", "2"],
     "overhead": [*SHAPE, "--tokens", "64", "--repeats", "1", "--steps", "2"],
     "end_to_end": ["--max_steps", "2", "--every", "1", "--problems", "2"],
 }
