@@ -26,6 +26,7 @@ from .models.batch import TokenBatch
 from .models.context import bounds_of
 from .models.internals import inner_model
 from .models.sampling import check_generation_kwargs, own_settings
+from .random_state import forked_random_state
 from .run import Run
 from .teacher_sampling.callback import check_anchor_callbacks, is_anchor_callback
 from .teachers.adapter import adapter_config, is_adapter
@@ -342,7 +343,7 @@ def check_run(run: PreparedRun) -> None:
     # Not a check, but it has its place here: the reference's adapter exists by now, the teacher's does not yet.
     if hasattr(student, "peft_config") and REFERENCE_ADAPTER in student.peft_config:
         save_without_reference(student)
-    _warn_of_dropout(args, student)
+    _settle_dropout(args, student)
     _warn_of_own_settings(args, student)
     warn_of_a_gate_without_drift(args)
 
@@ -413,10 +414,13 @@ def _warn_of_own_settings(args: Any, student: Any) -> None:
         )
 
 
-def _warn_of_dropout(args: SGOPDConfig, student: Any) -> None:
+def _settle_dropout(args: SGOPDConfig, student: Any) -> None:
     """Dropout is on while the student writes, and moves its log-probs at random, with them the sign of a2 (Eq. 4)."""
-    dropout = _largest_dropout(student)
-    if args.disable_dropout or not dropout:
+    if args.disable_dropout:
+        _disable_dropout(student)
+        return
+    dropout = largest_dropout(student)
+    if not dropout:
         return
     gated = ", and with them the sign the gate looks at" if args.sign_gated_extrapolation else ""
     logger.warning(
@@ -428,11 +432,24 @@ def _warn_of_dropout(args: SGOPDConfig, student: Any) -> None:
     )
 
 
-def _largest_dropout(model: Any) -> float:
-    inside = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    config = model.config.to_dict()
-    # Attention has its dropout in the configuration alone, without a module.
-    return max([0.0, *inside, *(v for k, v in config.items() if k.endswith("dropout") and isinstance(v, float))])
+def _disable_dropout(model: nn.Module) -> None:
+    """What TRL leaves on: it knows the modules of torch, and most attention has its dropout as a number."""
+    for module in model.modules():
+        for name in _dropout_of(module):
+            setattr(module, name, 0.0)
+
+
+def largest_dropout(model: nn.Module) -> float:
+    """The largest probability by which a layer of the model drops something in training.
+
+    Not of its configuration, which also speaks of heads that the model has not (`classifier_dropout`).
+    """
+    return max([0.0, *(p for module in model.modules() for p in _dropout_of(module).values())])
+
+
+def _dropout_of(module: nn.Module) -> dict[str, float]:
+    named = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
+    return named | ({"p": float(module.p)} if isinstance(module, nn.Dropout) else {})
 
 
 # --- once every model is there ---------------------------------------------------------------------------------------
@@ -509,10 +526,36 @@ def _check_models(run: ScoringRun) -> list[Agreement]:
                 autocast=accelerator.autocast,
                 agree=over_ranks if accelerator.num_processes > 1 else float,
             )
-            if role == "student" and run.aux_loss_enabled:
-                _check_auxiliary_loss(run, model, rows)
+            if role == "student":
+                _warn_of_training_mode(run, model, rows, found.tolerance)
+                if run.aux_loss_enabled:
+                    _check_auxiliary_loss(run, model, rows)
         agreements.append(found)
     return agreements
+
+
+def _warn_of_training_mode(run: ScoringRun, model: Any, rows: TokenBatch, tolerance: float) -> None:
+    """Measured, since it has many names: router jitter, layer drop, whatever a model does in training alone."""
+    if largest_dropout(model):
+        return  # which has been told
+    width = rows.completion_ids.size(1)
+    with forked_random_state(run.accelerator.device), run.accelerator.autocast():
+        evaluated = fused_forward(model, *rows.joined(), width).logps
+        model.train()
+        try:
+            trained = fused_forward(model, *rows.joined(), width).logps
+        finally:
+            model.eval()
+    difference = float((trained - evaluated)[rows.completion_mask != 0].abs().mean())
+    if not difference <= tolerance:
+        logger.warning(
+            "The student (%s) gives other log-probs in training than in evaluation, by %.2g nats on average "
+            "(rounding: up to %.2g), without dropout: rollouts and log-probs of a step are not those of the model "
+            "that is scored and saved. Set to 0 in its configuration what is random, such as `router_jitter_noise`.",
+            type(run.accelerator.unwrap_model(model)).__name__,
+            difference,
+            tolerance,
+        )
 
 
 def _check_auxiliary_loss(run: ScoringRun, model: Any, rows: TokenBatch) -> None:

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
+from models.architectures import tiny_architecture
 from tiny import tiny_config, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 from trl import GRPOConfig
@@ -309,11 +311,41 @@ def test_adapters_loaded_into_a_plain_model_are_refused(tmp_path: Path) -> None:
 def test_dropout_is_warned_about(
     tmp_path: Path, settings: dict, dropout: float, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Attention has no module for it: it is found in the configuration."""
+    """Attention has no module for it: it is found as a number."""
     with caplog.at_level(logging.WARNING, logger="sg_opd_trl"):
         tiny_trainer(tmp_path, settings=OFF | settings, model=tiny_model(0, attention_dropout=dropout))
     assert ("The student has dropout of up to 0.25" in caplog.text) is warned
     assert ("the sign the gate looks at" in caplog.text) is (warned and settings == {})
+
+
+def test_disable_dropout_reaches_attention_and_layers(tmp_path: Path) -> None:
+    """TRL switches off modules of torch alone."""
+    student = tiny_architecture("opt", attention_dropout=0.5, dropout=0.5, layerdrop=0.5)
+    trainer = tiny_trainer(tmp_path, settings=OFF | {"disable_dropout": True}, model=student)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        evaluated, trained = (trainer.model.train(mode)(input_ids=ids).logits for mode in (False, True))
+    assert torch.equal(evaluated, trained)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "told"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.3}, "MixtralForCausalLM) gives other log-probs in training"),
+        ("mixtral", {}, None),
+        # Of a head that a language model has not.
+        ("gpt_neox", {"classifier_dropout": 0.1}, None),
+    ],
+)
+def test_what_is_random_in_training_is_told(
+    tmp_path: Path, architecture: str, settings: dict, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = tiny_architecture(architecture, **settings)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="sg_opd_trl.preflight"):
+        tiny_trainer(tmp_path, settings=OFF, model=student)
+    said = [r.getMessage() for r in caplog.records if r.name == "sg_opd_trl.preflight"]
+    assert len(said) == (told is not None) and all(str(told) in text for text in said)
 
 
 UPDATES = [
