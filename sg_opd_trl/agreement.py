@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,6 +124,12 @@ def plain_ids(tokenizer: Any, vocab_size: int) -> list[int]:
 _PLAIN_IDS = 512
 
 
+def _not_passed(config: Any, batch: TokenBatch) -> int | None:
+    """The first bound that no row passes, if there is one: the first prompts of a run may not be its longest."""
+    longest = int(batch.joined()[1].sum(dim=1).max())
+    return min((bound for bound in bounds_of(config) if bound >= longest), default=None)
+
+
 # --- the check -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def check_model(
@@ -158,9 +164,9 @@ def check_model(
         if writes:
             check.sampled()
     # A base that serves several roles keeps to what is right for all of them.
-    known, found = layouts_of(model), check.layouts
-    layouts = Layouts(*(old and new for old, new in zip(astuple(known), astuple(found), strict=True)))
-    for reason in check.reasons if layouts != known else ():
+    known = layouts_of(model)
+    layouts = known.common(replace(check.layouts, up_to=_not_passed(check.config, batch)))
+    for reason in check.reasons if replace(layouts, up_to=known.up_to) != known else ():
         logger.warning("%s", reason)
     restrict_layouts(model, layouts)
     return Agreement(role, check.name, layouts, check.largest, check.tolerance, " ".join(check.reasons) or None)

@@ -71,10 +71,10 @@ def free_space(folder: Path) -> int:
 
 def _no_room(folder: Path, needed: int) -> CheckpointError:
     return CheckpointError(
-        f"There is no room for a checkpoint in {folder.parent}: it needs about {_mib(needed)}, and "
-        f"{_mib(free_space(folder))} are free. The checkpoints that are there are whole. Free some space or choose "
-        "another output_dir, then continue with resume_from_checkpoint; `save_total_limit` keeps fewer of them, "
-        "`save_only_model` smaller ones."
+        f"`output_dir` must have room for a checkpoint of about {_mib(needed)}, got {folder.parent}, whose disk is "
+        f"full: {_mib(free_space(folder))} are free. The checkpoints that are there are whole. Free some space or "
+        "choose another output_dir, then continue with resume_from_checkpoint; `save_total_limit` keeps fewer of "
+        "them, `save_only_model` smaller ones."
     )
 
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
+from heapq import nlargest
 from itertools import islice
 from typing import Any
 
@@ -521,3 +522,14 @@ def first_prompts(dataset: Any, column: str = "prompt") -> list:
     """The prompts that are rendered before the run, those of the first 8 rows; of a column where a row has it."""
     rows = first_rows(dataset)[:PROMPTS_RENDERED]
     return [row["prompt"] if row.get(column) is None else row[column] for row in rows]
+
+
+def longest_prompts(dataset: Any, column: str = "prompt") -> list:
+    """Those of a column that have the most characters, as many as are rendered before a run; of a stream its first.
+
+    Counting characters is quick where rendering every prompt is not, and tokens go with them.
+    """
+    if column not in column_names(dataset):
+        return []
+    prompts = (row.get(column) for row in first_rows(dataset)) if is_stream(dataset) else dataset[column]
+    return nlargest(PROMPTS_RENDERED, (x for x in prompts if x is not None), key=lambda prompt: len(str(prompt)))

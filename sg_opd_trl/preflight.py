@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from .agreement import Agreement, check_model, made_up_rows, plain_ids
 from .config import SGOPDConfig, engine_problems, warn_of_unused
-from .data import PROMPTS_RENDERED, check_dataset, datasets_of, first_prompts
+from .data import PROMPTS_RENDERED, TEACHER_PROMPT, check_dataset, datasets_of, first_prompts, longest_prompts
 from .errors import SGOPDConfigError
 from .models.batch import TokenBatch
 from .models.context import bounds_of
@@ -616,9 +616,10 @@ def _lent(scorer: ModelScorer) -> Iterator[Any]:
 
 
 def _longest_row(run: ScoringRun) -> int:
-    """Tokens that a row of the run can have, as far as its first prompts tell."""
-    prompts: list = []
-    # An environment writes its own prompts.
-    if not run.environment_factories and run.train_dataset is not None:
-        prompts = run.tokenize_prompts(first_prompts(run.train_dataset))
-    return max(map(len, prompts), default=0) + run.args.longest_completion
+    """Tokens that a row of the run can have, as far as its longest prompts tell."""
+    longest = 0
+    for _, dataset in datasets_of(run):
+        for column in ("prompt", TEACHER_PROMPT) if dataset is not None else ():
+            prompts = longest_prompts(dataset, column)
+            longest = max([longest, *map(len, run.tokenize_prompts(prompts) if prompts else ())])
+    return longest + run.args.longest_completion

@@ -89,14 +89,16 @@ def fused_forward(
         auxiliary_loss: have a mixture of experts return how unevenly it is used, over padded rows as in TRL.
 
     Raises:
-        SGOPDConfigError: a row that is longer than the model's table of positions.
+        SGOPDConfigError: a row that is longer than the model's table of positions, or so long that its frequencies
+            would be those of the longest row beside it.
     """
     check_rows_fit(model, attention_mask)
+    layouts = layouts_of(model).of(attention_mask)
     rows, device = (input_ids, attention_mask, completion_length), input_ids.device
     with compact_head(device):
-        if layouts_of(model).packed and not auxiliary_loss and should_pack(model, attention_mask):
+        if layouts.packed and not auxiliary_loss and should_pack(model, attention_mask):
             return packed_forward(model, *rows, request)
-        behind = padding_behind(model, device)
+        behind = padding_behind(model, device, layouts)
         return padded_forward(model, *rows, request, auxiliary_loss=auxiliary_loss, flush_left=behind)
 
 

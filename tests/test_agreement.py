@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import logged, relative_difference, tiny_model, tiny_tokenizer, tiny_trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config
@@ -190,7 +191,7 @@ def test_rope_that_follows_the_row_is_left_to_generate(length: int) -> None:
 def test_within_the_original_context_rope_that_follows_the_row_agrees() -> None:
     model = build("frequencies that follow the row")
     rows = TokenBatch.from_lists([[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]], 0, CPU)
-    assert check_model(model, rows, role="student", temperature=0.8).layouts == Layouts()
+    assert check_model(model, rows, role="student", temperature=0.8).layouts == Layouts(up_to=16)
 
 
 @pytest.mark.parametrize("name", ["rotary", "learned positions", "window of some layers"])
@@ -264,6 +265,54 @@ def test_a_model_that_is_only_evaluated_is_asked_to_write() -> None:
     ).eval()
     evaluate_model(prompted, tokenizer, rows, num_samples=1, max_new_tokens=2)
     assert not layouts_of(prompted).written_together
+
+
+def long_rows(length: int) -> TokenBatch:
+    """One long row beside two short ones, so that most of a padded batch is padding."""
+    row = [5 + (7 * i + i * i % 13) % 20 for i in range(length)]
+    return TokenBatch.from_lists([row[:-6], [8], [9, 10]], [row[-6:], [22, 23], [12, 13, 14]], 0, CPU)
+
+
+def test_rows_longer_than_those_of_the_check_are_right(caplog: pytest.LogCaptureFixture) -> None:
+    """A stream brings prompts that nobody saw before; the check saw rows within the window alone."""
+    kind, settings = MODELS["window of its mask alone"]
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | {"sliding_window": 30}))
+    add_fused_head(model.eval(), 0.8, False)
+    assert check(model, longest=20).layouts == Layouts(up_to=30)
+    batch = long_rows(50)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        logps = fused_forward(model, *batch.joined(), 6).logps
+        assert (logps - alone(model, batch)).abs().max() < 1e-4
+    assert "Rows of more than 30 tokens" in caplog.text
+    # A later run with longer rows sees what the window does.
+    assert check(model, longest=60).layouts == PADDED
+
+
+def test_rows_longer_than_those_of_the_check_are_refused_where_rope_follows_them() -> None:
+    model = build("frequencies that follow the row")
+    rows = TokenBatch.from_lists([[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]], 0, CPU)
+    check_model(model, rows, role="student", temperature=0.8)
+    with torch.no_grad():
+        # Wider than the original context, and no row longer: the padding must not count.
+        wide = TokenBatch.from_lists([[5] * 12, [8]], [[9], [10] * 10], 0, CPU)
+        logps = fused_forward(model, *wide.joined(), 10).logps
+        assert (logps - alone(model, wide)).abs().max() < 1e-4
+        with pytest.raises(SGOPDConfigError, match=r"16 tokens .* RoPE of Phi3ForCausalLM .* row 0 .* 30 tokens"):
+            fused_forward(model, *long_rows(30).joined(), 6)
+
+
+@pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
+def test_the_longest_prompts_count_wherever_they_stand(tmp_path: Path, column: str) -> None:
+    """The first prompts are short; a much later one passes the window of the model, or what the teacher reads."""
+    kind, settings = MODELS["window of its mask alone"]
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | {"sliding_window": 30}))
+    prompts = ["1+1="] * 15 + ["12345678" * 5]
+    columns = {"prompt": ["1+1="] * 16, "solution": ["1"] * 16} | {column: prompts}
+    settings = {"teacher_sampling_enable": False, "router_aux_loss_coef": 0.0}
+    trainer = tiny_trainer(tmp_path, model=student, settings=settings, train_dataset=Dataset.from_dict(columns))
+    assert trainer.agreements[0].layouts == PADDED
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ def test_a_process_that_is_killed_leaves_the_checkpoints_that_were_there(
 def test_without_room_nothing_is_begun(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "free_space", lambda folder: 1000)
     (run / "checkpoint-2").rename(run / "checkpoint-1-other")
-    with pytest.raises(CheckpointError, match=r"no room for a checkpoint in .*run: it needs about \d+ MiB, and 0 MiB"):
+    said = r"room for a checkpoint of about \d+ MiB, got .*run, whose disk is full: 0 MiB"
+    with pytest.raises(CheckpointError, match=said):
         tiny_trainer(run, settings=SETTINGS).train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert newest_whole_checkpoint(run) == run / "checkpoint-1"
 
@@ -176,7 +177,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, limit: int) -> None:
         check=False,
     )
     assert result.returncode == 1
-    assert "CheckpointError: There is no room for a checkpoint in" in result.stderr
+    assert "CheckpointError: `output_dir` must have room for a checkpoint of about" in result.stderr
     assert checkpoints_of(tmp_path / "run") == []
     assert not (tmp_path / "run" / checkpoints.ASIDE).exists()
 

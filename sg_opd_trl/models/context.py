@@ -65,6 +65,18 @@ def follows_length(config: Any) -> bool:
     return any(rope.get("rope_type", rope.get("type")) in _FOLLOWS_LENGTH for rope in _ropes(config))
 
 
+def rope_stays_up_to(config: Any) -> int | None:
+    """Tokens up to which RoPE frequencies do not change with the longest row; None where they never do."""
+    bounds = set()
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind in _FOLLOWS_LENGTH:
+            # What it was trained with at first says when "longrope" begins; "dynamic" begins at the positions it has.
+            first = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+            bounds.add(first or positions_of(config))
+    return min((bound for bound in bounds if bound), default=None)
+
+
 def _ropes(config: Any) -> list[dict]:
     settings = config.get_text_config().to_dict()
     ropes = [settings.get("rope_scaling") or {}, settings.get("rope_parameters") or {}]
@@ -95,11 +107,13 @@ def _sizes(kind: Any, config: Any) -> dict[str, torch.Size]:
 
 
 def check_rows_fit(model: nn.Module, attention_mask: Tensor) -> None:
-    """Refuse rows `(B, W)` that are longer than the table of positions of the model that is about to read them.
+    """Refuse rows `(B, W)` that are too long for the model that is about to read them.
 
     Raises:
-        SGOPDConfigError: names the row, its length and the settings.
+        SGOPDConfigError: longer than its table of positions, or so long that the RoPE of all rows would follow the
+            longest; names the row, its length and the settings.
     """
+    _check_rope_stays(model, attention_mask)
     table = _table(model, attention_mask.size(1))
     if table is None:
         return
@@ -129,6 +143,26 @@ def _refuse_longer(table: int, row: int, length: int, completion: int, reader: s
         f"{what}. It would end in an index error, and nothing was updated. Lower `max_completion_length` or "
         "`max_prompt_tokens`, drop such rows, or use a model with a longer context."
     )
+
+
+def _check_rope_stays(model: nn.Module, attention_mask: Tensor) -> None:
+    base = inner_model(model)
+    known = vars(base).setdefault(_KNOWN, {})
+    if "rope" not in known:
+        known["rope"] = rope_stays_up_to(base.config)
+    bound = known["rope"]
+    if bound is None or attention_mask.size(1) <= bound:
+        return
+    lengths = attention_mask.sum(dim=1)
+    longest = int(lengths.max())
+    # One row alone has what plain logits of it have.
+    if longest > bound and len(lengths) > 1:
+        raise SGOPDConfigError(
+            f"Rows must fit into the {bound} tokens up to which the RoPE of {type(base).__name__} stays as it is, got "
+            f"row {int(lengths.argmax())} of the batch with {longest} tokens. All rows beside it would get other "
+            "log-probs than each of them alone, and nothing was updated. Lower `max_completion_length` or "
+            "`max_prompt_tokens`, drop such rows, or set a rope_type of fixed frequencies."
+        )
 
 
 def _table(model: nn.Module, width: int) -> int | None:

@@ -9,11 +9,12 @@ model (`Layouts`).
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ from .internals import (
     inner_model,
     is_recurrent,
 )
+
+logger = logging.getLogger(__name__)
 
 Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
 """`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens in row-major order.
@@ -163,12 +166,43 @@ class Layouts:
         padded: prompts padded on the left, as TRL has them; otherwise all padding must stand behind the rows.
         written_together: prompts of unequal length padded on the left and continued; otherwise one length at a time.
         behind: all padding behind the rows, which is looked at where it is used.
+        up_to: tokens of the longest row for which that is known; None where longer ones are treated no differently.
     """
 
     packed: bool = True
     padded: bool = True
     written_together: bool = True
     behind: bool = True
+    up_to: int | None = None
+
+    def common(self, later: "Layouts") -> "Layouts":
+        """What is right for both, two looks at one model."""
+        return Layouts(
+            self.packed and later.packed,
+            self.padded and later.padded,
+            self.written_together and later.written_together,
+            self.behind and later.behind,
+            later.up_to,
+        )
+
+    def of(self, attention_mask: Tensor) -> "Layouts":
+        """Those of some rows `(B, W)`: of longer ones than were looked at, what is right for any causal model."""
+        if self.up_to is None or attention_mask.size(1) <= self.up_to:
+            return self
+        # The width too: some models count the columns, whatever is in them.
+        longer = int(attention_mask.sum(dim=1).max()) > self.up_to
+        if longer:
+            _warn_of_longer_rows(self.up_to)
+        return replace(self, padded=False, packed=self.packed and not longer)
+
+
+@cache  # once
+def _warn_of_longer_rows(up_to: int) -> None:
+    logger.warning(
+        "Rows of more than %d tokens have all their padding behind them and are not packed, which is slower: no "
+        "prompt that was known before the run was so long, and the model may treat such rows differently.",
+        up_to,
+    )
 
 
 def layouts_of(model: nn.Module) -> Layouts:
@@ -185,15 +219,20 @@ def restrict_layouts(model: nn.Module, layouts: Layouts) -> None:
 _LAYOUTS = "sg_opd_layouts"
 
 
-def padding_behind(model: nn.Module, device: torch.device) -> bool:
+def padding_behind(model: nn.Module, device: torch.device, layouts: Layouts | None = None) -> bool:
     """Whether rows that are not packed have all their padding behind them, rather than prompts padded on the left.
 
     Padding on the left moves a row to other positions. RoPE makes nothing of that but other rounding: in float32 some
     1e-6 nats, and rows stay as TRL has them. In half precision it is some 1e-2 nats, and the log-ratios of two models
     that score a row in different layouts would have a sign where there is none. With the padding behind, a row has the
     positions that it has when it is packed, or alone.
+
+    Args:
+        model: plain or wrapped.
+        device: of the rows.
+        layouts: those that are right for the rows, None for the model's.
     """
-    layouts = layouts_of(model)
+    layouts = layouts_of(model) if layouts is None else layouts
     half = computing_dtype(model, device).itemsize < torch.float32.itemsize
     return layouts.behind and (half or not layouts.padded)
 
