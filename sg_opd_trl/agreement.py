@@ -240,7 +240,8 @@ class _Check:
                 "Use a causal language model (some need is_decoder=True in their configuration).",
             )
         if half:
-            self.tolerance = max(self.tolerance, _TIMES_ROUNDING * difference)
+            most = _TIMES_ROUNDING * self.tolerance
+            self.tolerance = min(most, max(self.tolerance, _TIMES_ROUNDING * difference))
 
     def padded(self) -> None:
         """Prompts padded on the left as TRL has them, or else all padding behind the rows.

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +211,15 @@ def find_problem(checkpoint: Path) -> str | None:
     # Sizes of all files before the content of any: that costs nothing.
     digests = _digests({name: checkpoint / name for name in expected})
     changed = next((name for name, (_, digest) in expected.items() if digests[name] != digest), None)
-    return None if changed is None else f"the content of {changed} is not what was written"
+    if changed is not None:
+        return f"the content of {changed} is not what was written"
+    # Whole, and yet nothing to go on from: transformers would begin with a new optimizer, without a word.
+    return None if _has_optimizer(expected) else "it holds the model alone (save_only_model), and no optimizer"
+
+
+def _has_optimizer(names: Iterable[str]) -> bool:
+    # FSDP and DeepSpeed have folders of their own for it.
+    return any(name.startswith(("optimizer", "global_step")) for name in names)
 
 
 def _missing_part(checkpoint: Path) -> str | None:
@@ -220,8 +228,7 @@ def _missing_part(checkpoint: Path) -> str | None:
     missing = [name for name in _NEEDED if name not in names]
     if not any(name.startswith(_NEEDED_OF_EVERY_RANK) for name in names):
         missing.append(f"{_NEEDED_OF_EVERY_RANK}.pth")
-    # FSDP and DeepSpeed have folders of their own for it.
-    if not any(name.startswith(("optimizer", "global_step")) for name in names):
+    if not _has_optimizer(names):
         missing.append("optimizer.pt")
     if missing:
         return f"{missing[0]} is missing"

@@ -527,11 +527,28 @@ def _check_models(run: ScoringRun) -> list[Agreement]:
                 agree=over_ranks if accelerator.num_processes > 1 else float,
             )
             if role == "student":
+                _check_who_writes(run, found)
                 _warn_of_training_mode(run, model, rows, found.tolerance)
                 if run.aux_loss_enabled:
                     _check_auxiliary_loss(run, model, rows)
         agreements.append(found)
     return agreements
+
+
+def _check_who_writes(run: ScoringRun, student: Agreement) -> None:
+    """Only this package's own sampling takes prompts of one length at a time.
+
+    Raises:
+        SGOPDConfigError: TRL's own loop would write for a student that must not see padding.
+    """
+    continuous: Any = run.args.use_transformers_continuous_batching
+    setting = "tools" if run.tools else "use_transformers_continuous_batching" if continuous else None
+    if setting is not None and not student.layouts.written_together:
+        raise SGOPDConfigError(
+            f"`{setting}` is not supported with the student {student.model}, got both. It does not continue prompts "
+            "of unequal length together as it does each alone, and TRL's own loop, which writes then, would. "
+            f"Leave `{setting}` out, use another student, or write rollouts with vLLM (use_vllm=True)."
+        )
 
 
 def _warn_of_training_mode(run: ScoringRun, model: Any, rows: TokenBatch, tolerance: float) -> None:

@@ -449,3 +449,18 @@ def test_prompt_tuning_has_its_virtual_tokens_in_front_of_the_text(tmp_path: Pat
     assert generate_completions(trainer.model, prompts, config) == alone
     restrict_layouts(trainer.model, FLUSH)
     assert generate_completions(trainer.model, prompts, config) != alone
+
+
+def test_trls_own_loop_does_not_write_for_a_student_that_must_not_see_padding(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(SGOPDConfigError, match=r"`use_transformers_continuous_batching` .*student Qwen3ForCausalLM"):
+        tiny_trainer(
+            tmp_path,
+            model=tiny_model(0),
+            peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            settings={
+                "teacher_sampling_enable": False,
+                "lambda_high": 1.0,
+                "use_transformers_continuous_batching": True,
+            },
+        )

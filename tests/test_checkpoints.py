@@ -226,3 +226,10 @@ def test_a_checkpoint_is_pushed_from_its_place(tmp_path: Path, monkeypatch: pyte
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [(str(tmp_path / "checkpoint-1"), None)]
+
+
+def test_a_checkpoint_of_the_model_alone_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    """Transformers would begin with a new optimizer and other random numbers, without a word."""
+    tiny_trainer(tmp_path, settings=SETTINGS | {"max_steps": 1, "save_only_model": True}).train()
+    with pytest.raises(CheckpointError, match=r"holds the model alone \(save_only_model\)"):
+        check_checkpoint(tmp_path / "checkpoint-1")
