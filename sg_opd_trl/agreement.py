@@ -194,6 +194,40 @@ def check_writer(model: nn.Module, tokenizer: Any) -> None:
         logger.warning("%s", reason)
 
 
+@torch.no_grad()
+def check_for_trl(model: Any, tokenizer: Any, *, role: str, method: str) -> None:
+    """Refuse a model that TRL's own trainers would run on other positions than its rows have alone.
+
+    Those pad prompts on the left and know no other layout.
+
+    Args:
+        model: of such a trainer.
+        tokenizer: its own.
+        role: what messages call it.
+        method: of the recipe.
+
+    Raises:
+        SGOPDConfigError: names the model and the difference.
+    """
+    base = inner_model(model)
+    ids = plain_ids(tokenizer, base.config.get_text_config().vocab_size)
+    was_training = model.training
+    model.eval()
+    try:
+        with _told_of_errors(model, role):
+            check = _Check(model, made_up_rows(base.config, ids, 0, base.device), role, 1.0, float)
+            difference = check.difference_of_padded_logits()
+    finally:
+        model.train(was_training)
+    if difference > check.tolerance:
+        raise SGOPDConfigError(
+            f"`method: {method}` is not supported with the {role} {check.name}, whose log-probs beside a longer "
+            f"prompt differ by {difference:.2g} nats on average from those of each row alone (rounding: up to "
+            f"{check.tolerance:.2g}): TRL's trainer pads prompts on the left. Use a model with rotary positions, or "
+            "method: sg_opd, which moves the padding."
+        )
+
+
 class _Check:
     """One model and what plain logits say of its rows; every method compares one thing.
 
@@ -313,6 +347,16 @@ class _Check:
         return self.agree(
             max(_distance(row[: len(alone)], alone) for row, alone in zip(logps, self.alone, strict=True))
         )
+
+    def difference_of_padded_logits(self) -> float:
+        """Largest mean difference of a row's plain logits under prompts that are padded on the left."""
+        ids, mask = self.batch.joined()
+        width = self.batch.completion_ids.size(1)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width - 1 : -1]
+        logps = (logits.float() / self.temperature).log_softmax(dim=-1)
+        logps = logps.gather(2, self.batch.completion_ids.unsqueeze(2)).squeeze(2)
+        pairs = zip(logps, self.alone, strict=True)
+        return self.agree(max(_distance(row[: len(alone)], alone) for row, alone in pairs))
 
     def _difference_of_rows_alone(self) -> float:
         """That of rows which are run one by one through the fused head: of the head, then, and of no layout."""

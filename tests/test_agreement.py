@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from sg_opd_trl import agreement, evaluate_model
-from sg_opd_trl.agreement import Agreement, check_model, made_up_rows, row_length
+from sg_opd_trl.agreement import Agreement, check_for_trl, check_model, made_up_rows, row_length
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.models.batch import TokenBatch
 from sg_opd_trl.models.context import bounds_of
@@ -464,3 +464,10 @@ def test_trls_own_loop_does_not_write_for_a_student_that_must_not_see_padding(tm
                 "use_transformers_continuous_batching": True,
             },
         )
+
+
+@pytest.mark.parametrize("name", ["learned positions", "sinusoidal positions"])
+def test_trls_own_trainers_do_not_take_a_model_that_counts_padding(name: str) -> None:
+    with pytest.raises(SGOPDConfigError, match=r"`method: gkd` is not supported with the teacher .* pads prompts"):
+        check_for_trl(build(name), tiny_tokenizer(), role="teacher", method="gkd")
+    check_for_trl(build("rotary"), tiny_tokenizer(), role="teacher", method="gkd")

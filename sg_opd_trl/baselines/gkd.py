@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from ..agreement import check_for_trl
 from ..errors import TeacherError
 from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..models.batch import pad_rows
@@ -175,7 +176,7 @@ def build_gkd_trainer(
         ordered.model_init_kwargs = {**(ordered.model_init_kwargs or {}), "quantization_config": quantization_config}
     rows = [row for step in plan.steps for row in step for _ in range(args.num_generations)]
     try:
-        return OnPolicyGKDTrainer(
+        trainer = OnPolicyGKDTrainer(
             model=student,
             teacher_model=teacher,
             args=ordered,
@@ -191,6 +192,9 @@ def build_gkd_trainer(
             f"The teacher's vocabulary must have the student's size: {error} With `method: sg_opd` padded "
             "embeddings may differ."
         ) from error
+    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        check_for_trl(model, tokenizer, role=role, method="gkd")
+    return trainer
 
 
 def prompt_rows(dataset: Any, tokenizer: Any, rows: list[int], kwargs: Any) -> Dataset:

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..agreement import check_writer
 from ..evaluation_sampling import end_token_ids
 from ..files import write_atomically
 from ..models.generate import generate_completions
@@ -152,6 +153,8 @@ def teacher_rollouts(
     starts = list(range(len(rollouts), total, size))
     config = request.generation_config(end_ids, teacher, tokenizer)
     quiet = args.disable_tqdm or args.process_index != 0
+    if starts:
+        check_writer(teacher, tokenizer)
     with tqdm(total=total, initial=len(rollouts), desc="Teacher rollouts", disable=quiet, dynamic_ncols=True) as bar:
         for first in range(0, len(starts), args.world_size):
             mine = starts[first : first + args.world_size][args.process_index : args.process_index + 1]

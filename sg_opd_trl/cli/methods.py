@@ -52,7 +52,14 @@ def _sg_opd_use(trainer: Any) -> "TeacherUse":
 def _build_grpo(student: str, args: Any, reward_funcs: list, train: Any, test: Any, loading: dict) -> Any:
     from trl import GRPOTrainer
 
-    return GRPOTrainer(student, reward_funcs, args, train_dataset=train, eval_dataset=test, **loading)
+    from ..agreement import check_for_trl
+    from ..trl_seam import is_prepared_later
+
+    trainer = GRPOTrainer(student, reward_funcs, args, train_dataset=train, eval_dataset=test, **loading)
+    # A student that is split when training starts cannot be run before.
+    if not is_prepared_later(trainer.accelerator):
+        check_for_trl(trainer.model, trainer.processing_class, role="student", method="grpo")
+    return trainer
 
 
 def _no_use(trainer: Any) -> "TeacherUse":

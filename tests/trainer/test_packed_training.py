@@ -52,6 +52,7 @@ def build(folder: Path, settings: dict, **arguments: Any) -> tuple[Any, StepReco
     models |= {name: script_generation(models[name], 9) for name in ("teacher_model",)}
     script_generation(models["model"])
     base = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.3, "weight_decay": 0.0, "stability_tau": 0.3}
+    base["preflight"] = False  # the forwards that are counted are those of training
     defaults = {"trainer_class": Watched, "reward_funcs": ScriptedVerifier(VERDICTS)}
     trainer = tiny_trainer(folder, settings=base | settings, callbacks=[recorder], **models, **(defaults | arguments))
     return trainer, recorder
