@@ -17,7 +17,7 @@ if __name__ == "__main__":
     settings = {"max_steps": 1, "bf16": True, "gradient_checkpointing": True, "gate_dead_zone": "auto"}
     settings |= {"teacher_sampling_enable": False, "max_completion_length": 16}
     # Prompts padded on the left in training: without that there is hardly any noise.
-    vars(trl_seam)["padding_behind"] = lambda model, device: False
+    vars(trl_seam)["padding_behind"] = lambda *arguments: False
     trainer = tiny_trainer(output, settings=settings, model=tiny_model(0), teacher_model=tiny_model(0))
     measured, own = noise.noise_of, []
 

@@ -33,6 +33,7 @@ PARSED: dict[str, tuple[list[str], Any]] = {
     "distillation_topk": (["16"], 16),
     "asymmetric_forward_kl_scale": (["0.1"], 0.1),
     "stability_norm": (["batch"], "batch"),
+    "allow_changed": (["learning_rate"], ["learning_rate"]),
     "gate_signal": (["random"], "random"),
     "wrong_rollout_advantage": (["-0.5"], -0.5),
     "drift_gate_tau": (["2"], 2.0),
