@@ -22,8 +22,12 @@ from pathlib import Path
 from sg_opd_trl.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.acquire()
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(60)
+if sys.argv[2] == "fork":
+    there, here = os.pipe()
+    if os.fork() == 0:
+        os.write(here, b"1")
+        time.sleep(60)
+    os.read(there, 1)  # the child runs: it has dropped the lock
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -26,6 +26,7 @@ def run_distributed_cases() -> dict[str, dict]:
         patch.setattr(trl_seam, "should_pack", lambda model, mask: True)
         for case in DISTRIBUTED:
             trainer, recorder = script.build(Path(folder), *script.CASES[case])
+            trainer.args.preflight = False  # which runs the student too: the forwards that count are those of the step
             seen = count_tokens(trainer.model)
             trainer.train()
             script.check_same_weights(trainer)
