@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .agreement import plain_ids
 from .config import SGOPDConfig
 from .data import first_prompts
 from .errors import NonFiniteError
 from .models.batch import TokenBatch
 from .models.forward import ForwardOutput
 from .models.generate import generate_completions
+from .models.internals import inner_model
 from .random_state import forked_random_state
 from .run import Run
 from .setting import AUTO, default_of
@@ -237,7 +239,7 @@ def _prompts(run: MeasuredRun) -> list[list[int]]:
     """The first prompts, long ones shortened alike: it is their different lengths that make padding."""
     if run.environment_factories is not None or run.train_dataset is None:
         # An environment writes its own prompts, which nobody knows yet.
-        known = sorted(run.tokenizer.get_vocab().values())
+        known = plain_ids(run.tokenizer, inner_model(run.model).config.get_text_config().vocab_size)
         return [[known[7 * i % len(known)] for i in range(length)] for length in _UNKNOWN_PROMPTS]
     prompts = run.tokenize_prompts(first_prompts(run.train_dataset))
     share = min(1.0, _PROMPT_TOKENS / max(1, *map(len, prompts)))

@@ -705,12 +705,6 @@ class SGOPDTrainer(GRPOSeam):
         """That train, each on its own part of a step."""
         return self.accelerator.num_processes
 
-    @property
-    def student_prompts_per_step(self) -> float:
-        """Student prompts of the current optimizer step over all ranks."""
-        rows = self.args.per_device_train_batch_size * self.current_gradient_accumulation_steps
-        return rows * self.accelerator.num_processes / self.num_generations
-
     # === scoring without gradient: budgets, and what TRL asks for ================================================
     def score_for_trl(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
         """Old-policy and reference scores that TRL asks for, in trimmed batches; rows without a token stay 0."""

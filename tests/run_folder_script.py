@@ -9,6 +9,14 @@ from sg_opd_trl import SGOPDError
 from sg_opd_trl.run_folder import owned, read_resume
 
 folder, resume, rate = sys.argv[1:]
+
+
+def say(line: str) -> None:
+    """In one piece: `print` writes the line's end apart, and both ranks have one pipe."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 state = PartialState(cpu=True)
 args = SimpleNamespace(
     output_dir=folder,
@@ -20,7 +28,7 @@ args = SimpleNamespace(
 try:
     with owned(args) as own:
         start = own.begin({"learning_rate": float(rate)}, read_resume(resume))
-        print(f"rank {state.process_index}: starts from {start.checkpoint and start.checkpoint.name}", flush=True)
+        say(f"rank {state.process_index}: starts from {start.checkpoint and start.checkpoint.name}")
         state.wait_for_everyone()
 except SGOPDError as error:
-    print(f"rank {state.process_index}: {error}", flush=True)
+    say(f"rank {state.process_index}: {error}")

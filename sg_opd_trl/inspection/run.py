@@ -5,15 +5,17 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerState
 
-from ..agreement import Agreement
+from ..agreement import Agreement, plain_ids
 from ..data import datasets_of, first_prompts, first_rows
 from ..errors import SGOPDConfigError, SGOPDError
 from ..models.context import extended_positions
+from ..models.internals import inner_model
 from ..noise import MeasuredRun, can_be_measured, measure
 from ..random_state import forked_random_state
-from ..run import Run
+from ..teacher_sampling.stored.precompute import PlannedRun, total_steps
 from ..teachers.fit import RenderingRun
 from ..teachers.local import FrozenModel
 from ..teachers.routed import RoutedTeacher
@@ -31,7 +33,7 @@ from .verifier import GOLDS_COUNTED, GOLDS_TRIED, Judge, gold_column, is_built_i
 logger = logging.getLogger(__name__)
 
 
-class InspectedRun(SampledRun, RenderingRun, MeasuredRun, Protocol):
+class InspectedRun(SampledRun, RenderingRun, MeasuredRun, PlannedRun, Protocol):
     """A run that is ready to train.
 
     Attributes:
@@ -80,7 +82,10 @@ def first_seconds(run: InspectedRun) -> None:
         for row in report.in_state("yellow"):
             logger.warning("%s: %s %s", row.name, row.found, row.change)
     wrong = [f"{row.name}: {row.found} {row.change}" for row in report.in_state("red")]
-    if wrong:
+    # A verifier may be too slow on one rank alone: the others would wait for that one in the first step.
+    own = torch.tensor([len(wrong)], device=run.accelerator.device)
+    if int(run.accelerator.gather(own).max()):
+        wrong = wrong or ["Another process has found what cannot go well, and says it."]
         raise SGOPDConfigError("\n".join([*wrong, "To train all the same set preflight=False."]))
 
 
@@ -162,13 +167,14 @@ def _frozen(run: InspectedRun) -> list[FrozenModel]:
 def _probe(run: InspectedRun) -> list[int]:
     """The beginning of a real prompt, or some ids where prompts are not known."""
     if run.environment_factories is not None:
-        return sorted(run.tokenizer.get_vocab().values())[:32]
+        return plain_ids(run.tokenizer, inner_model(run.model).config.get_text_config().vocab_size)[:32]
     return run.tokenize_prompts(first_prompts(run.train_dataset)[:1])[0][:32]
 
 
 def _memory_row(run: InspectedRun) -> Row:
     args: Any = run.args  # TRL has filled in by now what its fields leave open
-    frozen = [each.model for each in _frozen(run)]
+    # A model that is teacher and reference is there once.
+    frozen = list({id(each.model): each.model for each in _frozen(run)}.values())
     tokens = args.per_device_train_batch_size * (args.max_completion_length or 0)
     need = estimated_need(
         run.accelerator.unwrap_model(run.model), frozen, tokens, checkpointing=args.gradient_checkpointing
@@ -193,13 +199,7 @@ def _sampled_rows(run: InspectedRun, prompts: int) -> list[Row]:
     return [*rollout_rows(found, gated=gated, noise=noise), _time_row(run, found)]
 
 
-def _time_row(run: Run, found: FirstRollouts) -> Row:
+def _time_row(run: InspectedRun, found: FirstRollouts) -> Row:
     args: Any = run.args  # TRL has filled in by now what its fields leave open
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else _steps_of_epochs(run, args, rows)
-    return time_row(found.seconds, found.rollouts, rows, steps, checkpointing=args.gradient_checkpointing)
-
-
-def _steps_of_epochs(run: Run, args: Any, rows: int) -> int:
-    """Each prompt of an epoch has a group of rollouts."""
-    return max(1, round(args.num_train_epochs * len(run.train_dataset) * args.num_generations / rows))
+    return time_row(found.seconds, found.rollouts, rows, total_steps(run), checkpointing=args.gradient_checkpointing)

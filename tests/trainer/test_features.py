@@ -270,10 +270,12 @@ def test_one_exchange_per_micro_batch_for_all_metrics(tmp_path: Path, monkeypatc
 
         monkeypatch.setattr(trainer.accelerator, name, counting)
     trainer.train()
-    # 3 steps: 2 micro-batches each; the anchor's total once a step; the seconds once a step; the noise once a run
+    # 3 steps: 2 micro-batches each; the anchor's total once a step; the seconds once a step; once a run the noise and
+    # whether a process has found something red
     assert {name: count for name, count in calls.items() if count} == {
         "bookkeeping.py": 6,
         "noise.py": 1,
+        "run.py": 1,
         "step.py": 3,
         "trainer.py": 3,
     }

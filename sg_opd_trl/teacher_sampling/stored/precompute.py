@@ -11,6 +11,7 @@ from transformers import TrainerState
 
 from ...errors import SGOPDConfigError
 from ...random_state import mixed_seed
+from ...run import Run
 from ...teachers.routed import teacher_prompt_ids
 from ..callback import TeacherAnchorCallback
 from ..prompts import PRECOMPUTE_SEED, prompt_stream, stream_samples
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
     from ...run import SGOPDConfig
 
 
-class PrecomputeRun(CacheRun, Protocol):
+class PlannedRun(Run, Protocol):
+    """A run that knows how long it will be."""
+
+    def get_train_dataloader(self) -> Any:
+        """The student's batches, of which their number is asked."""
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """What transformers' loop starts from, the steps of the run the last of it."""
+
+
+class PrecomputeRun(CacheRun, PlannedRun, Protocol):
     """A run that is built and will not train, as this module sees it.
 
     Attributes:
@@ -31,12 +42,6 @@ class PrecomputeRun(CacheRun, Protocol):
 
     def judge(self, examples: list[dict], completion_ids: list[list[int]]) -> list[float | None]:
         """The verifier's verdicts on completions for these rows."""
-
-    def get_train_dataloader(self) -> Any:
-        """The student's batches, of which their number is asked."""
-
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
-        """What transformers' loop starts from, the steps of the run the last of it."""
 
 
 @dataclass
@@ -101,7 +106,7 @@ def planned_rollouts(run: PrecomputeRun, processes: int | None = None) -> list[t
     return list(wanted)
 
 
-def total_steps(run: PrecomputeRun) -> int:
+def total_steps(run: PlannedRun) -> int:
     """Optimizer steps of a run that has not started."""
     if run.args.max_steps > 0:
         return run.args.max_steps
