@@ -315,6 +315,12 @@ class _Check:
         """Prompts of unequal length continued together by `generate`, or else those of one length at a time."""
         if any("generate" in vars(module) for module in self.model.modules()):
             # The caller's own in place of transformers': nothing tells what it saw while it wrote.
+            logger.warning(
+                "The %s (%s) has a `generate` of the caller's own: whether it continues prompts together as it does "
+                "each alone was not looked at.",
+                self.role,
+                self.name,
+            )
             return
         short, long = self.rows[0][0], self.rows[2][0]
         together = self.agree(self._distance_of_written([short, long]))

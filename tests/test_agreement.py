@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import logged, relative_difference, tiny_model, tiny_tokenizer, tiny_trainer
+from tiny import logged, relative_difference, script_generation, tiny_model, tiny_tokenizer, tiny_trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
@@ -471,3 +471,10 @@ def test_trls_own_trainers_do_not_take_a_model_that_counts_padding(name: str) ->
     with pytest.raises(SGOPDConfigError, match=r"`method: gkd` is not supported with the teacher .* pads prompts"):
         check_for_trl(build(name), tiny_tokenizer(), role="teacher", method="gkd")
     check_for_trl(build("rotary"), tiny_tokenizer(), role="teacher", method="gkd")
+
+
+def test_a_generate_of_the_callers_own_is_left_alone_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = script_generation(build("rotary"))
+    with caplog.at_level(logging.WARNING, logger="sg_opd_trl.agreement"):
+        assert check(model).layouts == Layouts()
+    assert "has a `generate` of the caller's own" in caplog.text

@@ -284,8 +284,8 @@ def test_a_signal_waits_for_the_update_that_is_under_way(tmp_path: Path, event: 
     assert all(torch.equal(kept[name], value) for name, value in expected.items())
 
 
-def test_a_signal_waits_for_the_checkpoint_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tiny_trainer(tmp_path, settings=LOCAL | {"save_steps": 1})
+def signal_while_saving(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes when the weights are written and the checkpoint is not whole yet."""
     state = trainer.checkpoint_state
 
     def sent() -> dict:
@@ -293,6 +293,11 @@ def test_a_signal_waits_for_the_checkpoint_that_is_under_way(tmp_path: Path, mon
         return state()
 
     monkeypatch.setattr(trainer, "checkpoint_state", sent)
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path, settings=LOCAL | {"save_steps": 1})
+    signal_while_saving(trainer, monkeypatch)
     with pytest.raises(Stopped):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -314,13 +319,7 @@ def test_an_evaluation_that_fails_before_a_checkpoint_leaves_its_step(
 def test_a_signal_does_not_end_the_keeping_of_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = EndingVerifier(lambda: fail(ZeroDivisionError("in the verifier")))
     trainer = tiny_trainer(tmp_path, settings=LOCAL, reward_funcs=verifier)
-    state = trainer.checkpoint_state
-
-    def sent() -> dict:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return state()
-
-    monkeypatch.setattr(trainer, "checkpoint_state", sent)
+    signal_while_saving(trainer, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     check_checkpoint(tmp_path / "checkpoint-2")
