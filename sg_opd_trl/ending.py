@@ -71,8 +71,7 @@ def _stopping(last: "LastStep") -> Iterator[None]:
     # Only the main thread may, and a handler of the caller's own is left alone.
     ours = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in ours}
-    usual = (signal.SIG_DFL, signal.default_int_handler)
-    taken = [number for number in ours if before[number] in usual]
+    taken = [number for number in ours if _nobodys(before[number])]
     for number in taken:
         signal.signal(number, last.on_signal)
     try:
@@ -80,6 +79,17 @@ def _stopping(last: "LastStep") -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, before[number])
+
+
+def _nobodys(handler: Any) -> bool:
+    """Whether a handler is Python's own, or one that a launcher of torch has left behind.
+
+    torch's launchers, accelerate's `notebook_launcher` among them, never take theirs back: it stays in the notebook
+    after the ranks have ended, and a forked rank begins with it. It raises an error that only a launcher understands,
+    in the middle of an update if need be.
+    """
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    return handler in usual or getattr(handler, "__module__", "").startswith("torch.distributed.elastic.")
 
 
 class SavedRun(Run, Protocol):

@@ -4,8 +4,11 @@ import argparse
 import importlib.resources
 import logging
 import os
+import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 EXPECTED_PROCESSES = "SG_OPD_EXPECTED_PROCESSES"
 """Set for launched processes: how many were asked for. accelerate starts one process for `--cpu --num_processes 2`."""
+
+_LAUNCHERS_SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
 
 
 def is_launched() -> bool:
@@ -70,7 +75,8 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
     expected = arguments.num_processes or _configured_processes(arguments.config_file)
     os.environ[EXPECTED_PROCESSES] = str(expected or "")
     try:
-        launch_command(arguments)
+        with _own_signal_handlers():
+            launch_command(arguments)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:
@@ -78,6 +84,22 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
     finally:
         del os.environ[EXPECTED_PROCESSES]
     return 0
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Take back what torch's launcher does to signals, which it does not: this process may go on and train."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _LAUNCHERS_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: a handler that is not Python's and cannot be given back.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def launch_words(command: CommandLine) -> list[str]:

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_the_status_of_a_failed_process_is_handed_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
     assert launch(command(tmp_path, "num_processes: 1\n"), [], debug=False) == 7
+
+
+def test_signals_mean_what_they_meant_once_a_launcher_has_ended(tmp_path, monkeypatch):
+    def leave_a_handler(arguments):
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", leave_a_handler)
+    launch(command(tmp_path, "num_processes: 1\n"), [], debug=False)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_fewer_processes_than_asked_for_are_refused(monkeypatch):

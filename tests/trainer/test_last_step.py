@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from teachers.fake_server import FakeServer
 from teachers.model_server import by_url, model_server
 from tiny import changed_weights, copied_weights, logged, tiny_data, tiny_model, tiny_trainer
+from torch.distributed.elastic.multiprocessing.api import _terminate_process_handler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -260,6 +261,29 @@ def test_whatever_a_verifier_does_the_last_finished_step_is_kept(
         resumed = tiny_trainer(tmp_path / "again", settings=LOCAL, reward_funcs=EndingVerifier(lambda: None))
         resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
         assert changed_weights(resumed.model, copied_weights(whole.model)) == []
+
+
+@pytest.fixture
+def launchers_handlers() -> Iterator[None]:
+    """As after accelerate's `notebook_launcher` in the same process: torch's launcher leaves its handlers there."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, _terminate_process_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
+def test_handlers_that_a_launcher_has_left_behind_are_nobodys(
+    tmp_path: Path, launchers_handlers: None, number: int, kind: type[BaseException]
+) -> None:
+    verifier = EndingVerifier(lambda: os.kill(os.getpid(), number))
+    trainer = tiny_trainer(tmp_path, settings=LOCAL, reward_funcs=verifier)
+    with pytest.raises(kind):
+        trainer.train()
+    check_checkpoint(tmp_path / "checkpoint-2")
+    assert signal.getsignal(number) is _terminate_process_handler
 
 
 class SignalIn(TrainerCallback):
