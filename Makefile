@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-fast test-vllm test-real lint format type check bench notebooks showcase docs survey clean distclean
+.PHONY: help install demo test test-all test-fast reliability soak test-vllm test-real lint format type check bench notebooks showcase docs survey clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -67,6 +67,12 @@ test-vllm: $(VLLM_VENV)/.installed ## run the tests that start real vLLM servers
 
 test-real: $(VENV)/.installed-real ## run the tests with a real pretrained model, SmolLM2-135M-Instruct
 	$(OFFLINE) $(REAL_ENVIRONMENT) $(BIN)/python -m pytest -m real tests/real_model -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+reliability: $(VENV)/.installed-dev ## run the tests of docs/reliability.md and print its scoreboard
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/reliability/scoreboard.py -n $(TEST_JOBS) --dist loadfile
+
+soak: $(VENV)/.installed-dev ## kill runs of 300 steps every 20 seconds, start them again, compare their students
+	@set -e; for mode in alone ranks served; do $(OFFLINE) PYTHONPATH=tests $(BIN)/python tests/reliability/soak.py $$mode --output_dir outputs/soak/$$mode; done
 
 notebooks: $(VENV)/.installed-dev ## execute the notebooks
 	$(OFFLINE) $(BIN)/python -m pytest -m "" tests/notebooks $(PYTEST_ARGS)

@@ -59,6 +59,7 @@ from .models.generate import generate_completions
 from .models.head import OutputHead
 from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
+from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
 
 logger = logging.getLogger(__name__)
@@ -508,6 +509,9 @@ class GRPOSeam(GRPOTrainer):
         self._train_sampler: Any = None
         super().__init__(*args, **kwargs)
         self.fused_head = HeadSettings(self.temperature, self.args.cast_lm_head_to_fp32, entropy=True)
+        if self.rollout_func is not None:
+            size = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
+            self.rollout_func = checked_rollouts(self.rollout_func, self.eos_token_ids[0], size)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
             self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))
 

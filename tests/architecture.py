@@ -21,7 +21,7 @@ PACKAGE = "sg_opd_trl"
 LAYERS = (
     ("", "checkpoints", "errors", "files", "folder_lock", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
-    ("models", "data", "tasks"),
+    ("models", "data", "own_rollouts", "tasks"),
     ("trl_seam", "bookkeeping", "ending", "run_folder", "run_identity"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),

@@ -164,8 +164,9 @@ def test_table_of_overridable_methods_is_true() -> None:
             assert callable(getattr(getattr(sg_opd_trl, owner), name.rpartition(".")[2])), name
 
 
-def test_every_test_that_the_robustness_page_names_is_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", read("docs/robustness.md"))
+@pytest.mark.parametrize("page", ["docs/robustness.md", "docs/reliability.md"])
+def test_every_test_that_a_page_of_kinds_names_is_there(page: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", read(page))
     assert len(named) > 40
     missing = [
         f"{path}::{name}"

@@ -2,9 +2,9 @@
 
     python tests/reliability/soak.py alone|ranks|served --output_dir FOLDER [--steps 300] [--every 20] [--seed 0]
 
-`alone` is one process, `ranks` two of them over gloo, `served` one whose teacher is a server of its own, which is killed
-as well. Every `--every` seconds of running time, at a random moment of them, the whole process group gets SIGKILL. The
-last line is JSON; the status is 0 if the students are equal in every bit.
+`alone` is one process, `ranks` two of them over gloo, `served` one whose teacher is a server of its own, which is
+killed as well. Every `--every` seconds of running time, at a random moment of them, the whole process group gets
+SIGKILL. The last line is JSON; the status is 0 if the students are equal in every bit.
 """
 
 import argparse
