@@ -34,12 +34,13 @@ _BLOCK = 1 << 22
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 @contextmanager
-def told_of_a_full_disk(folder: Path, needed: int) -> Iterator[None]:
+def told_of_a_full_disk(folder: Path, needed: int, *, own: bool = True) -> Iterator[None]:
     """Turn what torch, safetensors and the system say of a full disk into one message.
 
     Args:
         folder: that is written.
         needed: bytes that the checkpoint takes, as far as it is known.
+        own: whether this process may delete what was written so far; others may write there still.
 
     Raises:
         CheckpointError: names the folder and the space.
@@ -49,7 +50,8 @@ def told_of_a_full_disk(folder: Path, needed: int) -> Iterator[None]:
     except Exception as error:
         if not _is_full(error):
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if own:
+            shutil.rmtree(folder, ignore_errors=True)
         raise _no_room(folder, needed) from error
 
 

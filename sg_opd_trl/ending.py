@@ -20,11 +20,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
-from .errors import CheckpointError
 from .random_state import RandomState
-from .run import Run
+from .ranks import PATIENCE, LinkedRun, Ranks, ending_together, is_of_a_checkpoint
 
 logger = logging.getLogger(__name__)
+
+_THERE = "it is there"
 
 
 class Stopped(SystemExit):
@@ -49,19 +50,19 @@ def kept(run: "SavedRun") -> Iterator[None]:
     run.add_callback(last)
     try:
         # Around the keeping too, which another signal would end.
-        with _stopping(last), _keeping(run, last):
+        with _stopping(last), ending_together(run) as ranks, _keeping(run, last, ranks):
             yield
     finally:
         run.remove_callback(last)
 
 
 @contextmanager
-def _keeping(run: "SavedRun", last: "LastStep") -> Iterator[None]:
+def _keeping(run: "SavedRun", last: "LastStep", ranks: Ranks | None) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         last.ended = True
-        _keep(run, last, error)
+        _keep(run, last, error, ranks)
         raise
 
 
@@ -92,7 +93,7 @@ def _nobodys(handler: Any) -> bool:
     return handler in usual or getattr(handler, "__module__", "").startswith("torch.distributed.elastic.")
 
 
-class SavedRun(Run, Protocol):
+class SavedRun(LinkedRun, Protocol):
     """A run that can write a checkpoint of its current step."""
 
     callback_handler: Any
@@ -227,33 +228,53 @@ class LastStep(TrainerCallback):
             vars(owner).update(attributes)
 
 
-def _keep(run: SavedRun, last: LastStep, error: BaseException) -> None:
+def _keep(run: SavedRun, last: LastStep, error: BaseException, ranks: Ranks | None) -> None:
     """Write the checkpoint of the last finished step, unless it is there or the run keeps none, and say so.
 
-    Ranks that did not fail wait for one another and cannot take part: with several processes an error leaves the last
-    checkpoint. What goes wrong here is told and not raised, so that it does not hide the error.
+    Several ranks write it together, when all of them have heard of the error; one that hangs cannot take part, and
+    leaves the last checkpoint. What goes wrong here is told and not raised, so that it does not hide the error.
     """
+    # The others hear of it whether or not there is something to keep.
+    together = ranks is None or ranks.tell(error)
     args: Any = run.args
-    step, several = run.state.global_step, run.accelerator.num_processes > 1
-    there = last.saved_step == step
-    nothing = last.random_state is None or args.save_strategy == SaveStrategy.NO or isinstance(error, CheckpointError)
-    if nothing or (several and not there):
+    nothing = last.random_state is None or args.save_strategy == SaveStrategy.NO or is_of_a_checkpoint(error)
+    there = last.saved_step == run.state.global_step
+    if nothing or not (there or together):
         return
-    folder = Path(args.output_dir) / f"checkpoint-{step}"
+    problem = _kept_together(run, last, there, ranks) if together else None
+    if not together or run.accelerator.is_main_process:
+        _say(run, error, problem)
+
+
+def _kept_together(run: SavedRun, last: LastStep, there: bool, ranks: Ranks | None) -> str | None:
+    """Write it on all ranks or on none; what went wrong on any of them, or None."""
+    own = _THERE if there else _problem(run, last) or ""
+    try:
+        found = [own] if ranks is None else ranks.exchange(own, PATIENCE)
+    except RuntimeError as failure:  # a rank is gone by now
+        return str(failure)
+    if all(one == _THERE for one in found):
+        return None
+    problem = next((one for one in found if one not in ("", _THERE)), None)
+    return problem or _written(run, last, ranks)
+
+
+def _say(run: SavedRun, error: BaseException, problem: str | None) -> None:
+    """Where the last finished step is, or why it is nowhere."""
+    step = run.state.global_step
+    folder = Path(run.args.output_dir or "") / f"checkpoint-{step}"
     # Its words follow: the error goes on its way.
-    why = str(error) if isinstance(error, Stopped) else type(error).__name__
-    if not there:
-        problem = _problem(run, last) or _written(run, last)
-        if problem is not None:
-            logger.warning(
-                "The run was ended by %s. Its %d finished steps could not be kept in %s: %s. Continue from an older "
-                "checkpoint.",
-                why,
-                step,
-                folder,
-                problem,
-            )
-            return
+    why = str(error) if isinstance(error, Stopped) else getattr(error, "kind", type(error).__name__)
+    if problem is not None:
+        logger.warning(
+            "The run was ended by %s. Its %d finished steps could not be kept in %s: %s. Continue from an older "
+            "checkpoint.",
+            why,
+            step,
+            folder,
+            problem,
+        )
+        return
     logger.warning(
         "The run was ended by %s. Its %d finished steps are in %s: continue with resume_from_checkpoint=%s.",
         why,
@@ -272,11 +293,15 @@ def _problem(run: SavedRun, last: LastStep) -> str | None:
     return None
 
 
-def _written(run: SavedRun, last: LastStep) -> str | None:
+def _written(run: SavedRun, last: LastStep, ranks: Ranks | None) -> str | None:
     """Write it; what went wrong, or None."""
     last.restore()
     try:
         run.save_checkpoint()
+        if ranks is not None:
+            ranks.check()
     except Exception as failure:  # noqa: BLE001  # torch and safetensors raise their own for a full disk
+        if ranks is not None:
+            ranks.tell(failure)
         return str(failure)
     return None

@@ -39,6 +39,20 @@ class CheckpointError(SGOPDError, RuntimeError):
     """A checkpoint that cannot be written whole, or that is not whole any more."""
 
 
+class RankError(SGOPDError, RuntimeError):
+    """An error of another rank, which ends this one too.
+
+    Attributes:
+        kind: of error, and where, in a few words.
+        checkpoint: whether it came of writing a checkpoint.
+        told: whether all ranks have heard of it, in the same moment.
+    """
+
+    def __init__(self, message: str, *, kind: str, checkpoint: bool = False, told: bool = False) -> None:
+        super().__init__(message)
+        self.kind, self.checkpoint, self.told = kind, checkpoint, told
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean `...`?` with the nearest known name, to be put into a message; empty where none is near."""
     # A flag may be written with hyphens and a field has underscores: they are one name.

@@ -32,6 +32,7 @@ from trl.data_utils import is_conversational  # noqa: F401
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (  # noqa: F401
     FusedCausalLMOutput,
@@ -44,6 +45,7 @@ from trl.trainer.utils import (  # noqa: F401
 
 from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
+from .errors import RankError
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
 from .models.forward import (
@@ -471,6 +473,35 @@ class WrittenBatch:
     cut_off: float
 
 
+def _nothing() -> None:
+    """A process that trains alone exchanges nothing."""
+
+
+@contextmanager
+def _swept(folder: Path, *, own: bool) -> Iterator[None]:
+    """Have nothing left of a checkpoint that another rank could not write its part of."""
+    try:
+        yield
+    except RankError:
+        if own:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _gathering_by(accelerator: Any) -> Iterator[None]:
+    """Have TRL gather rewards by the accelerator, as it gathers everything else, and not past it.
+
+    What the accelerator does before it gathers is to be done here too: reward functions fail on single ranks.
+    """
+    original = grpo_trainer.gather
+    grpo_trainer.gather = accelerator.gather
+    try:
+        yield
+    finally:
+        grpo_trainer.gather = original
+
+
 class GRPOSeam(GRPOTrainer):
     """`GRPOTrainer` with public hooks where it takes its private steps; by itself it trains as its parent does.
 
@@ -498,6 +529,9 @@ class GRPOSeam(GRPOTrainer):
     nothing_left = False
     """Whether training ends before its first step: the run that it goes on from has finished."""
 
+    before_exchange: Callable[[], None]
+    """Is called before ranks exchange what the accelerator does not see."""
+
     on_completions: OnCompletions | None = None
     """Is told of completions while others are still written, and of all of them before they are judged."""
 
@@ -507,6 +541,7 @@ class GRPOSeam(GRPOTrainer):
         self._evaluated_as = "eval"
         self._written_aside: Path | None = None
         self._train_sampler: Any = None
+        self.before_exchange = _nothing
         super().__init__(*args, **kwargs)
         self.fused_head = HeadSettings(self.temperature, self.args.cast_lm_head_to_fp32, entropy=True)
         if self.rollout_func is not None:
@@ -812,7 +847,7 @@ class GRPOSeam(GRPOTrainer):
         return written
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        with self.timed("verify"):
+        with self.timed("verify"), _gathering_by(self.accelerator):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self.on_rewards(rewards)
         return rewards
@@ -825,8 +860,12 @@ class GRPOSeam(GRPOTrainer):
             return self.on_rollouts(super()._generate_and_score_completions(inputs), inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict:
-        if not self.needs_rollouts:
-            return {}
+        inputs = self._prepared(generation_batch) if self.needs_rollouts else {}
+        # Wrapped models send their buffers, or shards, around in the forward that follows.
+        self.before_exchange()
+        return inputs
+
+    def _prepared(self, generation_batch: Any) -> dict:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:
@@ -834,6 +873,11 @@ class GRPOSeam(GRPOTrainer):
             self._buffered_inputs = self.on_slices(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return self.on_micro_batch(inputs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers gathers losses past the accelerator.
+        self.before_exchange()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.nothing_left or is_over(self):
@@ -853,13 +897,13 @@ class GRPOSeam(GRPOTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
         aside, place = folder / ASIDE / name, folder / name
-        size = self._size_of_checkpoint()
-        if self.args.should_save:
+        size, own = self._size_of_checkpoint(), self.args.should_save
+        if own:
             shutil.rmtree(aside.parent, ignore_errors=True)
             # Before any rank writes: a slower one would take what is written for what is missing.
             check_room(aside.parent, size)
         self.accelerator.wait_for_everyone()
-        with told_of_a_full_disk(aside.parent, size):
+        with _swept(aside.parent, own=own), told_of_a_full_disk(aside.parent, size, own=own):
             # Transformers asks for the run's folder, and gets the one beside it.
             self._written_aside = aside.parent
             try:

@@ -22,7 +22,7 @@ LAYERS = (
     ("", "checkpoints", "errors", "files", "folder_lock", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
     ("models", "data", "own_rollouts", "tasks"),
-    ("trl_seam", "bookkeeping", "ending", "run_folder", "run_identity"),
+    ("trl_seam", "bookkeeping", "ending", "ranks", "run_folder", "run_identity"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "noise", "precision", "prefetch", "token_weights"),
