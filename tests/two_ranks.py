@@ -3,7 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
+import torch
 from repository import PATIENCE, ROOT, python_path
 
 # On a machine without a GPU this gives two ranks over gloo; `--cpu` would silently start one process.
@@ -28,3 +33,33 @@ def run_module(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedPr
 def launch(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run a script on both ranks."""
     return run_module("accelerate.commands.launch", *FLAGS, *words, timeout=timeout)
+
+
+COLLECTIVES = [
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier"),
+    *("broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter", "scatter"),
+]
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[str]]:
+    """What this rank exchanges, in order: the operation, and the shapes of the tensors that it is given."""
+    calls: list[str] = []
+    originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+
+    def recording(name: str, original: Callable) -> Callable:
+        @wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            calls.append(f"{name} {shapes}")
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(torch.distributed, name, recording(name, original))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tiny import (
     ANCHOR,
     GradientRecorder,
@@ -20,6 +21,7 @@ from tiny import (
     tiny_model,
     tiny_trainer,
 )
+from two_ranks import recorded_collectives
 
 from sg_opd_trl import NonFiniteError, TeacherAnchorCallback
 
@@ -39,6 +41,9 @@ CASES: dict[str, tuple[dict, list[int]]] = {
     "tokens of the whole batch": ({"loss_type": "dapo", "stability_norm": "batch", "stability_tau": 0.3}, ONE_RANK),
     # 2 prompts per step: each rank's rollouts have one teacher, and the other is asked for nothing.
     "a teacher per rank": ({"several_teachers": True}, BOTH),
+    "no verdict on one rank": ({"verifier": "first rows"}, NONE),
+    "nothing counts on one rank": ({"write": "first rows", "mask_truncated_completions": True}, ONE_RANK),
+    "an end token and nothing else": ({"write": "every third", "num_generations": 8}, ONE_RANK),
     "advantages of the whole batch": ({"scale_rewards": "batch", "teacher_sampling_enable": False}, NONE),
 }
 
@@ -55,12 +60,35 @@ class FixedPrompts(TeacherAnchorCallback):
 
 
 def even_rows_are_right(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [float(ids[0] % 2 == 1) for ids in completion_ids]
+    return [float(ids[0] % 2 == 1) if ids else 0.0 for ids in completion_ids]
 
 
 def write(prompt: list[int], row: int) -> list[int]:
     """A student rollout of 2 to 5 tokens."""
     return [5 + (3 * row + len(prompt)) % 7, 7, 9 + row, 11, 1][: 2 + row % 4]
+
+
+def write_in_first_rows(prompt: list[int], row: int) -> list[int]:
+    """The last of two ranks finishes nothing."""
+    return [*write(prompt, row)[:4], 1] if row < 4 else write(prompt, row)[:3]
+
+
+def write_but_every_third(prompt: list[int], row: int) -> list[int]:
+    return [1] if row % 3 == 1 else write(prompt, row)
+
+
+def judge_first_rows(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """No verdict on the rollouts of the last of two ranks, of which the third token tells the row."""
+    rows = [ids[2] - 9 if len(ids) > 2 and ids[1] == 7 else 0 for ids in completion_ids]
+    late = any(row >= 4 for row in rows) and len(rows) < 8
+    verdicts = even_rows_are_right(completion_ids)
+    if len(rows) == 8:
+        return [*verdicts[:4], None, None, None, None]
+    return [None if late else verdict for verdict in verdicts]
+
+
+WRITERS = {"first rows": write_in_first_rows, "every third": write_but_every_third}
+VERIFIERS = {"first rows": judge_first_rows}
 
 
 def teach(prompt: list[int]) -> list[int]:
@@ -80,16 +108,19 @@ def build(folder: Path, settings: dict, rows: list[int], **arguments: Any) -> tu
     callbacks: list = [recorder]
     if chosen.get("teacher_sampling_enable", True):
         callbacks.append(FixedPrompts(rows))
-    trainer = tiny_trainer(folder, settings=chosen, callbacks=callbacks, reward_funcs=even_rows_are_right, **arguments)
-    inject_rollouts(trainer, write)
+    verifier = VERIFIERS.get(chosen.pop("verifier", ""), even_rows_are_right)
+    writer = WRITERS.get(chosen.pop("write", ""), write)
+    trainer = tiny_trainer(folder, settings=chosen, callbacks=callbacks, reward_funcs=verifier, **arguments)
+    inject_rollouts(trainer, writer)
     inject_teacher_rollouts(trainer, teach)
     return trainer, recorder
 
 
 def compared(trainer: Any) -> dict[str, float]:
     """The logged values that must not depend on the number of processes."""
-    # TRL averages the entropy over micro-batches, into which each rank shuffles its own rows.
-    left_out = {"entropy"} if trainer.args.gradient_accumulation_steps > 1 else set()
+    # TRL averages the entropy over micro-batches, into which each rank shuffles its own rows, and over ranks.
+    apart = trainer.args.gradient_accumulation_steps > 1 or trainer.args.mask_truncated_completions
+    left_out = {"entropy"} if apart else set()
     return {
         name: value
         for entry in trainer.state.log_history
@@ -106,14 +137,30 @@ def check_same_weights(trainer: Any) -> None:
         raise RuntimeError("the ranks ended with different weights")
 
 
+def counted_forwards(trainer: Any) -> list[int]:
+    """One entry for each forward of the student with gradient: as many gradients are exchanged."""
+    forwards, run_policy = [], trainer.run_policy
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            forwards.append(1)
+        return run_policy(*args, **kwargs)
+
+    trainer.run_policy = counted
+    return forwards
+
+
 def run_cases(folder: Path) -> dict[str, dict]:
     """Every case: gradient, metrics, and an evaluation with the teacher."""
     results: dict[str, dict] = {}
     for name, (settings, rows) in CASES.items():
         trainer, recorder = build(folder, settings, rows)
-        trainer.train()
+        forwards = counted_forwards(trainer)
+        with recorded_collectives() as collectives:
+            trainer.train()
         check_same_weights(trainer)
         results[name] = {"gradient": recorder.steps[0], "metrics": compared(trainer)}
+        results[name]["ranks"] = gather_object([{"collectives": collectives, "forwards": len(forwards)}])
     # As many rows as a global batch: transformers cuts the last batch of several ranks to the remainder.
     trainer, _ = build(folder, {"eval_with_teacher": True}, NONE, eval_dataset=tiny_data(8))
     trainer.evaluate()

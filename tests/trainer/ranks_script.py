@@ -100,6 +100,7 @@ def ended(trainer: Any, folder: Path) -> dict:
         "steps": trainer.state.global_step,
         "seconds": time.monotonic() - start,
         "kept": sorted(path.name for path in folder.glob("checkpoint-*")),
+        "left_over": [path.name for path in folder.glob("*in-progress*/*")],
         "problem": [find_problem(path) for path in folder.glob("checkpoint-?")],
     }
 

@@ -44,6 +44,15 @@ def test_the_metrics_are_those_of_one_process(case: str, two_ranks: dict, one_pr
     assert {n: two[n] for n in one} == {n: pytest.approx(one[n], rel=1e-4, abs=1e-6) for n in one}
 
 
+@pytest.mark.parametrize("case", script.CASES)
+def test_ranks_run_and_exchange_the_same_in_the_same_order(case: str, two_ranks: dict) -> None:
+    """Else one of them would wait for ever."""
+    first, second = two_ranks[case]["ranks"]
+    assert first == second
+    assert len(first["collectives"]) > 20
+    assert first["forwards"] >= (2 if case.startswith("two micro-batches") else 1)
+
+
 @pytest.mark.parametrize(
     ("case", "rollouts", "share"),
     [
