@@ -1024,4 +1024,6 @@ class GRPOSeam(GRPOTrainer):
             self.check_checkpoint_state(json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8")))
         if checkpoint is not None and (Path(checkpoint) / self._rollouts_file).is_file():
             path = Path(checkpoint) / self._rollouts_file
-            self.restore_rollouts(self._read_rollouts(path, self.accelerator.device))
+            device = self.accelerator.device
+            # Of several ranks on CPUs each has one with a number, to which torch does not load.
+            self.restore_rollouts(self._read_rollouts(path, "cpu" if device.type == "cpu" else device))
