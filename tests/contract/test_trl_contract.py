@@ -335,6 +335,20 @@ def test_transformers_restores_callbacks_in_one_place() -> None:
     assert "type(callback)(**args)" in restoring
 
 
+def test_rewards_are_gathered_past_the_accelerator_by_one_name() -> None:
+    """The seam has it gather by the accelerator: before that a rank whose reward function fails says so."""
+    rewards = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert rewards.count(" gather(") == 1
+    assert rewards.index("reward_func(") < rewards.index(" gather(")
+    assert "accelerator.gather" not in rewards
+
+
+def test_transformers_gathers_losses_where_it_logs() -> None:
+    for loop in (Trainer._run_epoch, Trainer._inner_training_loop):
+        assert "nested_gather" not in inspect.getsource(loop)
+    assert "nested_gather(tr_loss" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
 def test_the_scoring_step_does_nothing_with_the_model_but_call_it_once() -> None:
     tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)))
     uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "model"]

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[dict, list[int]]] = {
     "a teacher per rank": ({"several_teachers": True}, BOTH),
     "no verdict on one rank": ({"verifier": "first rows"}, NONE),
     "nothing counts on one rank": ({"write": "first rows", "mask_truncated_completions": True}, ONE_RANK),
+    "empty completions on one rank": ({"rollout_func": True, "teacher_sampling_enable": False}, NONE),
     "an end token and nothing else": ({"write": "every third", "num_generations": 8}, ONE_RANK),
     "advantages of the whole batch": ({"scale_rewards": "batch", "teacher_sampling_enable": False}, NONE),
 }
@@ -73,6 +74,13 @@ def write_in_first_rows(prompt: list[int], row: int) -> list[int]:
     return [*write(prompt, row)[:4], 1] if row < 4 else write(prompt, row)[:3]
 
 
+def write_in_first_rows_alone(prompts: list, trainer: Any) -> dict:
+    """A `rollout_func`, as nothing else may write nothing: the last of two ranks does not."""
+    prompt_ids, first = trainer.tokenize_prompts(prompts), trainer.accelerator.process_index * len(prompts)
+    written = [write(ids, first + row) if first + row < 4 else [] for row, ids in enumerate(prompt_ids)]
+    return {"prompt_ids": prompt_ids, "completion_ids": written, "logprobs": [[-1.0] * len(ids) for ids in written]}
+
+
 def write_but_every_third(prompt: list[int], row: int) -> list[int]:
     return [1] if row % 3 == 1 else write(prompt, row)
 
@@ -87,7 +95,10 @@ def judge_first_rows(completion_ids: list[list[int]], **_: Any) -> list[float | 
     return [None if late else verdict for verdict in verdicts]
 
 
-WRITERS = {"first rows": write_in_first_rows, "every third": write_but_every_third}
+WRITERS = {
+    "first rows": write_in_first_rows,
+    "every third": write_but_every_third,
+}
 VERIFIERS = {"first rows": judge_first_rows}
 
 
@@ -108,6 +119,8 @@ def build(folder: Path, settings: dict, rows: list[int], **arguments: Any) -> tu
     callbacks: list = [recorder]
     if chosen.get("teacher_sampling_enable", True):
         callbacks.append(FixedPrompts(rows))
+    if chosen.pop("rollout_func", False):
+        arguments["rollout_func"] = write_in_first_rows_alone
     verifier = VERIFIERS.get(chosen.pop("verifier", ""), even_rows_are_right)
     writer = WRITERS.get(chosen.pop("write", ""), write)
     trainer = tiny_trainer(folder, settings=chosen, callbacks=callbacks, reward_funcs=verifier, **arguments)
@@ -119,7 +132,7 @@ def build(folder: Path, settings: dict, rows: list[int], **arguments: Any) -> tu
 def compared(trainer: Any) -> dict[str, float]:
     """The logged values that must not depend on the number of processes."""
     # TRL averages the entropy over micro-batches, into which each rank shuffles its own rows, and over ranks.
-    apart = trainer.args.gradient_accumulation_steps > 1 or trainer.args.mask_truncated_completions
+    apart = trainer.args.gradient_accumulation_steps > 1 or trainer.args.mask_truncated_completions or trainer.rollout_func
     left_out = {"entropy"} if apart else set()
     return {
         name: value
