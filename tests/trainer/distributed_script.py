@@ -132,7 +132,9 @@ def build(folder: Path, settings: dict, rows: list[int], **arguments: Any) -> tu
 def compared(trainer: Any) -> dict[str, float]:
     """The logged values that must not depend on the number of processes."""
     # TRL averages the entropy over micro-batches, into which each rank shuffles its own rows, and over ranks.
-    apart = trainer.args.gradient_accumulation_steps > 1 or trainer.args.mask_truncated_completions or trainer.rollout_func
+    apart = (
+        trainer.args.gradient_accumulation_steps > 1 or trainer.args.mask_truncated_completions or trainer.rollout_func
+    )
     left_out = {"entropy"} if apart else set()
     return {
         name: value
