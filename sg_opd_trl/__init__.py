@@ -34,6 +34,7 @@ _DEFINED_IN = {
     "VerifierError": "errors",
     "NonFiniteError": "errors",
     "CheckpointError": "errors",
+    "RankError": "errors",
 }
 _MODULES = ("core", "evaluation", "reporting", "tasks", "teachers", "verifiers")
 
@@ -44,6 +45,7 @@ __all__ = [
     "EvaluationResult",
     "LocalTeacher",
     "NonFiniteError",
+    "RankError",
     "RoutedTeacher",
     "SGOPDConfig",
     "SGOPDConfigError",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
         CheckpointError,
         DataError,
         NonFiniteError,
+        RankError,
         SGOPDConfigError,
         SGOPDError,
         TeacherError,

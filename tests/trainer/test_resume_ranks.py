@@ -1,4 +1,4 @@
-"""Two ranks that are killed inside a generation batch go on by the same command, bit for bit."""
+"""Two ranks, killed or with one that fails inside a generation batch, go on by the same command, bit for bit."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import resume_ranks_script as script
 pytestmark = pytest.mark.slow
 
 
-def test_two_killed_ranks_go_on_by_the_same_command(tmp_path: Path) -> None:
+def test_two_killed_ranks_and_one_that_failed_go_on_by_the_same_command(tmp_path: Path) -> None:
     command = script.__file__, str(tmp_path)
     killed = launch(*command)
     assert "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-4000:]
