@@ -455,6 +455,13 @@ class SGOPDConfig(FolderFields, GRPOConfig):
         "as `sg-opd check` does at length: what is doubtful is a warning, what cannot go well ends the run before its "
         "first step (our choice).",
     )
+    max_skipped_steps: int = setting(
+        3,
+        rule=Rule(at_least=0, why="It is a number of steps."),
+        help="How many steps in a row may be skipped because their loss or gradient is not finite. Weights and "
+        "optimizer stay as they are, and the batch is written to `skipped_steps/` in `output_dir`; one more such step "
+        "ends the run. 0 ends it at the first, as DeepSpeed does whatever is set here (our choice).",
+    )
     eval_with_teacher: bool = setting(
         False,
         help="Score the evaluation rollouts with the teacher too. Off: TRL's metrics only (our choice).",

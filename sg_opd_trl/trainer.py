@@ -22,7 +22,7 @@ import math
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ from .reporting.symptoms import SymptomReporter
 from .run import inherits
 from .run_folder import Start, owned, read_resume
 from .run_identity import Identity, data_fingerprint, peft_identity, settings_identity
+from .skipped_steps import SkippedSteps
 from .teacher_sampling.callback import (
     AnchorBinding,
     anchor_callbacks,
@@ -267,6 +268,7 @@ class SGOPDTrainer(GRPOSeam):
         self.teacher_sampling: Sampling = sampling_of(self)
         self.rollout_cache: RolloutCache | None = open_cache(self)
         self.symptoms = SymptomReporter(args, self.verifier.name)
+        self.skipped = SkippedSteps(self, args.max_skipped_steps)
         self.add_callback(self.symptoms)
         self.add_callback(AnchorBinding(self))
         self.gate_noise = GateNoise(self, heeded=inherits(type(self), SGOPDTrainer, "compute_gate"))
@@ -483,6 +485,8 @@ class SGOPDTrainer(GRPOSeam):
     ) -> Tensor:
         """L_TLT + alpha L_SLT (Eq. 11): TRL's clipped surrogate over the token advantages, and the anchor."""
         step = self.anchor if self.mode == "train" else None
+        if self.mode == "train":
+            self.skipped.saw(inputs)
         if step is not None and step.alone:
             return self._anchor_only_loss(model, step)
         if "teacher_logps" not in inputs:  # an evaluation without the teacher
@@ -491,6 +495,8 @@ class SGOPDTrainer(GRPOSeam):
         # are taken out, so that a loss that read them before `policy_forward` has written ours would fail.
         batch = {name: value for name, value in inputs.items() if name != "advantages"}
         batch["anchor"] = None if step is None else self._anchor_rows(step)
+        if batch["anchor"] is not None:
+            self.skipped.saw({"anchor": batch["anchor"]})
         # Eq. 10: TRL's loss calls `policy_forward`, which writes the advantages that it reads next.
         loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
         anchor = loss.new_zeros(())
@@ -643,8 +649,11 @@ class SGOPDTrainer(GRPOSeam):
         sums = torch.cat([torch.stack([anchor.float(), not_finite.float()]), batch["matching"]])
         # One exchange and one wait for the device per micro-batch, whatever is reported.
         statistics, (anchor_sum, bad, *matching) = reduce_over_ranks(self.accelerator, statistics, sums)
-        check_step_is_finite(int(bad), self.state.global_step + 1)
         mode = self.mode
+        with self.skipped.excused() if mode == "train" else nullcontext():
+            check_step_is_finite(int(bad), self.state.global_step + 1)
+        if bad:
+            return
         self.metrics.add_tokens(mode, statistics)
         self.metrics.add(mode, "teacher/matching_loss", *matching)
         if signals.gate is not None and self.gate_noise.automatic:
@@ -673,8 +682,10 @@ class SGOPDTrainer(GRPOSeam):
             batch = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
         anchor = self.anchor_loss(logps, batch, step.total)
         total = float(self.accelerator.reduce(anchor.detach().float(), reduction="sum"))
-        check_anchor_is_finite(total, self.state.global_step + 1)
-        self._report_anchor(step, total)
+        with self.skipped.excused():
+            check_anchor_is_finite(total, self.state.global_step + 1)
+        if math.isfinite(total):
+            self._report_anchor(step, total)
         return core.anchored_loss(anchor.new_zeros(()), anchor, step.alpha, self.accelerator.num_processes)
 
     def _report_anchor(self, step: AnchorStep, total: float) -> None:
@@ -869,11 +880,23 @@ class SGOPDTrainer(GRPOSeam):
         for name, count in zip(("scored", "generated"), self.teacher_tokens, strict=True):
             self.metrics.set("train", f"teacher/{name}_tokens", count)
 
-    def on_grad_norm(self, grad_norm: Any) -> None:
-        """Stop before a gradient that is not finite reaches the optimizer."""
+    def on_grad_norm(self, grad_norm: Any) -> Any:
+        """Skip the step, or stop, before a gradient that is not finite reaches the optimizer."""
         # A float16 scaler expects an infinite norm now and then, and skips the step itself.
-        if not self.args.fp16:
-            check_grad_norm(grad_norm, self.state.global_step + 1, self.accelerator)
+        if self.args.fp16:
+            return grad_norm
+        step = self.state.global_step + 1
+        with self.skipped.excused():
+            check_grad_norm(grad_norm, step, self.accelerator)
+        skips = self.skipped.due
+        self.skipped.settle(step)
+        if not skips:
+            return grad_norm
+        # Without gradients the optimizer leaves weights, decay and moments alone.
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.metrics.set("train", "skipped_steps", self.skipped.total)
+        return 0.0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the training run's random state is left as it was."""

@@ -63,6 +63,7 @@ from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
+from .skipped_steps import check_weights_are_finite
 
 logger = logging.getLogger(__name__)
 
@@ -607,8 +608,13 @@ class GRPOSeam(GRPOTrainer):
         output = self.run_policy(model, ids, mask, width, auxiliary_loss=self.aux_loss_enabled)
         return output.logps, output.entropies, output.auxiliary_loss
 
-    def on_grad_norm(self, grad_norm: Any) -> None:
-        """Called with the norm of the gradient, before the optimizer's step unless DeepSpeed has taken it already."""
+    def on_grad_norm(self, grad_norm: Any) -> Any:
+        """Called with the norm of the gradient, before the optimizer's step unless DeepSpeed has taken it already.
+
+        Returns:
+            The norm that is logged.
+        """
+        return grad_norm
 
     def checkpoint_state(self) -> dict:
         """JSON-ready facts that go into every checkpoint."""
@@ -891,14 +897,31 @@ class GRPOSeam(GRPOTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.on_grad_norm(grad_norm)
-        return grad_norm
+        return self.on_grad_norm(grad_norm)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student, see `transformers.Trainer.save_model`.
+
+        Raises:
+            NonFiniteError: weights that are NaN or infinite; nothing is written.
+        """
+        # Scripts may call it on the first rank alone, where all have the same weights.
+        check_weights_are_finite(
+            self, self.model, f"The student in {output_dir or self.args.output_dir}", self.sharded
+        )
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
         aside, place = folder / ASIDE / name, folder / name
+<<<<<<< HEAD
         size, own = self._size_of_checkpoint(), self.args.should_save
         if own:
+=======
+        size = self._size_of_checkpoint()
+        check_weights_are_finite(self, model, f"The checkpoint of step {self.state.global_step}", together=True)
+        if self.args.should_save:
+>>>>>>> 54dd40e (A step that is not finite is skipped on all ranks together and written aside; no such weights are ever written)
             shutil.rmtree(aside.parent, ignore_errors=True)
             # Before any rank writes: a slower one would take what is written for what is missing.
             check_room(aside.parent, size)

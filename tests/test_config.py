@@ -314,7 +314,7 @@ def test_every_own_number_has_bounds_and_a_reason(name: str) -> None:
 
 
 def test_the_tables_of_these_tests_hold_all_numbers_and_choices() -> None:
-    assert {each.name for each in BOUNDED} == {*NUMBERS, *COUNTS, "teacher_max_retries"}
+    assert {each.name for each in BOUNDED} == {*NUMBERS, *COUNTS, "teacher_max_retries", "max_skipped_steps"}
     assert {name for name, each in SETTINGS.items() if each.rule.choices} == set(CHOICES)
 
 

@@ -72,7 +72,9 @@ FIGURES = {
         ),
         3,
     ),
-    8: Figure("values that are not finite", ("tests/trainer/test_bad_batch.py",), 4),
+    8: Figure(
+        "values that are not finite", ("tests/trainer/test_bad_batch.py", "tests/trainer/test_skipped_steps.py"), 4
+    ),
     9: Figure("two ranks", ("tests/trainer/test_distributed.py::test_the_gradient_is_that_of_one_process",), 4),
     10: Figure(
         "float32 parity",

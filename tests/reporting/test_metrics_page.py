@@ -14,7 +14,7 @@ TOKEN_METRICS = [
 ]  # fmt: skip
 RUN_METRICS = [
     "teacher/matching_loss", "teacher/scored_tokens", "teacher/generated_tokens", "teacher/unusable_tokens",
-    "weights/special_masked", "gate/dead_zone",
+    "weights/special_masked", "gate/dead_zone", "skipped_steps",
     "anchor/alpha", "anchor/loss", "anchor/verified_share", "anchor/rollouts", "anchor/tokens",
     "anchor/kept", "anchor/truncated", "anchor/dropped_wrong", "anchor/dropped_no_verdict", "anchor/dropped_empty",
     "anchor/dropped_filtered", "anchor/cache_hits", "anchor/cache_misses",
@@ -38,7 +38,9 @@ def test_every_metric_is_explained_with_unit_health_and_reduction():
 
 
 def test_own_metrics_of_the_page_exist():
-    own = [name for name in explained() if re.match(r"(gate|teacher|weights|anchor|verifier|time)/", name)]
+    own = [
+        name for name in explained() if re.match(r"((gate|teacher|weights|anchor|verifier|time)/|skipped_steps)", name)
+    ]
     assert sorted(own) == sorted(TOKEN_METRICS + RUN_METRICS)
 
 

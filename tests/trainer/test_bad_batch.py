@@ -23,7 +23,9 @@ from sg_opd_trl import NonFiniteError, VerifierError
 from sg_opd_trl.errors import NonFiniteTeacherError
 from sg_opd_trl.models.forward import ForwardOutput
 
-OFF = {"teacher_sampling_enable": False}
+# What is skipped where that is allowed has tests of its own.
+NONE_SKIPPED = {"max_skipped_steps": 0}
+OFF = {"teacher_sampling_enable": False} | NONE_SKIPPED
 NO_REFERENCE = OFF | {"lambda_high": 1.0}
 
 
@@ -190,7 +192,9 @@ def test_an_anchor_that_is_not_finite(tmp_path: Path) -> None:
         def anchor_loss(self, *args: Any) -> torch.Tensor:
             return super().anchor_loss(*args) * math.nan
 
-    trainer = tiny_trainer(tmp_path, settings=ANCHOR, trainer_class=Overflowing, reward_funcs=always_right)
+    trainer = tiny_trainer(
+        tmp_path, settings=ANCHOR | NONE_SKIPPED, trainer_class=Overflowing, reward_funcs=always_right
+    )
     inject_teacher_rollouts(trainer, lambda prompt: [6, 1])
     check_untouched(trainer, NonFiniteError, "losses of step 1")
 
