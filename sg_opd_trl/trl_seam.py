@@ -906,22 +906,16 @@ class GRPOSeam(GRPOTrainer):
             NonFiniteError: weights that are NaN or infinite; nothing is written.
         """
         # Scripts may call it on the first rank alone, where all have the same weights.
-        check_weights_are_finite(
-            self, self.model, f"The student in {output_dir or self.args.output_dir}", self.sharded
-        )
+        where = f"The student in {output_dir or self.args.output_dir}"
+        check_weights_are_finite(self, self.model, where, together=self.sharded)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
         aside, place = folder / ASIDE / name, folder / name
-<<<<<<< HEAD
         size, own = self._size_of_checkpoint(), self.args.should_save
-        if own:
-=======
-        size = self._size_of_checkpoint()
         check_weights_are_finite(self, model, f"The checkpoint of step {self.state.global_step}", together=True)
-        if self.args.should_save:
->>>>>>> 54dd40e (A step that is not finite is skipped on all ranks together and written aside; no such weights are ever written)
+        if own:
             shutil.rmtree(aside.parent, ignore_errors=True)
             # Before any rank writes: a slower one would take what is written for what is missing.
             check_room(aside.parent, size)

@@ -21,13 +21,8 @@ PACKAGE = "sg_opd_trl"
 LAYERS = (
     ("", "checkpoints", "errors", "files", "folder_lock", "lazy_imports", "random_state", "run", "setting"),
     ("core",),
-<<<<<<< HEAD
-    ("models", "data", "own_rollouts", "tasks"),
-    ("trl_seam", "bookkeeping", "ending", "ranks", "run_folder", "run_identity"),
-=======
     ("models", "data", "own_rollouts", "skipped_steps", "tasks"),
-    ("trl_seam", "bookkeeping", "ending", "run_folder", "run_identity"),
->>>>>>> 54dd40e (A step that is not finite is skipped on all ranks together and written aside; no such weights are ever written)
+    ("trl_seam", "bookkeeping", "ending", "ranks", "run_folder", "run_identity"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "noise", "precision", "prefetch", "token_weights"),

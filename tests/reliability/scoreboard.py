@@ -75,7 +75,15 @@ FIGURES = {
     8: Figure(
         "values that are not finite", ("tests/trainer/test_bad_batch.py", "tests/trainer/test_skipped_steps.py"), 4
     ),
-    9: Figure("two ranks", ("tests/trainer/test_distributed.py::test_the_gradient_is_that_of_one_process",), 4),
+    9: Figure(
+        "two ranks",
+        (
+            "tests/trainer/test_ranks.py",
+            "tests/trainer/test_distributed.py::test_ranks_run_and_exchange_the_same_in_the_same_order",
+            "tests/trainer/test_resume_ranks.py",
+        ),
+        4,
+    ),
     10: Figure(
         "float32 parity",
         ("tests/models/test_generate.py::test_greedy_equals_one_row_at_a_time", "tests/teachers/test_parity.py"),
