@@ -39,6 +39,10 @@ class CheckpointError(SGOPDError, RuntimeError):
     """A checkpoint that cannot be written whole, or that is not whole any more."""
 
 
+class PushError(SGOPDError, RuntimeError):
+    """A Hub that did not take a finished student; all of its files are in the folder of the run."""
+
+
 class RankError(SGOPDError, RuntimeError):
     """An error of another rank, which ends this one too.
 

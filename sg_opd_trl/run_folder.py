@@ -28,6 +28,7 @@ from .errors import SGOPDConfigError, SGOPDError
 from .files import write_atomically
 from .folder_lock import FolderLock
 from .run_identity import RUN_FILE, Identity, allowed_problems, compare, read_json, settings_identity, stored_identity
+from .scrubbing import WrittenWithoutSecrets
 from .setting import setting
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.
 
 
 @dataclass
-class FolderFields:
+class FolderFields(WrittenWithoutSecrets):
     """Settings of every method about the run's folder; a base to stand before TRL's configuration."""
 
     overwrite_output_dir: bool = setting(

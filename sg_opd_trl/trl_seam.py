@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
@@ -45,7 +45,7 @@ from trl.trainer.utils import (  # noqa: F401
 
 from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
-from .errors import RankError
+from .errors import RankError, SGOPDConfigError
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
 from .models.forward import (
@@ -63,6 +63,7 @@ from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
+from .scrubbing import scrubbed_text
 from .skipped_steps import check_weights_are_finite
 
 logger = logging.getLogger(__name__)
@@ -455,6 +456,23 @@ OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]
 """`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
 PolicyOutput = tuple[Tensor, Tensor | None, Tensor | None]
 """Log-probs and entropies of the completions, `(B, T)` each, and the auxiliary loss of mixtures of experts."""
+
+
+class _Saves(Protocol):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+
+
+def save_student(trainer: _Saves, folder: Path) -> None:
+    """Write the student and push nothing: transformers would push it before its card and logs are written."""
+    trainer.save_model(str(folder), _internal_call=True)
+
+
+def _tell_of_a_failed_push(job: Any) -> None:
+    error = None if job.cancelled() else job.exception()
+    if error is not None:
+        logger.warning(
+            "A checkpoint was not pushed; it is in its folder, and training goes on: %s", scrubbed_text(str(error))
+        )
 
 
 @dataclass(frozen=True)
@@ -944,7 +962,7 @@ class GRPOSeam(GRPOTrainer):
             rotate_checkpoints(str(folder), save_total_limit=kept, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(place))
+            self._push_from_checkpoint(str(place))
 
     def _save_rollouts(self, folder: Path) -> None:
         state = self.rollouts_state()
@@ -1005,7 +1023,35 @@ class GRPOSeam(GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # What is uploaded in the background must not be renamed meanwhile: it is pushed from its place.
         if self._written_aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+            self._pushed(checkpoint_folder)
+
+    def _pushed(self, checkpoint_folder: str) -> None:
+        """Push in the background; a Hub that fails takes nothing from the run."""
+        before = self._push_jobs()
+        super()._push_from_checkpoint(checkpoint_folder)
+        for job in self._push_jobs():
+            if job not in before:
+                job.add_done_callback(_tell_of_a_failed_push)
+
+    def _push_jobs(self) -> list[Any]:
+        # Only the process that pushes has the attribute.
+        pushing = getattr(self, "push_in_progress", None)
+        return [] if pushing is None else list(pushing.jobs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository of the run.
+
+        Raises:
+            SGOPDConfigError: the Hub cannot be reached or refuses it.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:
+            raise SGOPDConfigError(
+                f"`push_to_hub` must find a Hub that takes `hub_model_id`, got {scrubbed_text(str(error))}. "
+                "The student would be pushed there. Check the network, `hub_model_id` and the token (HF_TOKEN, or "
+                "`hf auth login`), or set push_to_hub=False and push the folder afterwards with `hf upload`."
+            ) from error
 
     def _size_of_checkpoint(self) -> int:
         """Bytes of weights and optimizer state, as far as this process holds them."""

@@ -19,7 +19,18 @@ PACKAGE = "sg_opd_trl"
 
 # From the bottom to the top; "" is the package itself. A module may import what is in its own layer or below.
 LAYERS = (
-    ("", "checkpoints", "errors", "files", "folder_lock", "lazy_imports", "random_state", "run", "setting"),
+    (
+        "",
+        "checkpoints",
+        "errors",
+        "files",
+        "folder_lock",
+        "lazy_imports",
+        "random_state",
+        "run",
+        "scrubbing",
+        "setting",
+    ),
     ("core",),
     ("models", "data", "own_rollouts", "skipped_steps", "tasks"),
     ("trl_seam", "bookkeeping", "ending", "ranks", "run_folder", "run_identity"),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SGOPDConfigError, did_you_mean
+from ..errors import PushError, SGOPDConfigError, did_you_mean
 from ..files import check_folder
+from ..scrubbing import scrubbed_text
 from .command import say
 from .launching import check_world_size, launch, wants_launch
 from .methods import METHODS
@@ -79,6 +81,7 @@ def _train(
     start: "Start",
     measure: Callable[[Path], dict[str, Any]] | None,
 ) -> None:
+    from ..trl_seam import save_student
     from .cost import RunCost, describe_cost
 
     dataset_name = settings.script.dataset_name  # before it becomes a folder of this machine: the card names it
@@ -95,7 +98,7 @@ def _train(
     # Not None where the run starts: that would ask the configuration.
     trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint is not None else False)
 
-    trainer.save_model(str(settings.output_dir))
+    save_student(trainer, settings.output_dir)
     cost = run_cost.facts()  # on every process: their counts are gathered
     folder.record("running", **cost)
     if trainer.accelerator.is_main_process:
@@ -106,8 +109,14 @@ def _train(
     # Before the push: a Hub that fails takes nothing from the run.
     folder.record("finished")
     if settings.training.push_to_hub:
-        _push(trainer, settings, dataset_name)
-    trainer.end()
+        try:
+            _push(trainer, settings, dataset_name)
+        except Exception as error:  # the run is whole: whatever fails from here on is the push
+            raise _not_pushed(trainer, settings, error) from error
+        finally:
+            trainer.end()
+    else:
+        trainer.end()
 
 
 def _begin_baseline(settings: TrainSettings, folder: "RunFolder", start: "Start", trainer: Any, rows: Any) -> None:
@@ -339,6 +348,20 @@ def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], ev
     path.write_text(json.dumps(log_history, indent=1) + "\n", encoding="utf-8")
     if settings.script.report:
         say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
+
+
+def _not_pushed(trainer: Any, settings: TrainSettings, error: Exception) -> PushError:
+    """What failed, where the student is, and the command that pushes it."""
+    repository = trainer.hub_model_id or settings.training.hub_model_id
+    words = ["hf", "upload", str(repository), str(settings.output_dir), ".", "--exclude", "checkpoint-*", "_*"]
+    if settings.training.hub_revision is not None:
+        words += ["--revision", settings.training.hub_revision]
+    return PushError(
+        f"`push_to_hub` must reach a Hub that takes the student, got {scrubbed_text(str(error))}\n"
+        f"Nothing is lost: the student, its card and its report are in {settings.output_dir}. Push them with\n"
+        f"  {shlex.join(words)}\n"
+        "with a token that may write in HF_TOKEN, or after `hf auth login`."
+    )
 
 
 def _push(trainer: Any, settings: TrainSettings, dataset_name: str | None) -> None:

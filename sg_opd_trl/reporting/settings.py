@@ -1,22 +1,17 @@
 """Settings and names as they may be shown to others: no secrets, no folders of this machine."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
 from ..evaluation import EvaluationResult
+from ..scrubbing import HIDDEN, SECRET_NAME, scrubbed_text
 from ..setting import defaults_of
 
-# Both by name and by look: a secret may be an entry of somebody's dictionary, or a value in the wrong field.
-_SECRET_NAME = re.compile(r"(^|_)(token|auth|authorization|cookie)$|secret|passw|api_?key|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|Bearer )[A-Za-z0-9_-]{12,}")
-_URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
 _NOT_OF_THE_METHOD = ("accelerator_config", "disable_tqdm", "logging_dir")  # filled in by the config itself
 _LONGEST_VALUE = 200  # characters: two lines of the page
-_HIDDEN = "(hidden)"
 
 
 class Setting(NamedTuple):
@@ -49,7 +44,7 @@ def shown_settings(config: Any) -> list[Setting]:
         for name, value in values.items()
         if name not in _NOT_OF_THE_METHOD
         and _is_plain(value)
-        and not _SECRET_NAME.search(name)
+        and not SECRET_NAME.search(name)
         and _normal(value) != (_normal(defaults[name]) if name in defaults else None)
     ]
 
@@ -123,9 +118,9 @@ def _plain(value: Any) -> Any:
 
 def _hide(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _HIDDEN if _SECRET_NAME.search(name) else _hide(item) for name, item in value.items()}
+        return {name: HIDDEN if SECRET_NAME.search(name) else _hide(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_hide(item) for item in value]
     if isinstance(value, str):
-        return display_name(_URL_USER.sub("", _SECRET_VALUE.sub(_HIDDEN, value)))
+        return display_name(scrubbed_text(value))
     return value

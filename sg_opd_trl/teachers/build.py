@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SGOPDConfigError
+from ..scrubbing import scrubbed
 from ..trl_seam import get_config_model_id, has_adapters_of_another
 from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, is_adapter, load_with_base
 from .base import Teacher
@@ -388,8 +389,8 @@ def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
     if given is not None and not _names_a_path(given) and (revision or init_kwargs):
         name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
         raise SGOPDConfigError(
-            f"`{role}_model_{name}` must go with a path, got {value!r} for a {role} given as a model. It is loaded "
-            f"already, the option would do nothing. Leave it out, or give the {role}'s path."
+            f"`{role}_model_{name}` must go with a path, got {scrubbed(value)!r} for a {role} given as a model. "
+            f"It is loaded already, the option would do nothing. Leave it out, or give the {role}'s path."
         )
     if role == "reference" and revision and given is None and args.reference_model_name_or_path is None:
         raise SGOPDConfigError(

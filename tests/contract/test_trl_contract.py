@@ -37,6 +37,8 @@ SIGNATURES = {
     "_tokenize_prompts": ["self", "prompts"],
     "_get_output_dir": ["self", "trial"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "init_hf_repo": ["self", "token", "private"],
+    "save_model": ["self", "output_dir", "_internal_call"],
     "_get_train_sampler": ["self", "dataset"],
     "_init_training_state": [
         "self",
