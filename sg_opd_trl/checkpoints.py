@@ -110,19 +110,19 @@ def complete(aside: Path, place: Path) -> None:
     """
     files = {path.relative_to(aside).as_posix(): path for path in sorted(aside.rglob("*")) if path.is_file()}
     for path in files.values():
-        _flush(path)
+        flush(path)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     entries = {name: {"size": sizes[name], "sha256": digest} for name, digest in _digests(files).items()}
     manifest = aside / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
-    _flush(manifest)
-    _flush(aside)
+    flush(manifest)
+    flush(aside)
     replaced = place.with_name(f"{place.name}-replaced")
     if place.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
     aside.rename(place)
-    _flush(place.parent)
+    flush(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -140,7 +140,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

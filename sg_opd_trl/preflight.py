@@ -28,6 +28,7 @@ from .models.internals import inner_model
 from .models.sampling import check_generation_kwargs, own_settings
 from .random_state import forked_random_state
 from .run import Run
+from .student_files import check_student
 from .teacher_sampling.callback import check_anchor_callbacks, is_anchor_callback
 from .teachers.adapter import adapter_config, is_adapter
 from .teachers.build import check_given_models, default_reference
@@ -162,6 +163,8 @@ def load_adapter_student(
     """
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no JSON text by now
     revision = options.pop("revision", None)
+    if isinstance(model, str):
+        check_student(model)
     if not isinstance(model, str) or not _is_adapter(model, revision):
         return model, processing_class
     if peft_config is not None:

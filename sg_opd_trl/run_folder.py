@@ -30,6 +30,7 @@ from .folder_lock import FolderLock
 from .run_identity import RUN_FILE, Identity, allowed_problems, compare, read_json, settings_identity, stored_identity
 from .scrubbing import WrittenWithoutSecrets
 from .setting import setting
+from .student_files import has_half_a_student
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def has_student(folder: Path) -> bool:
-    """Whether a model or an adapter was saved there."""
-    return any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+    """Whether a model or an adapter was saved there, and is whole."""
+    return any(any(folder.glob(pattern)) for pattern in _WEIGHTS) and not has_half_a_student(folder)
 
 
 def refuse_used(folder: Path, *, resuming: bool = False) -> None:

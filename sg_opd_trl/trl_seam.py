@@ -65,6 +65,7 @@ from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
 from .scrubbing import scrubbed_text
 from .skipped_steps import check_weights_are_finite
+from .student_files import check_student, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -459,12 +460,22 @@ PolicyOutput = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class _Saves(Protocol):
+    args: Any
+    accelerator: Any
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
 
 
 def save_student(trainer: _Saves, folder: Path) -> None:
     """Write the student and push nothing: transformers would push it before its card and logs are written."""
-    trainer.save_model(str(folder), _internal_call=True)
+    if isinstance(trainer, GRPOSeam):
+        trainer.save_model(str(folder), _internal_call=True)
+        return
+    # What that does for itself, for a trainer of TRL.
+    with written_aside(folder, 0, own=trainer.args.should_save) as aside:
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(aside), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
 
 
 def _tell_of_a_failed_push(job: Any) -> None:
@@ -911,6 +922,7 @@ class GRPOSeam(GRPOTrainer):
 
     def load_student(self, folder: Path) -> None:
         """Give the student the weights that were saved in a folder."""
+        check_student(folder)
         self._load_from_checkpoint(str(folder))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -918,15 +930,27 @@ class GRPOSeam(GRPOTrainer):
         return self.on_grad_norm(grad_norm)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, see `transformers.Trainer.save_model`.
+        """Save the student, see `transformers.Trainer.save_model`; it is put in its place once all of it is whole.
 
         Raises:
             NonFiniteError: weights that are NaN or infinite; nothing is written.
+            CheckpointError: the disk is full; what was there is as it was.
         """
+        if self._written_aside is not None:  # a part of a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
         # Scripts may call it on the first rank alone, where all have the same weights.
-        where = f"The student in {output_dir or self.args.output_dir}"
-        check_weights_are_finite(self, self.model, where, together=self.sharded)
-        super().save_model(output_dir, _internal_call)
+        together = self.sharded or self.is_deepspeed_enabled
+        check_weights_are_finite(self, self.model, f"The student in {folder}", together=together)
+        with written_aside(folder, self._size_of_weights(), own=self.args.should_save) as aside:
+            if together:
+                self.accelerator.wait_for_everyone()
+            super().save_model(str(aside), _internal_call=True)
+            if together:
+                self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
@@ -1055,14 +1079,17 @@ class GRPOSeam(GRPOTrainer):
 
     def _size_of_checkpoint(self) -> int:
         """Bytes of weights and optimizer state, as far as this process holds them."""
-        student = self.accelerator.unwrap_model(self.model)
-        # Of a student with adapters these alone are saved.
-        saved = [p for p in student.parameters() if p.requires_grad or not hasattr(student, "peft_config")]
-        weights = sum(p.numel() * p.element_size() for p in saved)
+        weights = self._size_of_weights()
         if self.args.save_only_model or self.optimizer is None or self.accelerator.state.deepspeed_plugin is not None:
             return weights
         states = (value for state in self.optimizer.state.values() for value in state.values())
         return weights + sum(x.numel() * x.element_size() for x in states if isinstance(x, Tensor))
+
+    def _size_of_weights(self) -> int:
+        student = self.accelerator.unwrap_model(self.model)
+        # Of a student with adapters these alone are saved.
+        saved = [p for p in student.parameters() if p.requires_grad or not hasattr(student, "peft_config")]
+        return sum(p.numel() * p.element_size() for p in saved)
 
     def _load_callback_state(self) -> None:
         # Transformers would make them anew from arguments that a subclass need not export, and lose its own.

@@ -30,6 +30,7 @@ LAYERS = (
         "run",
         "scrubbing",
         "setting",
+        "student_files",
     ),
     ("core",),
     ("models", "data", "own_rollouts", "skipped_steps", "tasks"),
