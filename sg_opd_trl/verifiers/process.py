@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from typing import IO, Any
 from ..errors import VerifierError
 
 _WORKER_FILE = Path(__file__).with_name("worker.py")
-_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL")
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
+_SECRET_ENDINGS = ("_PWD", "_PAT")  # endings, because PWD and PATH are none
+_LOGIN_IN_ADDRESS = re.compile(r"://[^/\s]*@")  # a proxy or a database, with the name and the password in its address
 _START_LIMIT = 120.0  # seconds: imports from a cold network disk, on a machine whose ranks all start at once
 _STOP_LIMIT = 1.0  # seconds
 _READ_SIZE = 1 << 16  # bytes: what a Linux pipe holds
@@ -38,10 +41,15 @@ def worker_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("PYTHON") and not any(word in name.upper() for word in _SECRET_WORDS)
+        if not name.startswith("PYTHON") and not _is_secret(name.upper(), value)
     }
     # A fixed hash seed keeps sympy's traversal order, hence the verdicts, the same in every child.
     return {**kept, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    named = name.endswith(_SECRET_ENDINGS) or any(word in name for word in _SECRET_WORDS)
+    return named or _LOGIN_IN_ADDRESS.search(value) is not None
 
 
 class WorkerProcess:

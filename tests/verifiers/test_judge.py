@@ -187,8 +187,13 @@ def test_payloads_leave_no_file(judge: Judge, tmp_path: Path) -> None:
 def test_child_cannot_write_and_sees_no_secret(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "wandb_api_key", "MY_SECRET_X", "DB_PASSWORD", "PYTHONPATH", "PYTHONSTARTUP"):
         monkeypatch.setenv(name, "canary")
+    for name in ("GITHUB_PASSPHRASE", "PGPASS", "MYSQL_PWD", "GH_PAT", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("https_proxy", "http://me:canary@proxy:3128")
     monkeypatch.setenv("HARMLESS", "kept")
-    assert "canary" not in worker_environment().values()
+    kept = worker_environment()
+    assert not any("canary" in value for value in kept.values())
+    assert kept["PATH"] == os.environ["PATH"]
     pid = start(judge)
     environment = Path(f"/proc/{pid}/environ").read_bytes()
     assert b"canary" not in environment
