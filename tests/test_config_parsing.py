@@ -48,6 +48,7 @@ PARSED: dict[str, tuple[list[str], Any]] = {
     "teacher_sampling_phase2_end_frac": (["0.5"], 0.5),
     "teacher_sampling_ratio": (["0.25"], 0.25),
     **{name: (["3"], 3) for name in COUNTS},
+    "max_skipped_steps": (["5"], 5),
 }
 
 

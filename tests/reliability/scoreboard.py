@@ -113,6 +113,7 @@ FIGURES = {
             "tests/verifiers/test_judge.py::test_payloads_leave_no_file",
             "tests/verifiers/test_judge.py::test_child_cannot_write_and_sees_no_secret",
             "tests/reliability/test_refused.py",
+            "tests/test_scrubbing.py",
         ),
         4,
     ),
