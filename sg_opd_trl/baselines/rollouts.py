@@ -89,6 +89,29 @@ class RolloutFile:
     def __init__(self, path: Path, key: str, batch_size: int, total: int) -> None:
         self.path, self.key, self.batch_size, self.total = path, key, batch_size, total
 
+    def take(self) -> None:
+        """Have the file be that of this key; what it holds of another one is kept beside it, for when that is back."""
+        other = self._key()
+        if other is not None and other != self.key:
+            kept = self._of(other)
+            logger.info("%s holds rollouts of other settings: they are kept in %s.", self.path, kept.name)
+            self.path.replace(kept)
+        if not self.path.exists() and self._of(self.key).is_file():
+            self._of(self.key).replace(self.path)
+
+    def _of(self, key: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{key}{self.path.suffix}")
+
+    def _key(self) -> str | None:
+        if not self.path.is_file():
+            return None
+        with self.path.open(encoding="utf-8") as file:
+            head = file.readline()
+        try:
+            return str(json.loads(head)["key"])
+        except (ValueError, TypeError, KeyError):
+            return None  # `read` tells of it
+
     def read(self) -> list[Rollout]:
         """The complete batches of the same key."""
         rollouts = self._rollouts()
@@ -111,7 +134,6 @@ class RolloutFile:
         rollouts = []
         try:
             if json.loads(head)["key"] != self.key:
-                logger.info("%s holds rollouts of other settings; they are written anew.", self.path)
                 return []
             for line in lines:
                 rollouts.append(Rollout(**json.loads(line)))
@@ -173,6 +195,7 @@ def teacher_rollouts(
 
 def _stored(file: RolloutFile, tokenizer: Any, request: RolloutRequest, judge: Judge | None) -> list[Rollout]:
     """What the file holds, with verdicts of now: verifier or golds may have changed under their names."""
+    file.take()
     rollouts, size = file.read(), request.batch_size
     judged: list[Rollout] = []
     for start in range(0, len(rollouts), size):

@@ -167,6 +167,17 @@ def test_other_settings_are_written_anew(pair: Pair, tmp_path: Path, changes: di
     assert again.teacher_use.tokens_generated == sum(len(line["completion_ids"]) for line in stored(tmp_path))
 
 
+def test_a_start_with_other_settings_takes_nothing_from_what_is_stored(pair: Pair, tmp_path: Path) -> None:
+    first = built(pair, tmp_path)
+    lines = stored(tmp_path)
+    built(pair, tmp_path, seed=1)
+    back = built(pair, tmp_path)
+    assert back.teacher_use.tokens_generated == 0
+    assert back.teacher_use.tokens_reused == first.teacher_use.tokens_generated
+    assert stored(tmp_path) == lines
+    assert built(pair, tmp_path, seed=1).teacher_use.tokens_generated == 0
+
+
 def test_another_teacher_writes_anew(pair: Pair, tmp_path: Path) -> None:
     built(pair, tmp_path)
     assert built(pair, tmp_path, teacher_model_name_or_path=pair.student).teacher_use.tokens_reused == 0
