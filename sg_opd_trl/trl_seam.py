@@ -63,6 +63,7 @@ from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
+from .saved_card import without_local_base
 from .scrubbing import scrubbed_text
 from .skipped_steps import check_weights_are_finite
 from .student_files import check_student, written_aside
@@ -949,6 +950,8 @@ class GRPOSeam(GRPOTrainer):
             super().save_model(str(aside), _internal_call=True)
             if together:
                 self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                without_local_base(aside)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -978,6 +981,7 @@ class GRPOSeam(GRPOTrainer):
             # Every rank has written its part.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                without_local_base(aside)
                 complete(aside, place)
         if self.args.should_save:
             shutil.rmtree(aside.parent, ignore_errors=True)

@@ -28,6 +28,7 @@ LAYERS = (
         "lazy_imports",
         "random_state",
         "run",
+        "saved_card",
         "scrubbing",
         "setting",
         "student_files",
