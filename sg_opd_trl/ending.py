@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .random_state import RandomState
 from .ranks import PATIENCE, LinkedRun, Ranks, ending_together, is_of_a_checkpoint
+from .skipped_steps import weight_that_is_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -288,8 +289,8 @@ def _problem(run: SavedRun, last: LastStep) -> str | None:
     """Why the weights are not those of a finished step."""
     if last.updating:
         return "the weights were being updated"
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in run.model.parameters()):
-        return "the weights are not finite"
+    if (name := weight_that_is_not_finite(run.model)) is not None:
+        return f"the weights are not finite ({name})"
     return None
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import NonFiniteError
+from .files import write_atomically
 from .models.batch import TokenBatch
 from .run import Run
 
@@ -35,7 +36,7 @@ class SkippedSteps:
 
     Attributes:
         total: of this process.
-        in_a_row: up to now. It starts anew where a run goes on.
+        in_a_row: up to now.
     """
 
     def __init__(self, run: Run, most: int) -> None:
@@ -44,12 +45,18 @@ class SkippedSteps:
         self._error: NonFiniteError | None = None
         self._batches: list[dict[str, Tensor]] = []
 
+    def begin(self) -> None:
+        """A training begins, or goes on: what an earlier one broke off, or skipped in a row, is not of this one."""
+        self._error, self._batches, self.in_a_row = None, [], 0
+
     @property
     def possible(self) -> bool:
-        """DeepSpeed has stepped before anybody is asked, and a float16 scaler skips overflows itself."""
+        """Not where the weights have moved before anybody is asked, nor beside a scaler, which skips by itself."""
         args: Any = self.run.args
         deepspeed = self.run.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return self.most > 0 and not (deepspeed or args.fp16)
+        # These optimizers update each weight inside the backward pass.
+        inside = str(getattr(args.optim, "value", args.optim)).endswith(("lomo", "layerwise"))
+        return self.most > 0 and not (deepspeed or args.fp16 or inside)
 
     @property
     def due(self) -> bool:
@@ -117,8 +124,7 @@ class SkippedSteps:
             for name, tensor in batch.items()
         }
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path, metadata={"step": str(step), "reason": str(error)})
+            write_atomically(path, save(tensors, metadata={"step": str(step), "reason": str(error)}))
         except Exception as failure:  # noqa: BLE001  # safetensors has an error of its own for a full disk
             return f"no file, as {path} could not be written ({failure})"
         return str(path)
@@ -148,19 +154,27 @@ def check_weights_are_finite(run: Run, model: torch.nn.Module, where: str, toget
         NonFiniteError: names a weight.
     """
     if not _weights_are_finite(run, model, together):
-        bad = next((name for name, weight in model.named_parameters() if not _is_finite(weight)), "on another rank")
+        bad = weight_that_is_not_finite(model) or "on another rank"
         raise NonFiniteError(
             f"{where} is not written: the student's weights are not finite ({bad}). Go back to an older checkpoint, "
             "lower `learning_rate`, or train in float32 or bfloat16."
         )
 
 
+def weight_that_is_not_finite(model: torch.nn.Module) -> str | None:
+    """The name of one, as far as this rank holds it."""
+    return next((name for name, weight in model.named_parameters() if not _is_finite(weight)), None)
+
+
 def _weights_are_finite(run: Run, model: torch.nn.Module, together: bool) -> bool:
-    bad = torch.tensor([not all(map(_is_finite, model.parameters()))], device=run.accelerator.device)
+    bad = torch.tensor([weight_that_is_not_finite(model) is not None], device=run.accelerator.device)
     return not int((run.accelerator.gather(bad) if together else bad).sum())
 
 
 def _is_finite(weight: Tensor) -> bool:
     # Each rank looks at its own shard.
     local = weight.to_local() if hasattr(weight, "to_local") else weight
-    return bool(torch.isfinite(local).all()) if local.is_floating_point() else True
+    if not local.is_floating_point() or local.dtype == torch.float4_e2m1fn_x2:  # which has no NaN
+        return True
+    # torch tells of none of the eight-bit ones.
+    return bool(torch.isfinite(local.float() if local.dtype.itemsize == 1 else local).all())

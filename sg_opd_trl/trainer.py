@@ -847,6 +847,7 @@ class SGOPDTrainer(GRPOSeam):
         elif self.args.preflight:
             first_seconds(self)
         self.nothing_left = start.finished
+        self.skipped.begin()
         checkpoint = None if start.checkpoint is None else str(start.checkpoint)
         try:
             with kept(self):

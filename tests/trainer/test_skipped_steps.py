@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import ANCHOR, changed_weights, copied_weights, inject_rollouts, logged, tiny_trainer
+from transformers.training_args import OptimizerNames
 from two_ranks import launch
 
 from sg_opd_trl import NonFiniteError, SGOPDTrainer
 from sg_opd_trl.checkpoints import check_checkpoint
+from sg_opd_trl.skipped_steps import weight_that_is_not_finite
 
 SETTINGS = {"teacher_sampling_enable": False, "learning_rate": 1e-2}
 
@@ -101,6 +103,64 @@ def test_a_student_whose_weights_are_not_finite_ends_at_once(tmp_path: Path) -> 
         trainer.model.lm_head.weight[7, 0] = math.nan
     with pytest.raises(NonFiniteError, match="of step 1 are not finite"):
         trainer.train()
+
+
+def test_a_training_does_not_inherit_a_step_that_another_broke_off(tmp_path: Path) -> None:
+    """Its first step is good."""
+
+    class BrokenOff(SGOPDTrainer):
+        first = True
+
+        def compute_token_weights(self, *args: Any) -> torch.Tensor:
+            weights = super().compute_token_weights(*args)
+            return weights * math.inf if self.first else weights
+
+        def on_grad_norm(self, grad_norm: Any) -> Any:
+            if self.first:
+                self.first = False
+                raise KeyboardInterrupt
+            return super().on_grad_norm(grad_norm)
+
+    trainer = tiny_trainer(tmp_path, settings=SETTINGS | {"max_steps": 1}, trainer_class=BrokenOff)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    before = copied_weights(trainer.model)
+    trainer.train()
+    assert trainer.skipped.total == 0
+    assert changed_weights(trainer.model, before) != []
+
+
+def test_a_training_counts_skips_in_a_row_anew(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, settings=SETTINGS | {"max_steps": 1, "max_skipped_steps": 1})
+    spoiled(trainer, (1,))
+    trainer.train()
+    trainer.train()
+    assert (trainer.skipped.in_a_row, trainer.skipped.total) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("optim", "possible"), [("adamw_torch", True), ("lomo", False), ("galore_adamw_layerwise", False)]
+)
+def test_an_update_inside_the_backward_pass_cannot_be_skipped(tmp_path: Path, optim: str, possible: bool) -> None:
+    trainer = tiny_trainer(tmp_path, settings=SETTINGS)
+    trainer.args.optim = OptimizerNames(optim)
+    assert trainer.skipped.possible is possible
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.bfloat16])
+def test_a_weight_of_any_width_is_looked_at(dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight = torch.nn.Parameter(torch.ones(2, 2).to(dtype), requires_grad=False)
+    assert weight_that_is_not_finite(model) is None
+    model.weight.data[1, 1] = torch.tensor(math.nan).to(dtype)
+    assert weight_that_is_not_finite(model) == "weight"
+
+
+def test_packed_four_bit_weights_are_finite() -> None:
+    model = torch.nn.Linear(2, 2, bias=False)
+    packed = torch.full((2, 2), 255, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    model.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert weight_that_is_not_finite(model) is None
 
 
 @pytest.mark.parametrize("write", ["save_checkpoint", "save_model"])
