@@ -72,7 +72,7 @@ reliability: $(VENV)/.installed-dev ## run the tests of docs/reliability.md and 
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/reliability/scoreboard.py -n $(TEST_JOBS) --dist loadfile
 
 soak: $(VENV)/.installed-dev ## kill runs of 300 steps every 20 seconds, start them again, compare their students
-	@set -e; for mode in alone ranks served; do $(OFFLINE) PYTHONPATH=tests $(BIN)/python tests/reliability/soak.py $$mode --output_dir outputs/soak/$$mode; done
+	@set -e; rm -rf outputs/soak; for mode in alone ranks served; do $(OFFLINE) PYTHONPATH=tests $(BIN)/python tests/reliability/soak.py $$mode --output_dir outputs/soak/$$mode; done
 
 notebooks: $(VENV)/.installed-dev ## execute the notebooks
 	$(OFFLINE) $(BIN)/python -m pytest -m "" tests/notebooks $(PYTEST_ARGS)

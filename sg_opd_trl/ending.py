@@ -91,7 +91,7 @@ def _nobodys(handler: Any) -> bool:
     in the middle of an update if need be.
     """
     usual = (signal.SIG_DFL, signal.default_int_handler)
-    return handler in usual or getattr(handler, "__module__", "").startswith("torch.distributed.elastic.")
+    return handler in usual or str(getattr(handler, "__module__", "")).startswith("torch.distributed.elastic.")
 
 
 class SavedRun(LinkedRun, Protocol):

@@ -576,7 +576,7 @@ class GRPOSeam(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.fused_head = HeadSettings(self.temperature, self.args.cast_lm_head_to_fp32, entropy=True)
         if self.rollout_func is not None:
-            size = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
+            size = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
             self.rollout_func = checked_rollouts(self.rollout_func, self.eos_token_ids[0], size)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
             self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))

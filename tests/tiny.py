@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
@@ -132,6 +133,12 @@ class GradientRecorder(TrainerCallback):
 def copied_weights(model: Any) -> dict[str, torch.Tensor]:
     """All weights as they are now."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same_saved_student(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, in every bit."""
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def changed_weights(model: Any, before: dict[str, torch.Tensor]) -> list[str]:

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from repository import PATIENCE, ROOT
 from test_folder_lock import end, holder
-from transformers import AutoModelForCausalLM
+from tiny import same_saved_student
 
 from sg_opd_trl.cli import main
 
@@ -36,11 +35,6 @@ def words_of(recipe: Path, folder: Path, *more: str) -> list[str]:
 
 def facts(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-
-
-def same_student(left: Path, right: Path) -> bool:
-    one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (left, right))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def without_teacher(recipe: Path) -> Path:
@@ -74,7 +68,7 @@ def test_the_same_command_three_times(
     assert main(words) == 0
     assert (facts(folder)["state"], facts(folder)["steps"]) == ("finished", 4)
     assert main(words_of(recipe, tmp_path / "whole", *own)) == 0
-    assert same_student(folder, tmp_path / "whole")
+    assert same_saved_student(folder, tmp_path / "whole")
     ignored = {"seconds": 0}
     assert facts(folder) | ignored == facts(tmp_path / "whole") | ignored
 

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from tiny import tiny_trainer
+from tiny import same_saved_student, tiny_trainer
 from transformers import TrainerCallback
 
 # Inside a generation batch, so that the rollouts in use are written too; older checkpoints are pruned.
@@ -83,11 +82,6 @@ def in_a_process(folder: Path, kill_at: int | None = None) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def same_student(one: Path, other: Path) -> bool:
-    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
-
-
 def spread(total: int, number: int) -> list[int]:
     """Indices of operations, the first and the last among them."""
     return sorted({round(index * (total - 1) / (number - 1)) for index in range(number)})
@@ -102,7 +96,7 @@ def main(root: Path, number: int) -> list[dict[str, Any]]:
         killed = in_a_process(folder, kill_at=index) == signal.SIGKILL
         left = sorted(path.name for path in folder.glob("checkpoint-*"))
         in_a_process(folder)
-        same = same_student(folder, root / "whole")
+        same = same_saved_student(folder, root / "whole")
         outcomes.append({"before": names[index], "killed": killed, "left": left, "same student": same})
     return outcomes
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from repository import ROOT, python_path
-from safetensors.torch import load_file
 from teachers.fake_server import FakeServer
+from tiny import same_saved_student
 from two_ranks import FLAGS
 
 from sg_opd_trl.tasks import resolve
@@ -175,11 +175,6 @@ def soaked(mode: str, folder: Path, steps: int, teacher: Teacher, every: float, 
     raise AssertionError("moments never end")
 
 
-def same_student(one: Path, other: Path) -> bool:
-    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=(*MODES, "serve"))
@@ -192,6 +187,9 @@ def main() -> int:
     if options.mode == "serve":
         serve(options.port)
         return 0
+    if options.output_dir.exists() and any(options.output_dir.iterdir()):
+        # A finished run would only say so, and two old students would be compared.
+        parser.error(f"--output_dir must be a new folder, got {str(options.output_dir)!r}, which has files.")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     whole, cut = options.output_dir / "undisturbed", options.output_dir / "killed"
     teacher = Teacher(options.mode, options.output_dir / "teacher.log")
@@ -200,7 +198,7 @@ def main() -> int:
         outcome = soaked(options.mode, cut, options.steps, teacher, options.every, options.seed)
     finally:
         teacher.kill()
-    same = same_student(whole, cut)
+    same = same_saved_student(whole, cut)
     facts = {"mode": options.mode, "steps": options.steps, "undisturbed_seconds": round(seconds)}
     sys.stdout.write(json.dumps(facts | outcome | {"same_student": same}) + "\n")
     return 0 if same else 1

@@ -286,6 +286,17 @@ def test_handlers_that_a_launcher_has_left_behind_are_nobodys(
     assert signal.getsignal(number) is _terminate_process_handler
 
 
+def test_a_handler_of_the_callers_is_left_alone_whatever_it_is(tmp_path: Path) -> None:
+    """A bound method of a list belongs to no module."""
+    before, handler = signal.getsignal(signal.SIGTERM), [].append
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        tiny_trainer(tmp_path, settings=LOCAL | {"max_steps": 1}).train()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class SignalIn(TrainerCallback):
     """Sends SIGTERM in the middle of an update."""
 
