@@ -22,7 +22,6 @@ from .evaluation_plan import Decoding, EvaluationPlan, short_hash
 from .models.generate import generate_completions
 from .models.sampling import END_TOKENS, end_tokens
 from .random_state import mixed_seed
-from .student_files import check_student
 from .verifiers.calls import read_completions, reward_arguments
 
 
@@ -69,7 +68,6 @@ class Sampler:
             given = os.fspath(model)
             name = name or given
             path = resolve(given)
-            check_student(path)
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(path)
             model = to_accelerator(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))

@@ -159,6 +159,7 @@ def load_adapter_student(
         for the base's.
 
     Raises:
+        CheckpointError: the student, or the base of its adapter, is half in its place.
         SGOPDConfigError: a second adapter is asked for, or the adapter does not name its base.
     """
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no JSON text by now

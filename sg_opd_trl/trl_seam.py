@@ -37,7 +37,6 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (  # noqa: F401
     FusedCausalLMOutput,
     add_fused_lm_head,
-    create_model_from_path,
     get_config_model_id,
     is_async_callable,
     maybe_gather_lm_head_ctx,
@@ -379,6 +378,20 @@ def agree_on_calls(accelerator: Any, calls: int) -> int:
     if not is_sharded(accelerator):
         return calls
     return int(accelerator.gather(torch.tensor([calls], device=accelerator.device)).max())
+
+
+def create_model_from_path(path: str, **options: Any) -> Any:
+    """A causal language model by path or Hub id, as TRL loads it.
+
+    Args:
+        path: or Hub id.
+        **options: of `from_pretrained`.
+
+    Raises:
+        CheckpointError: a student that is half in its place.
+    """
+    check_student(path)
+    return trl_utils.create_model_from_path(path, **options)
 
 
 def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:

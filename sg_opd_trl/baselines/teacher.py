@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from ..errors import SGOPDConfigError, TeacherError
 from ..evaluation_sampling import encode_prompt
+from ..student_files import check_student
 from ..teachers.fit import SharedVocabulary, check_chat_templates, check_tokenizers
 from ..trl_seam import create_model_from_path
 
@@ -33,7 +34,12 @@ class TeacherUse:
 
 
 def load_tokenizer(student: str, args: Any) -> Any:
-    """The student's tokenizer, with a padding token."""
+    """The student's tokenizer, with a padding token; the student itself is loaded from the same place.
+
+    Raises:
+        CheckpointError: the student there is half in its place.
+    """
+    check_student(student)
     revision = (args.model_init_kwargs or {}).get("revision") or "main"
     tokenizer = AutoTokenizer.from_pretrained(student, revision=revision, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -52,9 +58,11 @@ def load_teacher(args: Any, tokenizer: Any, prompts: list) -> Any:
     Raises:
         SGOPDConfigError: weights are sharded over processes.
         TeacherError: the teacher's tokens, or its rendering of the prompts, are not the student's.
+        CheckpointError: the teacher is a student that is half in its place.
     """
     _refuse_sharding(args)
     name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
+    check_student(name)
     student = args.model_init_kwargs or {}
     options = {key: student[key] for key in ("dtype", "attn_implementation") if student.get(key) is not None}
     options |= {"trust_remote_code": args.trust_remote_code} | dict(args.teacher_model_init_kwargs or {})

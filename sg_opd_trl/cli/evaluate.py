@@ -49,11 +49,9 @@ def _evaluate(options: argparse.Namespace, settings: dict[str, Any], rows: Any) 
 
     from ..evaluation import evaluate_model
     from ..evaluation_sampling import to_accelerator
-    from ..student_files import check_student
     from ..tasks import resolve
 
     folder = resolve(options.model)
-    check_student(folder)
     loading = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     with concerning("model", options.model):
         model = to_accelerator(AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, **loading))

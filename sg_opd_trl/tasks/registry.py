@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SGOPDConfigError
+from ..student_files import check_student
 from .settings import ArithmeticSettings, ChainSettings, ModelSettings, SupervisedSettings, TaskSettings, settings_key
 
 PREFIX = "builtin/"
@@ -50,8 +51,11 @@ def resolve(name: str, settings: TaskSettings | None = None) -> str:
     Raises:
         SGOPDConfigError: If there is no such built-in, if its seed is not a whole number, or if the cache cannot be
             written to.
+        CheckpointError: If it is the folder of a student that is half in its place.
     """
     if not name.startswith(PREFIX):
+        # Every model that a command names passes here, whoever loads it then.
+        check_student(name)
         return name
     base, marker, seed = name.partition("@")
     artefact = _ARTEFACTS.get(base)

@@ -12,6 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import SGOPDConfigError, TeacherError
 from ..run import Run
+from ..student_files import check_student
 from ..trl_seam import get_config_model_id
 from .local import LocalTeacher, fingerprint
 from .reference import REFERENCE_ADAPTER, adapter_switched, changes_base, evaluating, trained_base
@@ -128,7 +129,9 @@ def adapter_config(path: str, revision: str | None = None, *, role: str = "teach
 
     Raises:
         SGOPDConfigError: PEFT is not installed, or the adapter is a learned prompt.
+        CheckpointError: the adapter, or its base, is half in its place.
     """
+    check_student(path)
     try:
         from peft import PeftConfig
     except ImportError as error:

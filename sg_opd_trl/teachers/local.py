@@ -19,7 +19,6 @@ from ..models.forward import ForwardOutput, HeadRequest, scattered
 from ..models.generate import generate_completions
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..models.internals import attention_implementation
-from ..student_files import check_student
 from ..trl_seam import (
     HeadSettings,
     add_fused_head,
@@ -232,7 +231,6 @@ class FrozenModel(ModelScorer):
         # Ranks hold a whole model each; `device_map` would spread the one of every rank over all devices.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             options["device_map"] = None
-        check_student(name)
         loaded = cls(create_model_from_path(name, **options), role=role, name=name, **extra)
         loaded.loaded_from = name, revision, dict(init_kwargs or {})
         return loaded
