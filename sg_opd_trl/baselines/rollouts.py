@@ -1,8 +1,10 @@
 """Teacher rollouts, written once before training, and read again where nothing that they depend on has changed."""
 
 import hashlib
+import itertools
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +39,19 @@ class Rollout:
 
     completion_ids: list[int]
     verdict: float | None
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "Rollout":
+        """Read one line of a file.
+
+        Raises:
+            ValueError: it is not JSON, or its ids are none.
+            TypeError: it has other fields.
+        """
+        rollout = cls(**json.loads(line))
+        if not isinstance(rollout.completion_ids, list) or not all(type(x) is int for x in rollout.completion_ids):
+            raise ValueError("completion_ids")
+        return rollout
 
 
 @dataclass(frozen=True)
@@ -84,36 +99,44 @@ class RolloutRequest:
 
 
 class RolloutFile:
-    """Rollouts behind a line with their key, in whole batches, so that a killed run goes on where it stopped."""
+    """Rollouts behind a line with their key, in whole batches, so that a killed run goes on where it stopped.
+
+    They were paid for: a file is never written over unless all that it holds is in the new one. What cannot be read,
+    or is in the way, is kept beside it.
+    """
 
     def __init__(self, path: Path, key: str, batch_size: int, total: int) -> None:
         self.path, self.key, self.batch_size, self.total = path, key, batch_size, total
 
     def take(self) -> None:
         """Have the file be that of this key; what it holds of another one is kept beside it, for when that is back."""
-        other = self._key()
-        if other is not None and other != self.key:
+        self._clear_of_others()
+        stored = self._of(self.key)
+        if not stored.is_file() or self.path.exists():
+            return
+        if _key_of(stored) == self.key:
+            stored.replace(self.path)
+        else:
+            _set_aside(stored, "does not begin with the key of its rollouts")
+
+    def _clear_of_others(self) -> None:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return
+        other = _key_of(self.path)
+        if other is None:
+            _set_aside(self.path, "does not begin with the key of its rollouts")
+        elif other != self.key:
             kept = self._of(other)
+            if kept.exists():
+                _set_aside(kept, "is in the place of other rollouts of these settings")
             logger.info("%s holds rollouts of other settings: they are kept in %s.", self.path, kept.name)
             self.path.replace(kept)
-        if not self.path.exists() and self._of(self.key).is_file():
-            self._of(self.key).replace(self.path)
 
     def _of(self, key: str) -> Path:
         return self.path.with_name(f"{self.path.stem}-{key}{self.path.suffix}")
 
-    def _key(self) -> str | None:
-        if not self.path.is_file():
-            return None
-        with self.path.open(encoding="utf-8") as file:
-            head = file.readline()
-        try:
-            return str(json.loads(head)["key"])
-        except (ValueError, TypeError, KeyError):
-            return None  # `read` tells of it
-
     def read(self) -> list[Rollout]:
-        """The complete batches of the same key."""
+        """The complete batches; `take` comes before."""
         rollouts = self._rollouts()
         whole = len(rollouts) if len(rollouts) == self.total else len(rollouts) // self.batch_size * self.batch_size
         return rollouts[:whole]
@@ -130,16 +153,53 @@ class RolloutFile:
     def _rollouts(self) -> list[Rollout]:
         if not self.path.is_file():
             return []
-        head, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
+        lines = self.path.read_bytes().splitlines(keepends=True)
         rollouts = []
-        try:
-            if json.loads(head)["key"] != self.key:
-                return []
-            for line in lines:
-                rollouts.append(Rollout(**json.loads(line)))
-        except (ValueError, TypeError, KeyError):
+        for line in lines[1:]:
+            try:
+                rollouts.append(Rollout.from_line(line))
+            except (ValueError, TypeError):
+                break
+        if len(rollouts) == len(lines[1:]):
+            return rollouts
+        if len(rollouts) == len(lines) - 2 and not lines[-1].endswith(b"\n"):
             logger.warning("%s ends in the middle of a rollout; it is written on from there.", self.path)
+        else:
+            # No kill leaves that. What is behind it is not read, but may be worth a look.
+            _set_aside(self.path, f"has a line {len(rollouts) + 2} that is no rollout", copied=True)
         return rollouts
+
+
+def _key_of(path: Path) -> str | None:
+    """The key in a file's first line; None for a line that has none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        head = file.readline()
+    try:
+        return str(json.loads(head)["key"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _set_aside(path: Path, reason: str, *, copied: bool = False) -> None:
+    """Keep a file under another name, where nothing reads it or writes over it."""
+    aside = next(
+        free
+        for number in itertools.count(1)
+        if not (free := path.with_name(f"{path.stem}-aside-{number}{path.suffix}")).exists()
+    )
+    logger.warning(
+        "%s %s: it is kept as %s, and the teacher writes what is missing anew. Mend it and give it its name back, or "
+        "delete it.",
+        path,
+        reason,
+        aside.name,
+    )
+    if copied:
+        shutil.copyfile(path, aside)
+    else:
+        path.replace(aside)
 
 
 def teacher_rollouts(

@@ -1,6 +1,7 @@
 """Tiny untrained models and problems of the built-in task, made once in about a second."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,19 @@ class Tiny:
     data: str
     teacher: str
     student: str
+
+    def recipe(self, folder: Path) -> Path:
+        """A recipe of two steps over two prompts x two rollouts."""
+        path = folder / "tiny.yaml"
+        path.write_text(
+            f"model_name_or_path: {self.student}\nteacher_model_name_or_path: {self.teacher}\n"
+            f"dataset_name: {self.data}\noutput_dir: {folder / 'student'}\n"
+            "max_steps: 2\nper_device_train_batch_size: 4\nnum_generations: 2\n"
+            "max_completion_length: 8\nuse_cpu: true\nbf16: false\ngradient_checkpointing: false\n"
+            "save_strategy: 'no'\nlogging_steps: 1\nlearning_rate: 1e-3\ndisable_tqdm: true\n",
+            encoding="utf-8",
+        )
+        return path
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +51,4 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def tiny_recipe(tiny, tmp_path):
-    """A recipe of two steps over two prompts x two rollouts."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(
-        f"model_name_or_path: {tiny.student}\nteacher_model_name_or_path: {tiny.teacher}\ndataset_name: {tiny.data}\n"
-        f"output_dir: {tmp_path / 'student'}\nmax_steps: 2\nper_device_train_batch_size: 4\nnum_generations: 2\n"
-        "max_completion_length: 8\nuse_cpu: true\nbf16: false\ngradient_checkpointing: false\nsave_strategy: 'no'\n"
-        "logging_steps: 1\nlearning_rate: 1e-3\ndisable_tqdm: true\n",
-        encoding="utf-8",
-    )
-    return path
+    return tiny.recipe(tmp_path)

@@ -11,7 +11,9 @@ from sg_opd_trl.cli import main
 from sg_opd_trl.cli.parsing import build_settings, read_command_line
 from sg_opd_trl.cli.teacher_rollouts import _parser, _trainer, store_folder
 from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.teacher_sampling.stored.cache import RolloutCache
 from sg_opd_trl.teacher_sampling.stored.precompute import planned_rollouts, precompute, total_steps
+from sg_opd_trl.teacher_sampling.stored.store import open_store
 
 ANCHOR = ("--teacher_sampling_phase1_end_frac", "1.0", "--teacher_sampling_phase2_end_frac", "1.0")
 #: Six teacher prompts in two steps.
@@ -95,6 +97,59 @@ def test_a_killed_command_goes_on_where_it_stopped(
     assert len(after) == 6
     assert all(row in after for row in before)
     assert len({arguments[2] for arguments in calls[:2] + calls[3:]}) == 3, "every batch has a seed of its own"
+
+
+def _cut(content: bytes, line: int, *, at: float = 0.0, extra: int = 0) -> bytes:
+    """What is left up to a share of a line, or some bytes after its beginning."""
+    lines = content.splitlines(keepends=True)
+    before = b"".join(lines[:line])
+    return before + (lines[line][: round(at * len(lines[line])) + extra] if line < len(lines) else b"")
+
+
+#: Of six rollouts in batches of four and two.
+CUTS = {
+    "nothing is left": lambda content: b"",
+    "one letter is left": lambda content: content[:1],
+    "half of the first line": lambda content: _cut(content, 0, at=0.5),
+    "the first line, not its end": lambda content: _cut(content, 1)[:-1],
+    "between two lines of a batch": lambda content: _cut(content, 2),
+    "behind the first letter of a line": lambda content: _cut(content, 3, extra=1),
+    "half of the last line of a batch": lambda content: _cut(content, 3, at=0.5),
+    "the end of the last line of a batch": lambda content: _cut(content, 4)[:-1],
+    "between two batches": lambda content: _cut(content, 4),
+    "half a line of the last batch": lambda content: _cut(content, 4, at=0.5),
+    "between the lines of the last batch": lambda content: _cut(content, 5),
+    "half of the last line": lambda content: _cut(content, 5, at=0.5),
+    "the very end": lambda content: content[:-1],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_store_that_was_cut_goes_on_to_the_same_rollouts(
+    cut: str, uninterrupted: tuple[Any, bytes, dict], tmp_path: Path
+) -> None:
+    trainer, content, expected = uninterrupted
+    (tmp_path / "rollouts-0.jsonl").write_bytes(CUTS[cut](content))
+    assert completed(trainer, tmp_path) == expected
+
+
+def completed(trainer: Any, folder: Path) -> dict[tuple, list[int]]:
+    """All rollouts of the schedule, after what a folder lacks has been written into it."""
+    trainer.rollout_cache = RolloutCache(trainer, open_store(str(folder)))
+    precompute(trainer, planned_rollouts(trainer), batch_size=4)
+    # As the next run reads them.
+    return dict(RolloutCache(trainer, open_store(str(folder))).store._rollouts)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: Any) -> tuple[Any, bytes, dict]:
+    """A trainer that only writes rollouts, the file of one that was not interrupted, and what it holds."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = _trainer(settings(tiny.recipe(folder), *SIX), folder / "store")
+    rollouts = completed(trainer, folder / "store")
+    assert len(rollouts) == 6
+    (path,) = (folder / "store").glob("rollouts-*.jsonl")
+    return trainer, path.read_bytes(), rollouts
 
 
 def test_the_schedule_is_that_of_the_run(tiny_recipe: Path, tmp_path: Path) -> None:

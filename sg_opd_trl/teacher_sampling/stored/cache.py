@@ -97,10 +97,27 @@ class RolloutCache:
         self._say_what_is_missing(len(missing), len(keys))
         # A rank that lacks nothing calls all the same where the teacher is sharded: its forwards are collective.
         if self.run.agree_on_calls(len(missing)):
-            self._generate([examples[row] for row in missing], [keys[row] for row in missing], seed, judge)
+            own = [examples[row] for row in missing]
+            self.store.add(self._written(own, [keys[row] for row in missing], seed, judge))
         completions = [self.store[key] for key in keys]
         self.tokens_reused += sum(len(ids) for ids, known in zip(completions, stored, strict=True) if known)
         return completions, stored
+
+    def written(
+        self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int], seed: int, judge: Judge
+    ) -> list[StoredRollout]:
+        """New rollouts, judged and not stored yet; all ranks must call this the same number of times.
+
+        Args:
+            examples: rows of the data set, of none of which the rollout is stored.
+            prompts: token ids that the teacher reads.
+            samples: sample index of each rollout.
+            seed: that they are drawn from.
+            judge: gives their verdicts.
+        """
+        if not self.run.agree_on_calls(len(examples)):
+            return []
+        return self._written(list(examples), self._keys(examples, prompts, samples), seed, judge)
 
     def prefetch(
         self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int], seed: int
@@ -116,18 +133,16 @@ class RolloutCache:
         """Whether a rollout is stored."""
         return self.store.get(self._context(example), prompt, sample) is not None
 
-    def _generate(self, examples: list[dict], keys: list[Key], seed: int, judge: Judge | None) -> None:
+    def _written(self, examples: list[dict], keys: list[Key], seed: int, judge: Judge | None) -> list[StoredRollout]:
         run, prompts = self.run, [list(prompt) for _, prompt, _ in keys]
         teacher = teacher_of(run.teacher, examples)
         written = teacher.generate(prompts, run.teacher_sampling, seed, run.generation_budget(prompts))
         texts = run.tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
         verdicts = judge(examples, written) if judge is not None and written else [None] * len(written)
-        self.store.add(
-            [
-                StoredRollout(context, prompt, sample, ids, text, verdict)
-                for (context, prompt, sample), ids, text, verdict in zip(keys, written, texts, verdicts, strict=True)
-            ]
-        )
+        return [
+            StoredRollout(context, prompt, sample, ids, text, verdict)
+            for (context, prompt, sample), ids, text, verdict in zip(keys, written, texts, verdicts, strict=True)
+        ]
 
     def _keys(self, examples: Sequence[dict], prompts: Sequence[list[int]], samples: Sequence[int]) -> list[Key]:
         return [

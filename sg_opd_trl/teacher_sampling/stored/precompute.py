@@ -116,7 +116,8 @@ def total_steps(run: PlannedRun) -> int:
 def precompute(run: PrecomputeRun, wanted: Sequence[tuple[int, int]], batch_size: int) -> RolloutCounts:
     """Have the teacher write the rollouts that the run's cache lacks; all processes together.
 
-    Every batch is stored as soon as it is judged: a killed run goes on where it stopped.
+    Every batch, of all processes together, is stored as soon as it is judged: a killed run goes on where it stopped,
+    with the batches, and so with the rollouts, that it would have had.
 
     Args:
         run: with a writable `rollout_cache`.
@@ -156,7 +157,12 @@ def precompute(run: PrecomputeRun, wanted: Sequence[tuple[int, int]], batch_size
             # The first of the batch, not its number, so that a resumed run does not repeat an earlier seed.
             seed = mixed_seed(run.args.seed, PRECOMPUTE_SEED, *batch[0], accelerator.process_index)
             rows, samples = [row for row, _ in own], [sample for _, sample in own]
-            cache.complete([examples[row] for row in rows], [read[row] for row in rows], samples, seed, judge)
+            written = cache.written([examples[row] for row in rows], [read[row] for row in rows], samples, seed, judge)
+            # By one process and at once: where one had stored its part and another had not, a run that goes on would
+            # divide what is left in another way.
+            gathered = gather_object(written)
+            if accelerator.is_main_process:
+                cache.store.add(gathered)
             bar.update(len(batch))
     counts.seconds = time.perf_counter() - started
     return _over_processes(counts, stored=len(wanted) - len(missing))

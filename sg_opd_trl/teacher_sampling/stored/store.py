@@ -1,8 +1,10 @@
 """Teacher rollouts in a folder that `datasets.load_dataset` reads: JSON Lines, one file per process that wrote.
 
 `teacher_rollouts_path` names it: a local folder, which is created and filled, or a data set on the Hub, which is read.
-A process appends to a file of its own, whole lines at a time, and reads everybody's when it starts. A killed process
-leaves at most one line without an end, which the next reader passes over.
+A process appends to a file of its own, a batch at a time, and reads everybody's when it starts. Rollouts of a batch
+depend on one another, as they were drawn from one seed: what a killed process has left of its last batch is passed
+over by the next reader, so that the batch is written again as it would have been. A line that begins with a space has
+another one of its batch behind it.
 """
 
 import json
@@ -30,7 +32,8 @@ _UPLOADED = [ROLLOUT_FILES, f"{CONTEXT_FOLDER}/*.json", CARD_FILE]
 
 Key = tuple[str, tuple[int, ...], int]
 """What a rollout is found by: context, prompt ids, sample index."""
-_START = re.compile(rb'\{"context": "([0-9a-f]{%d})", ' % DIGEST_LENGTH)
+_GOES_ON = b" "
+_START = re.compile(rb' ?\{"context": "([0-9a-f]{%d})", ' % DIGEST_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class RolloutStore:
         self.name = str(folder) if name is None else name
         self._rollouts: dict[Key, list[int]] = {}
         self._facts: dict[str, dict] = {}
-        self._own_file = folder / ROLLOUT_FILES.replace("*", uuid.uuid4().hex[:16])
+        self._own_file = self._new_file()
 
     def __len__(self) -> int:
         return len(self._rollouts)
@@ -127,7 +130,7 @@ class RolloutStore:
         return self._rollouts.get((context, tuple(prompt_ids), sample))
 
     def add(self, rollouts: Sequence[StoredRollout]) -> None:
-        """Keep rollouts, on disk before this returns where the store is writable.
+        """Keep a batch of rollouts, on disk before this returns where the store is writable.
 
         Raises:
             DataError: the folder cannot be written.
@@ -138,17 +141,23 @@ class RolloutStore:
             return
         try:
             self._describe({rollout.context for rollout in rollouts})
+            *before, last = (rollout.line() for rollout in rollouts)
             with self._own_file.open("ab") as file:
                 # Buffered: a plain file may take a part of what it is given, and says so only in its answer.
-                file.write(b"".join(rollout.line() for rollout in rollouts))
+                file.write(b"".join([*(_GOES_ON + line for line in before), last]))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            # A part of the batch may be there, behind which nothing can be read.
+            self._own_file = self._new_file()
             raise DataError(
                 f"`teacher_rollouts_path` must be a folder that can be written, got {self.name!r}: {error.strerror}. "
                 "The teacher's rollouts are kept there. Make room or choose another folder; what it holds stays "
                 "readable."
             ) from error
+
+    def _new_file(self) -> Path:
+        return self.folder / ROLLOUT_FILES.replace("*", uuid.uuid4().hex[:16])
 
     def other_contexts(self) -> dict[str, dict]:
         """Facts by digest of the contexts that were not asked for."""
@@ -248,18 +257,21 @@ def _download(path: str) -> Path:
 # --- lines -----------------------------------------------------------------------------------------------------------
 def _rollouts_of(path: Path, contexts: Collection[str]) -> Iterator[StoredRollout]:
     bad: list[int] = []
+    batch: list[StoredRollout] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            start = _START.match(line)
-            if start and start.group(1).decode() not in contexts and line.endswith(b"}\n"):
-                continue
             try:
-                rollout = StoredRollout.from_fields(json.loads(line))
+                rollout = _rollout_of(line, contexts)
             except (ValueError, KeyError, TypeError):
+                rollout = None
                 bad.append(number)
-                continue
-            if rollout.context in contexts:
-                yield rollout
+            if rollout is not None:
+                batch.append(rollout)
+            # What is no line up to its end is cut, and may have begun as any.
+            cut = bad[-1:] == [number] and not line.endswith(b"\n")
+            if not line.startswith(_GOES_ON) and not cut:
+                yield from batch
+                batch = []
     if bad:
         logger.warning(
             "%s: %d of its lines cannot be read, the first is line %d. They count as missing, and their rollouts are "
@@ -268,6 +280,22 @@ def _rollouts_of(path: Path, contexts: Collection[str]) -> Iterator[StoredRollou
             len(bad),
             bad[0],
         )
+    if batch:
+        logger.warning(
+            "%s ends inside a batch: its last %d rollouts count as missing, and the batch is written again, so that "
+            "it is what it would have been.",
+            path,
+            len(batch),
+        )
+
+
+def _rollout_of(line: bytes, contexts: Collection[str]) -> StoredRollout | None:
+    """A line's rollout; None if it is of none of these contexts, whose ids are not even looked at."""
+    start = _START.match(line)
+    if start and start.group(1).decode() not in contexts and line.endswith(b"}\n"):
+        return None
+    rollout = StoredRollout.from_fields(json.loads(line))
+    return rollout if rollout.context in contexts else None
 
 
 def _checksum(context: str, sample: int, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
@@ -314,4 +342,7 @@ this folder or data set, and runs that ask for the same rollouts read them here.
 | `completion` | the same as text, special tokens left out |
 | `verdict` | of the verifier when the rollout was written: 1 right, 0 wrong, null not judged then; runs judge anew |
 | `checksum` | of the four columns that matter; a line that does not fit it is passed over |
+
+A line that begins with a space has another one of its batch behind it. A file that ends inside a batch was cut, and
+what is there of the batch is passed over.
 """

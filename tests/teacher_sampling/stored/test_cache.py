@@ -177,10 +177,24 @@ def test_prompts_of_a_subclass_are_drawn_anew_in_every_step(tmp_path: Path) -> N
 
 def test_a_damaged_line_costs_one_rollout(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     (file,) = cache.glob("rollouts-*.jsonl")
-    file.write_bytes(file.read_bytes()[:-20])
+    *others, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*others, last.replace(b"checksum", b"checkson")]))
     trainer = run(tmp_path, cache)
     assert logged(trainer, "anchor/cache_misses") == [0.0, 0.0, 1.0]
     assert any(str(file) in message for message in caplog.messages)
+    assert run(tmp_path, cache).teacher.tokens_generated == 0
+
+
+@pytest.mark.parametrize("cut", [20, 1, 0], ids=["in a line", "at the end", "between two lines"])
+def test_a_store_that_was_cut_trains_as_if_it_were_whole(tmp_path: Path, cache: Path, cut: int) -> None:
+    """The last step's rollouts were drawn together, and are drawn together again."""
+    (file,) = cache.glob("rollouts-*.jsonl")
+    content = file.read_bytes()
+    last = content.splitlines(keepends=True)[-1]
+    file.write_bytes(content[:-cut] if cut else content.removesuffix(last))
+    trainer = run(tmp_path, cache)
+    assert logged(trainer, "anchor/cache_misses") == [0.0, 0.0, 0.0 if cut == 1 else 2.0]
+    assert same_training(trainer, run(tmp_path, None))
     assert run(tmp_path, cache).teacher.tokens_generated == 0
 
 

@@ -119,6 +119,56 @@ def test_a_damaged_line_is_passed_over_and_its_file_is_named(
     assert "1 of its lines cannot be read" in message
 
 
+def test_whatever_byte_a_file_is_cut_at_its_whole_batches_are_read(tmp_path: Path) -> None:
+    """Of three batches, two, one and three rollouts; the newline at the end of a batch is no part of it."""
+    store = reading(tmp_path)
+    ends, samples = [], iter(range(9))
+    for size in (2, 1, 3):
+        store.add([rollout(sample=next(samples)) for _ in range(size)])
+        (path,) = files(tmp_path)
+        ends.append((path.stat().st_size - 1, size))
+    content = path.read_bytes()
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        found = reading(tmp_path)
+        expected = sum(size for end, size in ends if end <= cut)
+        assert [sample for sample in range(9) if found.get(A, (3, 4), sample)] == list(range(expected)), cut
+
+
+def test_a_cut_batch_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reading(tmp_path).add([rollout(sample=number) for number in range(3)])
+    (path,) = files(tmp_path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert len(reading(tmp_path)) == 0
+    assert f"{path} ends inside a batch: its last 2 rollouts count as missing" in caplog.text
+
+
+def test_a_batch_of_several_contexts_is_one(tmp_path: Path) -> None:
+    reading(tmp_path, A, B).add([rollout(), rollout(context=B), rollout(sample=1)])
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    assert [len(reading(tmp_path, *own)) for own in ((A,), (B,), (A, B))] == [2, 1, 3]
+    path.write_bytes(content[:-9])
+    assert [len(reading(tmp_path, *own)) for own in ((A,), (B,), (A, B))] == [0, 0, 0]
+
+
+def test_after_a_failed_write_the_next_batch_is_in_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = reading(tmp_path)
+
+    def cut(descriptor: int) -> None:
+        os.truncate(descriptor, os.fstat(descriptor).st_size - 30)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError):
+        patch.setattr(os, "fsync", cut)
+        store.add([rollout(), rollout(sample=1)])
+    store.add([rollout(sample=2)])
+    found = reading(tmp_path)
+    assert [sample for sample in range(3) if found.get(A, (3, 4), sample)] == [2]
+
+
 # A line as the first version wrote it, letter by letter. Stores are kept for years.
 LINE = (
     b'{"context": "aaaaaaaaaaaaaaaaaaaaaaaa", "sample": 4294967296, "prompt_ids": [3, 4], "completion_ids": [5, 6, 1],'
@@ -228,8 +278,9 @@ def test_datasets_reads_a_store_with_and_without_verdicts(tmp_path: Path) -> Non
 
     folder = tmp_path / "store"
     folder.mkdir()
-    for number, verdict in enumerate([None, None, 1.0, 0.0]):
-        reading(folder).add([replace(rollout(sample=number), verdict=verdict)])
+    for verdicts in ([None, None], [1.0, 0.0]):
+        first = len(reading(folder))
+        reading(folder).add([replace(rollout(sample=first + i), verdict=v) for i, v in enumerate(verdicts)])
     rows = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert sorted(rows["sample"]) == [0, 1, 2, 3]
     assert sorted(rows["verdict"], key=str) == [0.0, 1.0, None, None]
