@@ -17,6 +17,7 @@ from . import __version__
 from .core import TokenStatistics, combine, finalize
 from .errors import NonFiniteError, SGOPDConfigError
 from .run import Run
+from .scrubbing import without_secrets
 from .trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)
@@ -163,8 +164,8 @@ def checkpoint_facts(run: TaughtRun) -> dict:
     reference = run.reference.identity if run.reference is not None else None
     return {
         "version": __version__,
-        "teacher": run.teacher.identity,
-        "reference": reference,
+        "teacher": without_secrets(run.teacher.identity),
+        "reference": without_secrets(reference),
         "teacher_tokens": list(run.teacher_tokens),
     }
 
@@ -177,7 +178,8 @@ def compare_checkpoint_facts(run: TaughtRun, state: dict) -> None:
     """
     for role, model in (("teacher", run.teacher), ("reference", run.reference)):
         stored = _identities(role, state.get(role))
-        current = _identities(role, None if model is None else model.identity)
+        # Hidden on both sides: another key of the same server is the same teacher.
+        current = _identities(role, None if model is None else without_secrets(model.identity))
         if stored.keys() != current.keys():
             raise SGOPDConfigError(
                 f"The teachers must be those of the checkpoint, got {sorted(current)} in place of {sorted(stored)}. "

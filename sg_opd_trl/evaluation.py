@@ -16,6 +16,7 @@ from .errors import DataError, SGOPDConfigError
 from .evaluation_files import EvaluationFiles
 from .evaluation_plan import Decoding, EvaluationPlan, Identity, read_rows
 from .files import write_atomically
+from .scrubbing import scrubbed_text
 
 if TYPE_CHECKING:
     from .evaluation_sampling import Sample, Sampler
@@ -332,7 +333,7 @@ def _evaluate(
     result = replace(
         _result(sampler, plan, samples, identity if files.there else None),
         seconds=time.perf_counter() - started,
-        dataset=dataset_name,
+        dataset=None if dataset_name is None else scrubbed_text(dataset_name),
     )
     files.finish(result.to_dict())
     return result

@@ -7,7 +7,6 @@ nobody has sorted counts as mathematics, so that a new field of TRL is asked abo
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from datasets import Dataset
 
 from . import __version__
 from .errors import SGOPDConfigError, did_you_mean
+from .scrubbing import without_secrets
 from .trl_seam import STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,6 @@ _KNOWN_BY_WEIGHTS = {
     "teacher": ("teacher_model_name_or_path", "teacher_model_revision"),
     "reference": ("reference_model_name_or_path", "reference_model_revision"),
 }
-_SECRET = re.compile(r"(^|_)(token|key|secret|password)$")
 # Rows that are read for a fingerprint at most, evenly over the data.
 _FINGERPRINT_ROWS = 10_000
 
@@ -156,16 +155,16 @@ def peft_identity(model: Any) -> dict[str, Any] | None:
 
 def _plain(value: Any) -> Any:
     """The value as a JSON file gives it back, without secrets."""
-    return json.loads(json.dumps(_without_secrets(value), default=str, sort_keys=True))
+    return json.loads(json.dumps(without_secrets(_sorted(value)), default=str, sort_keys=True))
 
 
-def _without_secrets(value: Any) -> Any:
+def _sorted(value: Any) -> Any:
+    """The value with sets in one order, which is not that of every process."""
     if isinstance(value, Mapping):
-        kept = {str(key): each for key, each in value.items() if not _SECRET.search(str(key))}
-        return {key: _without_secrets(each) for key, each in kept.items()}
+        return {str(key): _sorted(each) for key, each in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    return [_without_secrets(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return [_sorted(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 # --- the identity of a checkpoint ------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ from trl.trainer.utils import (  # noqa: F401
 
 from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
-from .errors import RankError, SGOPDConfigError
+from .errors import RankError
+from .hub import is_of_the_hub, not_pushed, tell_if_failed, tell_of_a_checkpoint, unusable, upload_run
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
 from .models.forward import (
@@ -63,7 +64,6 @@ from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
 from .saved_card import without_local_base
-from .scrubbing import scrubbed_text
 from .skipped_steps import check_weights_are_finite
 from .student_files import check_student, written_aside
 
@@ -492,14 +492,6 @@ def save_student(trainer: _Saves, folder: Path) -> None:
         trainer.accelerator.wait_for_everyone()
 
 
-def _tell_of_a_failed_push(job: Any) -> None:
-    error = None if job.cancelled() else job.exception()
-    if error is not None:
-        logger.warning(
-            "A checkpoint was not pushed; it is in its folder, and training goes on: %s", scrubbed_text(str(error))
-        )
-
-
 @dataclass(frozen=True)
 class WrittenBatch:
     """A generation batch of all ranks as TRL keeps it for its logs, the same on every rank.
@@ -546,7 +538,94 @@ def _gathering_by(accelerator: Any) -> Iterator[None]:
         grpo_trainer.gather = original
 
 
-class GRPOSeam(GRPOTrainer):
+class HubSeam:
+    """A base to stand before a trainer of transformers or TRL."""
+
+    # Of the trainer.
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    hub_model_id: Any
+    is_world_process_zero: Callable[[], bool]
+    _finish_current_push: Callable[[], None]
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository of the run, see `transformers.Trainer.init_hf_repo`.
+
+        Raises:
+            SGOPDConfigError: the Hub cannot be reached or refuses it.
+        """
+        try:
+            super().init_hf_repo(token, private)  # type: ignore[misc]
+        except Exception as error:
+            raise unusable(error) from error
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save and push, see `transformers.Trainer.push_to_hub`.
+
+        Raises:
+            PushError: the Hub did not take it; says what is where, and the command that pushes again.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            if is_of_the_hub(error):
+                raise not_pushed(self, error) from error
+            raise
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        before = self._push_jobs()
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        except Exception as error:
+            if not is_of_the_hub(error):
+                raise
+            tell_of_a_checkpoint(error)
+        for job in self._push_jobs():
+            if job not in before:
+                job.add_done_callback(tell_if_failed)
+
+    def push_folder(self) -> str | None:
+        """Push the folder of the run as it is, with the student, its card and its reports.
+
+        Transformers' own push would save the student and write its card once more.
+
+        Returns:
+            Address of the commit; None on a process that does not push.
+
+        Raises:
+            PushError: the Hub did not take it; says what is where, and the command that pushes again.
+        """
+        if not self.is_world_process_zero():
+            return None
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self._finish_current_push()
+            return upload_run(str(self.hub_model_id), self.args)
+        # The run is whole: whatever fails from here on is the push.
+        except Exception as error:
+            raise not_pushed(self, error) from error
+
+    def _push_jobs(self) -> list[Any]:
+        # Only the process that pushes has the attribute.
+        pushing = getattr(self, "push_in_progress", None)
+        return [] if pushing is None else list(pushing.jobs)
+
+
+class PlainHubSeam(HubSeam):
+    """The same for a trainer that is TRL's otherwise: what it saves is fit for the Hub too."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student, see `transformers.Trainer.save_model`; its card names no folder of this machine."""
+        super().save_model(output_dir, True)  # type: ignore[misc]
+        if self.args.should_save:
+            without_local_base(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+class GRPOSeam(HubSeam, GRPOTrainer):
     """`GRPOTrainer` with public hooks where it takes its private steps; by itself it trains as its parent does.
 
     TRL's step, and where a subclass comes in:
@@ -1064,35 +1143,7 @@ class GRPOSeam(GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # What is uploaded in the background must not be renamed meanwhile: it is pushed from its place.
         if self._written_aside is None:
-            self._pushed(checkpoint_folder)
-
-    def _pushed(self, checkpoint_folder: str) -> None:
-        """Push in the background; a Hub that fails takes nothing from the run."""
-        before = self._push_jobs()
-        super()._push_from_checkpoint(checkpoint_folder)
-        for job in self._push_jobs():
-            if job not in before:
-                job.add_done_callback(_tell_of_a_failed_push)
-
-    def _push_jobs(self) -> list[Any]:
-        # Only the process that pushes has the attribute.
-        pushing = getattr(self, "push_in_progress", None)
-        return [] if pushing is None else list(pushing.jobs)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository of the run.
-
-        Raises:
-            SGOPDConfigError: the Hub cannot be reached or refuses it.
-        """
-        try:
-            super().init_hf_repo(token, private)
-        except Exception as error:
-            raise SGOPDConfigError(
-                f"`push_to_hub` must find a Hub that takes `hub_model_id`, got {scrubbed_text(str(error))}. "
-                "The student would be pushed there. Check the network, `hub_model_id` and the token (HF_TOKEN, or "
-                "`hf auth login`), or set push_to_hub=False and push the folder afterwards with `hf upload`."
-            ) from error
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _size_of_checkpoint(self) -> int:
         """Bytes of weights and optimizer state, as far as this process holds them."""

@@ -25,6 +25,7 @@ LAYERS = (
         "errors",
         "files",
         "folder_lock",
+        "hub",
         "lazy_imports",
         "random_state",
         "run",

@@ -16,11 +16,13 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from ..agreement import check_for_trl
 from ..errors import TeacherError
 from ..evaluation_sampling import encode_prompt, end_token_ids
+from ..hub import reach_hub
 from ..models.batch import pad_rows
 from ..models.experts import without_router_logits
 from ..models.sampling import without_own_settings
 from ..precision import precision_problems, settle_bf16
 from ..run_folder import folder_problems
+from ..trl_seam import PlainHubSeam
 from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
 from .order import plan_steps
 from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer, padding_ids
@@ -74,7 +76,7 @@ class OnPolicyGKDConfig(PairedFields, GKDConfig):
         return self.max_new_tokens
 
 
-class OnPolicyGKDTrainer(GKDTrainer):
+class OnPolicyGKDTrainer(PlainHubSeam, GKDTrainer):
     """`GKDTrainer` that counts what the teacher scores, and divides its loss by the tokens it is summed over.
 
     TRL's data collator counts the tokens of the data set's completions before the student writes its own, and the loss
@@ -165,6 +167,7 @@ def build_gkd_trainer(
         SGOPDConfigError: a batch that does not hold whole groups, or sharded weights.
         TeacherError: the teacher's tokens or its vocabulary's size are not the student's.
     """
+    reach_hub(args)
     tokenizer = load_tokenizer(student, args)
     plan = plan_steps(args, train_dataset, args.num_generations)
     teacher = load_teacher(args, tokenizer, train_dataset.select(range(min(RENDERED, len(train_dataset))))["prompt"])

@@ -13,7 +13,9 @@ from transformers import TrainerState
 from trl import SFTTrainer
 
 from ..evaluation_sampling import encode_prompt, end_token_ids
+from ..hub import reach_hub
 from ..teacher_sampling.rollouts import drop_reason
+from ..trl_seam import PlainHubSeam
 from ..verifiers.verdicts import RunVerifier
 from .config import SeqKDConfig, TeacherSFTConfig
 from .order import StepPlan, fill_steps, plan_steps
@@ -23,7 +25,7 @@ from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-class TeacherSFTTrainer(SFTTrainer):
+class TeacherSFTTrainer(PlainHubSeam, SFTTrainer):
     """`trl.SFTTrainer`, which remembers what its rows cost."""
 
     teacher_use: TeacherUse
@@ -53,6 +55,8 @@ def build_sft_trainer(
         SGOPDConfigError: a batch that does not hold whole groups, or sharded weights.
         TeacherError: the teacher's tokens are not the student's.
     """
+    # Before the teacher writes: its rollouts are what costs.
+    reach_hub(args)
     tokenizer = load_tokenizer(student, args)
     group = 1 if isinstance(args, SeqKDConfig) else args.num_generations
     plan = plan_steps(args, train_dataset, group)

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import SGOPDError
+from .output import scrubbed_output
 
 COMMANDS = {
     "train": "distil a student as a recipe says",
@@ -40,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all went well, 2 after an error of the package (shown as one message), 130 after an interruption,
         otherwise the status of the launched processes.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    with scrubbed_output(words):
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     # A command reads its own words: this parser only finds which command it is, so that no other one is imported.
-    arguments, debug = _pop_debug(list(sys.argv[1:] if argv is None else argv))
+    arguments, debug = _pop_debug(words)
     namespace, rest = _build_parser().parse_known_args(arguments)
     if namespace.command is None:
         _build_parser().print_help()

@@ -49,6 +49,8 @@ _LIBRARIES: Mapping[str, str] = {
     "vllm": "use_vllm",
 }
 
+_CARRIERS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "ssl", "socket", "anyio", "contextlib")
+
 # What an error says -> the reason in plain words, and the way out. "" leaves the reason to the error.
 _WAYS_OUT: tuple[tuple[str, str, str], ...] = (
     (r"No space left on device|StorageFull|disk quota", "The disk is full.", "Make room, or set another folder."),
@@ -187,9 +189,13 @@ def _spoken_of(error: BaseException, settings: Mapping[str, Any]) -> str | None:
 
 
 def _library(error: BaseException) -> str:
-    """The library that raised: that of the innermost frame, as a model's forward passes through many."""
+    """The library that raised: that of the innermost frame, as a model's forward passes through many.
+
+    What sends requests for others speaks for whoever asked it to.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+    names = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    return next((name for name in reversed(names) if name not in _CARRIERS), "")
 
 
 def _of_library(error: BaseException, settings: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import SGOPDConfigError
+from ..scrubbing import remember
 from .values import control_character, is_nothing
 
 ENV_WHITELIST = frozenset(
@@ -176,7 +177,12 @@ def _read(text: str, path: str | Path) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        for key, scalar in _texts(node, ""):
+        texts = list(_texts(node, ""))
+        for key, scalar in texts:
+            # Before anything is said of one of them; as it is written too, which a message may quote.
+            for text in (scalar.value, _written(scalar)):
+                remember(text, key.rpartition(".")[2].partition("[")[0])
+        for key, scalar in texts:
             problem = _text_problem(key, scalar)
             if problem is not None:
                 raise SGOPDConfigError(f"`{key}` in recipe {path} {problem}")
@@ -201,11 +207,14 @@ def _texts(node: yaml.Node, key: str, above: tuple[int, ...] = ()) -> Iterator[t
         yield key, node
 
 
+def _written(node: yaml.ScalarNode) -> str:
+    return (node.start_mark.buffer or "")[node.start_mark.pointer : node.end_mark.pointer]
+
+
 def _text_problem(key: str, node: yaml.ScalarNode) -> str | None:
     """What YAML made of a text that its writer cannot have meant."""
-    source = node.start_mark.buffer or ""
-    begin, end = node.start_mark.pointer, node.end_mark.pointer
-    written = source[begin:end]
+    source, end = node.start_mark.buffer or "", node.end_mark.pointer
+    written = _written(node)
     escape = _MEANT_AS_TEXT.search(written) if node.style == '"' else None
     if escape is not None or control_character(node.value) is not None:
         return (

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import SGOPDConfigError
 from ..files import check_folder
+from ..hub import make_repository
 from ..teacher_sampling.stored.store import is_hub_id, push_store
 from .command import CommandParser, say
 from .launching import check_world_size, launch, wants_launch
@@ -58,6 +59,10 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
     _check(settings.training, options)
     folder = store_folder(settings, options)
     check_folder("teacher_rollouts_path" if options.output is None else "output", folder)
+    private, token = settings.training.hub_private_repo, settings.training.hub_token
+    if options.push_to_hub is not None and settings.training.process_index == 0:
+        # Before the teacher writes: its rollouts are what costs.
+        make_repository(options.push_to_hub, private=private, token=token, repo_type="dataset")
     trainer = _trainer(settings, folder)
     wanted = planned_rollouts(trainer, options.train_processes)
     if not wanted:
@@ -74,7 +79,6 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
             f"({counts.tokens} tokens{share}) in {counts.seconds:.1f} s"
         )
         if options.push_to_hub is not None:
-            private, token = settings.training.hub_private_repo, settings.training.hub_token
             say(f"Pushed: {push_store(folder, options.push_to_hub, private=private, token=token)}")
     trainer.end()
 

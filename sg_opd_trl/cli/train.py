@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PushError, SGOPDConfigError, did_you_mean
+from ..errors import SGOPDConfigError, did_you_mean
 from ..files import check_folder
-from ..scrubbing import scrubbed_text
 from .command import say
 from .launching import check_world_size, launch, wants_launch
 from .methods import METHODS
@@ -81,9 +79,11 @@ def _train(
     start: "Start",
     measure: Callable[[Path], dict[str, Any]] | None,
 ) -> None:
+    from ..hub import reach_hub
     from ..trl_seam import save_student
     from .cost import RunCost, describe_cost
 
+    reach_hub(settings.training)
     dataset_name = settings.script.dataset_name  # before it becomes a folder of this machine: the card names it
     resolve_names(settings)
     check_tokenizers(settings)
@@ -110,9 +110,7 @@ def _train(
     folder.record("finished")
     if settings.training.push_to_hub:
         try:
-            _push(trainer, settings, dataset_name)
-        except Exception as error:  # the run is whole: whatever fails from here on is the push
-            raise _not_pushed(trainer, settings, error) from error
+            _push(trainer, settings)
         finally:
             trainer.end()
     else:
@@ -340,7 +338,8 @@ def _write_card(trainer: Any, evaluations: dict[str, Any], dataset_name: str | N
 
 def _is_local(dataset_name: str | None) -> bool:
     """Whether a data set is not on the Hub, so that a card does not name it."""
-    return dataset_name is None or dataset_name.startswith("builtin/") or Path(dataset_name).exists()
+    elsewhere = dataset_name is None or dataset_name.startswith("builtin/") or "://" in dataset_name
+    return elsewhere or Path(str(dataset_name)).exists()
 
 
 def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], evaluations: Mapping[str, Any]) -> None:
@@ -350,27 +349,18 @@ def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], ev
         say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
 
 
-def _not_pushed(trainer: Any, settings: TrainSettings, error: Exception) -> PushError:
-    """What failed, where the student is, and the command that pushes it."""
-    repository = trainer.hub_model_id or settings.training.hub_model_id
-    words = ["hf", "upload", str(repository), str(settings.output_dir), ".", "--exclude", "checkpoint-*", "_*"]
-    if settings.training.hub_revision is not None:
-        words += ["--revision", settings.training.hub_revision]
-    return PushError(
-        f"`push_to_hub` must reach a Hub that takes the student, got {scrubbed_text(str(error))}\n"
-        f"Nothing is lost: the student, its card and its report are in {settings.output_dir}. Push them with\n"
-        f"  {shlex.join(words)}\n"
-        "with a token that may write in HF_TOKEN, or after `hf auth login`."
-    )
+def _push(trainer: Any, settings: TrainSettings) -> None:
+    from ..hub import not_pushed
 
-
-def _push(trainer: Any, settings: TrainSettings, dataset_name: str | None) -> None:
-    """Push the student; a data set that is not on the Hub is left out of its card."""
     completions_repo = getattr(settings.training, "log_completions_hub_repo", None)
     if trainer.accelerator.is_main_process and completions_repo is not None:
         # The scheduler uploads every two minutes, and a shorter run would end before its first upload.
-        trainer.commit_scheduler.trigger().result()
-        trainer.commit_scheduler.stop()
-    commit = trainer.push_to_hub(dataset_name=None if _is_local(dataset_name) else dataset_name)
-    if trainer.accelerator.is_main_process:
-        say(f"Student pushed: {commit.commit_url}")
+        try:
+            trainer.commit_scheduler.trigger().result()
+        except Exception as error:
+            raise not_pushed(trainer, error) from error
+        finally:
+            trainer.commit_scheduler.stop()
+    address = trainer.push_folder()
+    if address is not None:
+        say(f"Student pushed: {address}")

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from ..evaluation import EvaluationResult
-from ..scrubbing import HIDDEN, SECRET_NAME, scrubbed_text
+from ..scrubbing import is_secret_name, scrubbed
 from ..setting import defaults_of
 
 _NOT_OF_THE_METHOD = ("accelerator_config", "disable_tqdm", "logging_dir")  # filled in by the config itself
@@ -44,7 +44,7 @@ def shown_settings(config: Any) -> list[Setting]:
         for name, value in values.items()
         if name not in _NOT_OF_THE_METHOD
         and _is_plain(value)
-        and not SECRET_NAME.search(name)
+        and not is_secret_name(name)
         and _normal(value) != (_normal(defaults[name]) if name in defaults else None)
     ]
 
@@ -68,7 +68,7 @@ def shown_results(evaluations: Mapping[str, EvaluationResult | Mapping[str, Any]
 
 def show_value(value: Any) -> str:
     """A value as short text without secrets."""
-    text = str(_hide(_plain(value)))
+    text = str(_named(scrubbed(_plain(value))))
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
@@ -116,11 +116,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _hide(value: Any) -> Any:
+def _named(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: HIDDEN if SECRET_NAME.search(name) else _hide(item) for name, item in value.items()}
+        return {name: _named(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_hide(item) for item in value]
-    if isinstance(value, str):
-        return display_name(scrubbed_text(value))
-    return value
+        return [_named(item) for item in value]
+    return display_name(value) if isinstance(value, str) else value

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import selectors
 import signal
 import subprocess
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import VerifierError
+from ..scrubbing import is_secret_name, scrubbed_text
 
 _WORKER_FILE = Path(__file__).with_name("worker.py")
-_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
-_SECRET_ENDINGS = ("_PWD", "_PAT")  # endings, because PWD and PATH are none
-_LOGIN_IN_ADDRESS = re.compile(r"://[^/\s]*@")  # a proxy or a database, with the name and the password in its address
+_FOLDERS = ("PWD", "OLDPWD")  # a shell's own: the folder that it is in is no password
 _START_LIMIT = 120.0  # seconds: imports from a cold network disk, on a machine whose ranks all start at once
 _STOP_LIMIT = 1.0  # seconds
 _READ_SIZE = 1 << 16  # bytes: what a Linux pipe holds
@@ -41,15 +39,15 @@ def worker_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("PYTHON") and not _is_secret(name.upper(), value)
+        if not name.startswith("PYTHON") and not _is_secret(name, value)
     }
     # A fixed hash seed keeps sympy's traversal order, hence the verdicts, the same in every child.
     return {**kept, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
 
 def _is_secret(name: str, value: str) -> bool:
-    named = name.endswith(_SECRET_ENDINGS) or any(word in name for word in _SECRET_WORDS)
-    return named or _LOGIN_IN_ADDRESS.search(value) is not None
+    # A proxy or a database may have its password, or a gateway its key, in its address.
+    return name not in _FOLDERS and (is_secret_name(name) or scrubbed_text(value) != value)
 
 
 class WorkerProcess:

@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ...errors import SGOPDConfigError
+from ...scrubbing import without_secrets
 from ...teachers import AdapterTeacher, LocalTeacher, ServerTeacher, Teacher
 from ...trl_seam import get_config_model_id, is_sharded
 from .keys import digest, folder_digest
@@ -30,7 +31,6 @@ _NOT_OF_THE_WEIGHTS = (
     # It has a fact of its own, as it is without being asked for.
     *("dtype", "torch_dtype"),
 )
-_SECRETS = ("token", "use_auth_token")
 # Options that finding a model's files on the Hub needs again.
 _LOOK_UP = ("token", "cache_dir", "proxies", "local_files_only")
 _WRAPPERS = ("base_layer", "original_module")
@@ -163,9 +163,9 @@ def _without_paths(facts: Any) -> Any:
     people.
     """
     if isinstance(facts, Mapping):
-        return {key: _without_paths(value) for key, value in facts.items() if key not in _SECRETS}
+        return {key: _without_paths(value) for key, value in without_secrets(facts).items()}
     if isinstance(facts, list | tuple):
         return [_without_paths(value) for value in facts]
     if isinstance(facts, str | Path) and (Path(facts).is_absolute() or str(facts).startswith("~")):
         return f"path {digest(str(facts))}"
-    return facts
+    return without_secrets(facts)

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from ...errors import DataError, SGOPDConfigError
+from ...hub import make_repository, push_command, push_error
 from .keys import DIGEST_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -216,18 +219,23 @@ def push_store(folder: Path, repo_id: str, *, private: bool | None, token: str |
 
     Returns:
         Address of the commit.
-    """
-    from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    commit = api.upload_folder(
-        folder_path=folder,
-        repo_id=repo_id,
-        repo_type="dataset",
-        allow_patterns=_UPLOADED,
-        commit_message="Teacher rollouts",
-    )
+    Raises:
+        SGOPDConfigError: the Hub cannot be reached or refuses the data set.
+        PushError: the Hub did not take it; has the command that pushes again.
+    """
+    make_repository(repo_id, private=private, token=token, repo_type="dataset")
+    try:
+        commit = huggingface_hub.HfApi(token=token).upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            repo_type="dataset",
+            allow_patterns=_UPLOADED,
+            commit_message="Teacher rollouts",
+        )
+    except Exception as error:
+        command = push_command(repo_id, str(folder), repo_type="dataset", include=_UPLOADED)
+        raise push_error(f"the rollouts are in {folder}", command, error) from error
     return str(commit.commit_url)
 
 
