@@ -47,9 +47,27 @@ def make_repository(name: str, *, private: bool | None, token: str | None, repo_
         SGOPDConfigError: the Hub cannot be reached or refuses it; says which.
     """
     try:
-        huggingface_hub.HfApi(token=token).create_repo(name, private=private, repo_type=repo_type, exist_ok=True)
+        made = huggingface_hub.HfApi(token=token).create_repo(
+            name, private=private, repo_type=repo_type, exist_ok=True
+        )
     except Exception as error:
         raise unusable(error) from error
+    check_may_write(made.repo_id, token=token, repo_type=repo_type)
+
+
+def check_may_write(repository: str, *, token: str | None, repo_type: str | None = None) -> None:
+    """Refuse a token that may only read: a repository that is there already, `create_repo` takes for made.
+
+    Raises:
+        SGOPDConfigError: the Hub says so. A Hub that cannot be asked that way is taken at its push.
+    """
+    try:
+        huggingface_hub.HfApi(token=token).auth_check(repository, repo_type=repo_type, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise unusable(error) from error
+    except Exception as error:  # noqa: BLE001  # whatever it is, the push will tell
+        logger.info("Whether %s may be written to could not be asked: %s.", repository, _words(error))
 
 
 def upload_run(repository: str, args: Any) -> str:

@@ -113,7 +113,7 @@ def _without_named_values(text: str) -> Iterator[str]:
 
 
 def _says_nothing(name: str, value: re.Match[str], *, flag: bool) -> bool:
-    """Whether no secret stands behind a name: nothing, a number, the next word of a sentence, `Missing key: prompt`."""
+    """Whether no secret stands behind a name: nothing, a number, the next word (`Missing key: prompt`)."""
     inside = value["inside"]
     if not inside or _PLAIN.match(inside) or inside == HIDDEN:
         return True
@@ -147,7 +147,8 @@ def _segments(path: str) -> Iterator[tuple[str, bool]]:
 
     Names of models and of versions are made of short pieces (`Qwen2.5-7B-Instruct`, `2024-07-18`); a key has a long
     one, or several, in which letters and digits alternate. A UUID counts as a key: gateways use them as such, and
-    where it is only a name, a reader loses little. A part whose name says so (`key=...`, `/token/...`) need not be long.
+    where it is only a name, a reader loses little. A part whose name says so (`key=...`, `/token/...`) need not be
+    long.
     """
     before = ""
     for segment in path.split("/"):

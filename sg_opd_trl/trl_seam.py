@@ -45,7 +45,7 @@ from trl.trainer.utils import (  # noqa: F401
 from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
 from .errors import RankError
-from .hub import is_of_the_hub, not_pushed, tell_if_failed, tell_of_a_checkpoint, unusable, upload_run
+from .hub import check_may_write, is_of_the_hub, not_pushed, tell_if_failed, tell_of_a_checkpoint, unusable, upload_run
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
 from .models.forward import (
@@ -560,6 +560,8 @@ class HubSeam:
             super().init_hf_repo(token, private)  # type: ignore[misc]
         except Exception as error:
             raise unusable(error) from error
+        if self.is_world_process_zero():
+            check_may_write(self.hub_model_id, token=self.args.hub_token if token is None else token)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Save and push, see `transformers.Trainer.push_to_hub`.

@@ -70,15 +70,9 @@ def test_grpo_trains_exactly_as_trls_class(tiny_recipe):
     kinds = type(built(tiny_recipe)).__mro__
     own = kinds[: kinds.index(GRPOTrainer)]
     # Saving and pushing, and nothing of a step.
-    public = {name for kind in own for name, value in vars(kind).items() if callable(value)}
-    assert public == {
-        "save_model",
-        "push_to_hub",
-        "push_folder",
-        "init_hf_repo",
-        "_push_from_checkpoint",
-        "_push_jobs",
-    }
+    methods = {name for kind in own for name, value in vars(kind).items() if callable(value)}
+    pushing = {"push_to_hub", "push_folder", "init_hf_repo", "_push_from_checkpoint", "_push_jobs"}
+    assert methods == {"save_model", *pushing}
 
 
 def test_lora_is_taken_from_the_recipe(tiny_recipe):
