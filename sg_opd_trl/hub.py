@@ -82,10 +82,8 @@ def upload_run(repository: str, args: Any) -> str:
     return str(commit.commit_url)
 
 
-def not_pushed(trainer: Any, error: Exception) -> PushError:
-    """What failed, where the student is, and the command that pushes it."""
-    args = trainer.args
-    repository = str(trainer.hub_model_id or args.hub_model_id)
+def not_pushed(repository: str, args: Any, error: Exception) -> PushError:
+    """What failed, where the student of a run is, and the command that pushes it."""
     command = push_command(repository, str(args.output_dir), revision=args.hub_revision, exclude=NOT_PUSHED)
     return push_error(f"the student, its card and its report are in {args.output_dir}", command, error)
 

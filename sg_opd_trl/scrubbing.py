@@ -33,6 +33,7 @@ _SECRET_WORD = re.compile(
 # Words that are written apart or together: `api_key`, `X-Api-Key`, `apikey`.
 _SECRET_WORDS = re.compile(r"(api|access|private|secret|account|signing)keys?|(api|access|auth|refresh|hub)tokens?")
 _SECRET_LAST = {"token", "key", "session", "sessionid", "pat", "sig", "signature"}
+_PASSES = (["pass"], ["compass"], ["bypass"])
 # `pad_token` is a token of a vocabulary, `sort_key` one of a table.
 _NO_SECRETS = re.compile(
     r"(bos|eos|pad|mask|unk|sep|cls|special|image|audio|video|bo[iav]|eo[iavtmh]|stop|start|end|begin|prefix|suffix|"
@@ -51,7 +52,7 @@ def is_secret_name(name: str) -> bool:
         words.pop()
     if not words or any(map(_NO_SECRETS.match, words[-2:-1])):
         return False
-    return words[-1] in _SECRET_LAST or (len(name) > 6 and words[-1].endswith("pass") and words[-1] != "compass")
+    return words[-1] in _SECRET_LAST or (words[-1].endswith("pass") and words not in _PASSES)
 
 
 def _hidden(value: Any) -> Any:
@@ -81,7 +82,8 @@ _BEFORE_A_COMMIT = {"commit", "commits", "resolve", "tree", "blob", "raw"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<quote>\\*[\"'`]?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[:=]\s*|--(?P<flag>[\w-]+)\s+(?!--)")
 _QUOTED = re.compile(r"(?P<open>[bf]?(?P<mark>\\*[\"'`]))(?P<inside>(?:(?!(?P=mark))(?:\\.|[^\\\n]))*)(?P=mark)")
-_BARE = re.compile(r"(?P<open>\\*[\"'`]?)(?P<inside>[^\s\"'`,;&)}\]]+)(?P<rest>[^\r\n\"'`]*)")
+_UNCLOSED = re.compile(r"(?P<open>\\*[\"'`])(?P<inside>[^\n]+)")
+_BARE = re.compile(r"(?P<inside>[^\s\"'`,;&)}\]]+)(?P<rest>[^\r\n\"'`]*)")
 _PLAIN = re.compile(r"(None|null|True|False|true|false|[-+.\d]+|\(hidden)$")
 
 
@@ -101,7 +103,7 @@ def _without_named_values(text: str) -> Iterator[str]:
         name = found["name"] or found["flag"]
         if found.start() < end or not is_secret_name(name):
             continue
-        value = _QUOTED.match(text, found.end()) or _BARE.match(text, found.end())
+        value = _value_at(text, found.end())
         if value is None or _says_nothing(name, value, flag=found["flag"] is not None):
             continue
         yield text[end : value.start("inside")] + HIDDEN
@@ -110,6 +112,11 @@ def _without_named_values(text: str) -> Iterator[str]:
             # A header has its value to the end of the line.
             end = value.end("rest")
     yield text[end:]
+
+
+def _value_at(text: str, place: int) -> re.Match[str] | None:
+    found = (pattern.match(text, place) for pattern in (_QUOTED, _UNCLOSED, _BARE))
+    return next((value for value in found if value is not None), None)
 
 
 def _says_nothing(name: str, value: re.Match[str], *, flag: bool) -> bool:
@@ -122,13 +129,16 @@ def _says_nothing(name: str, value: re.Match[str], *, flag: bool) -> bool:
 
 
 def _scrubbed_url(url: str) -> str:
+    # What closes a sentence or a bracket around it.
     core = url.rstrip(".,;:!?)]}")
+    core += ")" if core.endswith(HIDDEN[:-1]) else ""
     rest, hash_mark, fragment = core.partition("#")
     rest, question_mark, query = rest.partition("?")
     scheme, _, rest = rest.partition("://")
     host, slash, path = rest.partition("/")
     query = re.sub(r"([^&;=]+)=([^&;]*)", _scrubbed_parameter, query)
-    fragment = HIDDEN if _looks_like_a_key(fragment) else re.sub(r"([^&;=]+)=([^&;]*)", _scrubbed_parameter, fragment)
+    fragment = re.sub(r"([^&;=]+)=([^&;]*)", _scrubbed_parameter, fragment)
+    fragment = HIDDEN if "=" not in fragment and _looks_like_a_key(fragment) else fragment
     where = f"{scheme}://{host.rpartition('@')[2]}{_scrubbed_path(slash + path)}"
     return f"{where}{question_mark}{query}{hash_mark}{fragment}{url[len(core) :]}"
 
@@ -215,7 +225,7 @@ def _secrets_of_a_text(text: str) -> Iterator[str]:
     # JSON that cannot be read is quoted by the message that says so.
     for found in _NAME.finditer(text):
         if is_secret_name(found["name"] or found["flag"]):
-            inside = _QUOTED.match(text, found.end()) or _BARE.match(text, found.end())
+            inside = _value_at(text, found.end())
             yield from (inside["inside"],) if inside is not None else ()
     try:
         parsed = json.loads(text) if text.lstrip().startswith(("{", "[")) else None

@@ -573,7 +573,7 @@ class HubSeam:
             return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
         except Exception as error:
             if is_of_the_hub(error):
-                raise not_pushed(self, error) from error
+                raise not_pushed(str(self.hub_model_id or self.args.hub_model_id), self.args, error) from error
             raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -607,7 +607,7 @@ class HubSeam:
             return upload_run(str(self.hub_model_id), self.args)
         # The run is whole: whatever fails from here on is the push.
         except Exception as error:
-            raise not_pushed(self, error) from error
+            raise not_pushed(str(self.hub_model_id or self.args.hub_model_id), self.args, error) from error
 
     def _push_jobs(self) -> list[Any]:
         # Only the process that pushes has the attribute.

@@ -358,7 +358,7 @@ def _push(trainer: Any, settings: TrainSettings) -> None:
         try:
             trainer.commit_scheduler.trigger().result()
         except Exception as error:
-            raise not_pushed(trainer, error) from error
+            raise not_pushed(str(trainer.hub_model_id), settings.training, error) from error
         finally:
             trainer.commit_scheduler.stop()
     address = trainer.push_folder()
