@@ -124,6 +124,20 @@ def test_an_identity_has_no_secrets_and_is_what_a_file_gives_back(tmp_path: Path
     assert identity["model_init_kwargs"] == {"dtype": "float32"}
 
 
+def test_another_key_of_the_same_server_is_the_same_run_and_another_server_is_not(tmp_path: Path) -> None:
+    """A setting of mathematics may hold an address: its key may be renewed, its host is compared."""
+
+    def identity(address: str, pad_token: str) -> dict[str, Any]:
+        loading = {"proxies": address, "token": address}
+        return settings_identity(tiny_config(tmp_path, model_init_kwargs=loading), pad_token=pad_token)
+
+    before = identity("http://one/KEY-abc123def456/v1", "<pad>")
+    assert "abc123" not in json.dumps(before)
+    assert changes(before, identity("http://one/KEY-xyz789uvw012/v1", "<pad>")) == {}
+    assert list(changes(before, identity("http://two/KEY-abc123def456/v1", "<pad>"))) == ["model_init_kwargs"]
+    assert list(changes(before, identity("http://one/KEY-abc123def456/v1", "<eos>"))) == ["pad_token"]
+
+
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 def test_a_fingerprint_is_of_the_rows() -> None:
     data = tiny_data(8)

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..errors import SGOPDConfigError
 from ..files import check_folder
-from ..hub import make_repository
 from ..teacher_sampling.stored.store import is_hub_id, push_store
 from .command import CommandParser, say
 from .launching import check_world_size, launch, wants_launch
@@ -54,6 +53,7 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
     Raises:
         SGOPDConfigError: a recipe without teacher rollouts, or nowhere to put them.
     """
+    from ..hub import make_repository
     from ..teacher_sampling.stored.precompute import planned_rollouts, precompute
 
     _check(settings.training, options)

@@ -182,7 +182,7 @@ def test_a_push_uploads_the_folder_beside_the_student(
         return "https://example.org/commit"
 
     asked = []
-    monkeypatch.setattr("sg_opd_trl.cli.teacher_rollouts.make_repository", lambda name, **_: asked.append(name))
+    monkeypatch.setattr("sg_opd_trl.hub.make_repository", lambda name, **_: asked.append(name))
     monkeypatch.setattr("sg_opd_trl.cli.teacher_rollouts.push_store", push)
     words = ["--config", str(tiny_recipe), "--push_to_hub", "user/rollouts", "--hub_private_repo", "true", *ANCHOR]
     assert main(["teacher-rollouts", *words]) == 0

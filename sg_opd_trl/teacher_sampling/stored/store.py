@@ -18,10 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
 from ...errors import DataError, SGOPDConfigError
-from ...hub import make_repository, push_command, push_error
 from .keys import DIGEST_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -224,6 +221,11 @@ def push_store(folder: Path, repo_id: str, *, private: bool | None, token: str |
         SGOPDConfigError: the Hub cannot be reached or refuses the data set.
         PushError: the Hub did not take it; has the command that pushes again.
     """
+    # Not above: a store is read without the client of the Hub.
+    import huggingface_hub
+
+    from ...hub import make_repository, push_command, push_error
+
     make_repository(repo_id, private=private, token=token, repo_type="dataset")
     try:
         commit = huggingface_hub.HfApi(token=token).upload_folder(

@@ -62,9 +62,13 @@ class Hub:
             raise LocalEntryNotFoundError("offline")
         return str(folder)
 
-    def create_repo(self, repo_id: str, **settings: Any) -> None:
+    def create_repo(self, repo_id: str, **settings: Any) -> Any:
         self.calls.append((repo_id, settings))
         (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def auth_check(self, repo_id: str, **settings: Any) -> None:
+        self.calls.append((repo_id, settings))
 
     def upload_folder(self, folder_path: Path, repo_id: str, allow_patterns: list[str], **settings: Any) -> Any:
         self.calls.append((repo_id, settings))
