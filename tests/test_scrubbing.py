@@ -3,14 +3,22 @@
 import copy
 import json
 import logging
+import math
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
-from tiny import tiny_config, tiny_model, tiny_trainer
+import yaml
+from teachers.fake_server import FakeServer
+from teachers.model_server import by_url
+from tiny import save_pair, tiny_config, tiny_data, tiny_model, tiny_trainer
+from transformers import TrainerCallback
 
+from sg_opd_trl.cli import main
+from sg_opd_trl.reporting import write_report
 from sg_opd_trl.scrubbing import is_secret_name, remember, scrubbed, scrubbed_text, shown, without_secrets
 
 SECRETS = {
@@ -18,6 +26,34 @@ SECRETS = {
     "model_init_kwargs": {"token": "canary-student", "dtype": "float32"},
     "teacher_model_init_kwargs": {"token": "canary-teacher"},
 }
+ENVIRONMENT = {
+    "HF_TOKEN": "canary-environment",
+    "SG_OPD_TEACHER_API_KEY": "canary-served",
+    "WANDB_API_KEY": "canary-w",
+}
+# As gateways have it, in front of what is asked for.
+KEY_IN_THE_PATH = "/KEY-canary0123abcd4567"
+
+
+class GatewayServer(FakeServer):
+    """A served teacher that is only found behind a key."""
+
+    def serve(self, handler: Any, path: str) -> None:
+        assert path.startswith(KEY_IN_THE_PATH)
+        super().serve(handler, path.removeprefix(KEY_IN_THE_PATH))
+
+
+class Tracker(TrainerCallback):
+    """Writes what trackers are given: the settings in all forms that transformers has for them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        forms = (
+            args.to_dict(),
+            args.to_json_string(),
+            args.to_sanitized_dict(),
+            vars(pickle.loads(pickle.dumps(args))),
+        )
+        (Path(args.output_dir) / "tracked.txt").write_text("\n".join(map(str, forms)), encoding="utf-8")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -31,29 +67,110 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def assert_no_canary(folder: Path, expected: list[str]) -> None:
+    """No file of a folder has one, and there are files that end like these."""
+    files = contents(folder)
+    missing = [ending for ending in expected if not any(name.endswith(ending) for name in files)]
+    assert missing == []
+    assert [name for name, content in files.items() if b"canary" in content] == []
+
+
+@pytest.mark.parametrize("served", [False, True])
 def test_no_file_or_log_of_a_run_holds_a_token(
+    served: bool,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "canary-environment")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     caplog.set_level(logging.DEBUG, "sg_opd_trl")
     models = [str(tmp_path / "models" / name) for name in ("student", "teacher")]
     for seed, name in enumerate(models):
         tiny_model(seed).save_pretrained(name)
-    settings = SECRETS | {"save_strategy": "steps", "save_steps": 1}
-    trainer = tiny_trainer(tmp_path / "run", settings=settings, model=models[0], teacher_model=models[1])
-    trainer.train()
-    trainer.save_model(str(tmp_path / "run"))
-    trainer.create_model_card()
-    files = contents(tmp_path)
-    assert any("training_args.bin:" in name and "checkpoint-1" in name for name in files)
-    assert any(name.endswith("run.json") for name in files)
-    assert [name for name, content in files.items() if b"canary" in content] == []
+    settings = SECRETS | {"save_strategy": "steps", "save_steps": 1, "push_to_hub": False}
+    with GatewayServer() as server:
+        if served:
+            del settings["teacher_model_init_kwargs"]
+            url = server.url + KEY_IN_THE_PATH
+            trainer = by_url(tmp_path / "run", url, settings=settings, model=models[0], callbacks=[Tracker()])
+        else:
+            trainer = tiny_trainer(
+                tmp_path / "run", settings=settings, model=models[0], teacher_model=models[1], callbacks=[Tracker()]
+            )
+        # A step that is skipped is written aside.
+        trainer.model.lm_head.weight.register_hook(
+            lambda gradient: gradient * (math.nan if trainer.state.global_step == 0 else 1.0)
+        )
+        trainer.train()
+        trainer.save_model(str(tmp_path / "run"))
+        trainer.create_model_card()
+        history = trainer.state.log_history
+        write_report(tmp_path / "run", title="run", config=trainer.args, log_history=history, evaluations={})
+    names = ("run.json", "tracked.txt", "README.md", "report.html", "step-1-rank-0.safetensors")
+    checkpoint = [f"checkpoint-1/{name}" for name in ("training_args.bin", "sg_opd_state.json", "trainer_state.json")]
+    assert_no_canary(tmp_path, [*names, *checkpoint, "run/training_args.bin"])
     said = capfd.readouterr()
     assert "canary" not in caplog.text + said.out + said.err
     assert trainer.args.hub_token == "canary-hub", "the Hub gets it"
+    assert not served or trainer.args.teacher_model_server_url.endswith(KEY_IN_THE_PATH), "the server gets it"
+
+
+def test_no_file_or_output_of_the_commands_holds_a_token(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training by several methods, the teacher's rollouts, an evaluation and a check, by their flags."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sg_opd_trl.scrubbing._known", set())
+    student, teacher = save_pair(tmp_path / "student", 0), save_pair(tmp_path / "teacher", 1)
+    tiny_data().to_json(tmp_path / "data" / "train.jsonl")
+    settings = {
+        "model_name_or_path": student, "dataset_name": str(tmp_path / "data"), "teacher_model_name_or_path": teacher,
+        "reward_funcs": "exact_match_reward", "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2,
+        "max_completion_length": 4, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "disable_tqdm": True, "max_prompt_tokens": 32,
+    }  # fmt: skip
+
+    def started(command: str, output: str, secrets: dict[str, Any], **more: Any) -> None:
+        flags = settings | {"output_dir": str(tmp_path / output)} | secrets | more
+        texts = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in flags.items()}
+        assert main(["--debug", command, *(word for name, text in texts.items() for word in (f"--{name}", text))]) == 0
+
+    anchor = {"teacher_sampling_phase1_end_frac": 1.0, "teacher_sampling_phase2_end_frac": 1.0}
+    started("train", "sg_opd", SECRETS, teacher_rollouts_path=str(tmp_path / "rollouts"), **anchor)
+    sft = {
+        "method": "sft",
+        "teacher_sampling_filter_correct": False,
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+    }
+    started("train", "sft", SECRETS, **sft)
+    recipe = tmp_path / "recipes" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(yaml.safe_dump(settings | anchor), encoding="utf-8")
+    flags = [word for name in ("hub_token",) for word in (f"--{name}", SECRETS[name])]
+    recipe_flags = ["--config", str(recipe), *flags, "--model_init_kwargs", json.dumps(SECRETS["model_init_kwargs"])]
+    assert main(["teacher-rollouts", "--output", str(tmp_path / "stored"), *recipe_flags]) == 0
+    assert main(["check", "--json", str(tmp_path / "check.json"), *recipe_flags]) in (0, 1, 2)
+    evaluated = ["--model", student, "--dataset_name", str(tmp_path / "data"), "--dataset_split", "train"]
+    files = ["--output", str(tmp_path / "result.json"), "--samples_path", str(tmp_path / "samples.jsonl")]
+    short = ["--max_new_tokens", "4", "--num_samples", "2", "--reward_func", "exact_match_reward"]
+    assert main(["evaluate", *evaluated, *files, *short]) == 0
+    names = ("run.json", "README.md", "report.html", "log_history.json", "training_args.bin", "checkpoint-1/run.json")
+    expected = [f"{method}/{name}" for method in ("sg_opd", "sft") for name in names]
+    assert_no_canary(tmp_path, [*expected, "check.json", "result.json", "samples.jsonl", "teacher_rollouts.jsonl"])
+    assert any(name.endswith(".jsonl") for name in contents(tmp_path / "stored"))
+    said = capfd.readouterr()
+    assert "canary" not in said.out + said.err
+    cards = list((tmp_path / "sft").rglob("README.md"))
+    assert {card.parent.name for card in cards} == {"sft", "checkpoint-1", "checkpoint-2"}
+    for card in cards:
+        assert str(tmp_path) not in card.read_text(encoding="utf-8"), "no folder of this machine"
 
 
 def test_what_shows_a_configuration_hides_its_secrets_and_copies_keep_them(tmp_path: Path) -> None:
