@@ -66,21 +66,24 @@ def _hidden(value: Any) -> Any:
 
 # --- look ------------------------------------------------------------------------------------------------------------
 _TOKEN = re.compile(
-    r"\b(hf_(oauth_)?[A-Za-z0-9]{12,}|api_org_[A-Za-z0-9]{12,}|sk-(?=[\w-]*\d)[\w-]{12,}|[rs]k_(live|test)_\w{12,}|"
+    r"\b(hf_(oauth_)?[A-Za-z0-9]{12,}|api_org_[A-Za-z0-9]{12,}|sk-(?=[\w-]{0,99}\d)[\w-]{12,}|[rs]k_(live|test)_\w{12,}|"
     r"gh[oprsu]_\w{12,}|github_pat_\w{12,}|glpat-[\w-]{12,}|xox[a-z]-[\w-]{10,}|A[KS]IA[0-9A-Z]{12,}|"
     r"AIza[\w-]{20,}|ya29\.[\w-]{12,}|nvapi-[\w-]{12,}|gsk_\w{12,}|npm_\w{12,}|pypi-[\w-]{12,}|"
-    r"eyJ[\w-]{8,}\.[\w-]{8,}(\.[\w-]*)?)"
+    r"eyJ[\w-]{8,400}\.[\w-]{8,}(\.[\w-]*)?)"
 )
 _SCHEME = re.compile(
     r"\b(Bearer\s+(?!tokens?\b|auth)[\w.~+/=-]{6,}|Basic\s+(?=[\w+/]*[\d=])[\w+/]{8,}=*)", re.IGNORECASE
 )
-_URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
+_URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]{0,20}://[^\s\"'<>`]+", re.IGNORECASE)
 _REQUEST = re.compile(r"(?<=\b(?:GET|PUT) )/\S*|(?<=\b(?:POST|HEAD) )/\S*|(?<=\bPATCH )/\S*|(?<=\bDELETE )/\S*")
 _UUID = re.compile(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}", re.IGNORECASE)
 # A commit of the Hub is public, and what an address of it is about.
 _BEFORE_A_COMMIT = {"commit", "commits", "resolve", "tree", "blob", "raw"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NAME = re.compile(r"(?P<quote>\\*[\"'`]?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[:=]\s*|--(?P<flag>[\w-]+)\s+(?!--)")
+_NAME = re.compile(
+    r"(?P<quote>\\*[\"'`]?)(?P<name>(?<![\w.])[A-Za-z_][\w.-]{0,80})(?P=quote)\s*[:=]\s*|"
+    r"--(?P<flag>[A-Za-z][\w-]{0,80})\s+(?!--)"
+)
 _QUOTED = re.compile(r"(?P<open>[bf]?(?P<mark>\\*[\"'`]))(?P<inside>(?:(?!(?P=mark))(?:\\.|[^\\\n]))*)(?P=mark)")
 _UNCLOSED = re.compile(r"(?P<open>\\*[\"'`])(?P<inside>[^\n]+)")
 _BARE = re.compile(r"(?P<inside>[^\s\"'`,;&)}\]]+)(?P<rest>[^\r\n\"'`]*)")

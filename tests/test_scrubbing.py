@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,15 @@ def test_known_secrets_are_found_in_every_spelling(monkeypatch: pytest.MonkeyPat
         assert shown(f"got {text}, harmless").endswith(", harmless")
         assert text[2:-2] not in shown(f"got {text}, harmless")
     assert "canary" not in shown("no JSON: 'broken canary\\\\d'")
+
+
+# Each could begin something that is looked for, and goes on for ever.
+PIECES = ["a", "a-", "a.", "a=", "a/", "'a", "\\'", "http://a", "token=", "--a", "--", "0a", "eyJ-", "sk-", "hf_", " "]
+
+
+def test_a_long_text_takes_a_time_that_grows_with_its_length() -> None:
+    """As a model may write it; a time that grew with the square of the length would be minutes for each."""
+    started = time.perf_counter()
+    for piece in PIECES:
+        scrubbed_text(piece * (200_000 // len(piece)))
+    assert time.perf_counter() - started < 60

@@ -51,7 +51,8 @@ def scrubbed_output(words: Sequence[str]) -> Iterator[None]:
 def _remember_flags(words: Sequence[str]) -> None:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
-        remember(value if equals else following, flag.lstrip("-"))
+        if equals or not following.startswith("--"):
+            remember(value if equals else following, flag.lstrip("-"))
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

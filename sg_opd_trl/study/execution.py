@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .plan import Job
-from .results import LOG, finish, last_line, prepare, record_failure
+from .results import LOG, finish, last_line, prepare, record_failure, secret_settings
 
 CHILD = "sg_opd_trl.cli.study_child"
+SECRETS_VARIABLE = "SG_OPD_STUDY_SECRETS"
+"""Has the settings of a job that hold secrets, for its process alone: they are not in the recipe in its folder."""
 _POLL_SECONDS = 0.3  # jobs take minutes; the bar looks alive
 _GRACE_SECONDS = 5.0  # as the child's own
 
@@ -149,7 +151,8 @@ def _start(job: Job, environment: Mapping[str, str]) -> Running:
         process = subprocess.Popen(
             [sys.executable, "-m", CHILD, "--watch", json.dumps(job.commands)],
             # A group of its own: Ctrl-C in the terminal reaches this process alone, which then ends its children.
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**environment, SECRETS_VARIABLE: json.dumps(secret_settings(job))},
         )  # fmt: skip
     return Running(job, process, time.monotonic())
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..files import write_atomically
+from ..scrubbing import scrubbed
 from .plan import Job
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,14 @@ def prepare(job: Job) -> None:
     if left:
         raise OSError(f"{job.folder} cannot be emptied, {left} of an earlier attempt are left")
     if job.recipe is not None:
-        text = yaml.safe_dump(job.recipe, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(scrubbed(job.recipe), sort_keys=False, allow_unicode=True)
         (job.folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    (job.folder / COMMANDS).write_text(json.dumps(job.commands) + "\n", encoding="utf-8")
+    (job.folder / COMMANDS).write_text(json.dumps(scrubbed(job.commands)) + "\n", encoding="utf-8")
+
+
+def secret_settings(job: Job) -> dict[str, Any]:
+    """The settings of a job that the recipe in its folder does not show as they are."""
+    return {name: value for name, value in (job.recipe or {}).items() if scrubbed({name: value}) != {name: value}}
 
 
 def finish(job: Job, seconds: float, *, keep_model: bool) -> dict[str, Any]:

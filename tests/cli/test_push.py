@@ -24,6 +24,7 @@ RUNS = {
     "whole": ("sg_opd", "me/whole", {}),
     "403": ("sft", "me/commit-403", {}),
     "500": ("grpo", "me/commit-500", {"save_strategy": "steps", "save_steps": "1"}),
+    "a checkpoint": ("sg_opd", "me/commit-500", {"save_strategy": "steps", "save_steps": "1"}),
     "closes": ("gkd", "me/commit-closes", {}),
     "not authorised": ("seqkd", "me/create-401", {}),
     "may only read": ("sft", "me/auth-403", {}),
@@ -153,8 +154,9 @@ def pushed_again(hub: Hub, command: str, repository: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_not_pushed_is_a_warning(pushed: tuple[Hub, dict[str, Ended]]) -> None:
-    run = pushed[1]["500"]
+@pytest.mark.parametrize("name", ["500", "a checkpoint"])
+def test_a_checkpoint_that_is_not_pushed_is_a_warning(pushed: tuple[Hub, dict[str, Ended]], name: str) -> None:
+    run = pushed[1][name]
     assert "A checkpoint was not pushed; it is in its folder, and training goes on: HfHubHTTPError" in run.err
     assert (run.folder / "checkpoint-2" / "trainer_state.json").is_file()
 

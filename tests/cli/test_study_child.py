@@ -26,6 +26,18 @@ def test_a_child_stops_at_the_first_command_that_fails(monkeypatch):
     assert study_child.run_commands([["a"]]) == 0
 
 
+def test_a_child_trains_with_the_secrets_that_its_recipe_does_not_show(monkeypatch):
+    seen = []
+    monkeypatch.setattr(study_child, "main", lambda words: seen.append(words) or 0)
+    monkeypatch.setenv(
+        "SG_OPD_STUDY_SECRETS", json.dumps({"hub_token": "canary", "model_init_kwargs": {"token": "c"}})
+    )
+    assert study_child.run_commands([["train", "--config", "a"], ["evaluate"]]) == 0
+    flags = ["--hub_token", "canary", "--model_init_kwargs", '{"token": "c"}']
+    assert seen == [["train", "--config", "a", *flags], ["evaluate"]]
+    assert "SG_OPD_STUDY_SECRETS" not in os.environ, "no process below has it"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -1,6 +1,7 @@
 """A small study, results that no model made, and a child that trains nothing."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -75,6 +76,7 @@ def child(commands):
         if command[0] == "train":
             folder = Path(options["--config"]).parent
             recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+            sys.stderr.write(f"Beside the recipe: {sorted(json.loads(os.environ['SG_OPD_STUDY_SECRETS']))}\n")
             time.sleep(recipe.get("fake_seconds", 0))
             if recipe.get("fake_failure") == recipe["seed"]:
                 sys.stderr.write("Traceback\nError: it broke\nsome warning at the end\n")

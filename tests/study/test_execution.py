@@ -57,6 +57,23 @@ def test_a_run_leaves_its_numbers_and_not_its_model(fake_child, tmp_path):
     assert not (job.folder / "student").exists()
 
 
+def test_no_file_of_a_job_holds_a_secret_and_its_process_has_them(fake_child, tmp_path):
+    secrets = {
+        "hub_token": "canary-hub",
+        "model_init_kwargs": {"token": "canary-model", "dtype": "float32"},
+        "teacher_model_server_url": "http://host:1/KEY-canary0123abcd4567/v1",
+    }
+    job = jobs(study(tmp_path, settings={**secrets, "run_name": "shown"}))[0]
+    failures, _ = run([job])
+    assert failures == []
+    files = {path: path.read_text() for path in job.folder.rglob("*") if path.is_file()}
+    assert [path for path, text in files.items() if "canary" in text] == []
+    assert "run_name: shown" in files[job.folder / "recipe.yaml"]
+    assert "dtype: float32" in files[job.folder / "recipe.yaml"]
+    assert f"Beside the recipe: {sorted(secrets)}" in files[job.folder / "log.txt"]
+    assert results.secret_settings(job) == secrets
+
+
 def test_models_are_kept_where_asked_for(fake_child, tmp_path):
     job = jobs(study(tmp_path))[0]
     run([job], keep=True)
