@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
         action, repository = self._meant(body)
-        failure = re.fullmatch(rf".*/{action}-(\w+)", repository)
+        failure = re.fullmatch(rf".*/{action}-(\d+|closes)(-\w+)?", repository)
         if failure is not None and failure[1] == "closes":
             self.close_connection = True
             self.connection.close()

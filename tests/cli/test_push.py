@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from hub_server import Hub, running_hub
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,9 @@ RUNS = {
     "not authorised": ("seqkd", "me/create-401", {}),
     "may only read": ("sft", "me/auth-403", {}),
     "closes at once": ("sft", "me/create-closes", {}),
+    "rollouts": ("teacher-rollouts", "me/rollouts", {}),
+    "rollouts 403": ("teacher-rollouts", "me/commit-403-rollouts", {}),
+    "rollouts at once": ("teacher-rollouts", "me/create-403", {}),
 }
 METHODS = ("sg_opd", "sft", "seqkd", "gkd", "grpo")
 SAVED = ("model.safetensors", "README.md", "log_history.json", "report.html", "run.json")
@@ -60,6 +64,14 @@ def run_all(tiny, folder: Path, runs: Mapping[str, tuple], environment: Mapping[
             del settings["num_generations"]
         if method != "grpo":
             settings["teacher_model_name_or_path"] = tiny.teacher
+        if method == "teacher-rollouts":
+            del settings["method"], settings["push_to_hub"], settings["hub_model_id"]
+            settings |= {"teacher_sampling_phase1_end_frac": "1.0", "teacher_sampling_phase2_end_frac": "1.0"}
+            recipe = folder / f"{name}.yaml"
+            recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+            push = ["--output", str(folder / name / "rollouts"), "--push_to_hub", repository]
+            commands.append(["teacher-rollouts", "--config", str(recipe), *push])
+            continue
         commands.append(["train", *(word for key, value in settings.items() for word in (f"--{key}", value))])
     variables = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     variables |= {
@@ -179,6 +191,26 @@ def test_what_fails_at_the_start_costs_no_rollout(
     assert reason in run.err
     assert "Traceback" not in run.err
     assert list(run.folder.glob("teacher_rollouts*")) == []
+
+
+@pytest.mark.slow
+def test_the_teachers_rollouts_are_pushed_or_pushed_again(pushed: tuple[Hub, dict[str, Ended]]) -> None:
+    hub, ended = pushed
+    assert ended["rollouts"].status == 0, ended["rollouts"].err
+    arrived = hub.files["me/rollouts"]
+    assert any(name.endswith(".jsonl") for name in arrived)
+    for content in arrived.values():
+        assert_no_token(content)
+    run = ended["rollouts 403"]
+    assert run.status == 2, run.err
+    assert "The Hub answers 403: it does not let this token write there" in run.err
+    assert f"the rollouts are in {run.folder / 'rollouts'}" in run.err
+    command = next(line.strip() for line in run.err.splitlines() if line.strip().startswith("hf upload"))
+    assert len(pushed_again(hub, command, "me/commit-403-rollouts")) == len(arrived)
+    early = ended["rollouts at once"]
+    assert early.status == 2, early.err
+    assert "`push_to_hub` must find a Hub" in early.err
+    assert not list(early.folder.rglob("*.jsonl"))
 
 
 @pytest.mark.slow
