@@ -87,7 +87,7 @@ _NAME = re.compile(
 _QUOTED = re.compile(r"(?P<open>[bf]?(?P<mark>\\*[\"'`]))(?P<inside>(?:(?!(?P=mark))(?:\\.|[^\\\n]))*)(?P=mark)")
 _UNCLOSED = re.compile(r"(?P<open>\\*[\"'`])(?P<inside>[^\n]+)")
 _BARE = re.compile(r"(?P<inside>[^\s\"'`,;&)}\]]+)(?P<rest>[^\r\n\"'`]*)")
-_PLAIN = re.compile(r"(None|null|True|False|true|false|[-+.\d]+|\(hidden)$")
+_PLAIN = re.compile(r"(None|null|True|False|true|false|[-+.\d]+|\(hidden|\$\w+|\$?\{\w+\}|<\w+>)$")
 
 
 def scrubbed_text(text: str) -> str:

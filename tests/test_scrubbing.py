@@ -252,6 +252,7 @@ def test_a_key_in_a_path_is_hidden_and_words_and_models_are_not() -> None:
         ("https://h/a?X-Amz-Signature=canary#access_token=canary", "https://h/a?X-Amz-Signature=(hidden)#access_token=(hidden)"),
         ("pad_token='<pad>', max_tokens=512, key=None", None),
         ("Missing key: prompt. A session: the first.", None),
+        ("API_KEY=\"$OTHER\" sg-opd --hub_token $HF_TOKEN, token: <HUB_TOKEN>", None),
         ("hf_hub_download(name) has Bearer tokens", None),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -49,7 +50,7 @@ def scrubbed_output(words: Sequence[str]) -> Iterator[None]:
 
 
 def _remember_flags(words: Sequence[str]) -> None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         flag, equals, value = word.partition("=")
         if equals or not following.startswith("--"):
             remember(value if equals else following, flag.lstrip("-"))
