@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CheckpointError, RankError
+from .launcher import end_with_launcher
 from .run import Run
 
 #: How long a rank that failed waits for the others to hear it. With the 30 seconds that launchers give the others
@@ -123,6 +124,7 @@ def ending_together(run: LinkedRun) -> Iterator[Ranks | None]:
     if accelerator.num_processes == 1 or not dist.is_initialized():
         yield None
         return
+    end_with_launcher()
     ranks = Ranks(run)
     alone, run.before_exchange = run.before_exchange, ranks.check
     for name in _EXCHANGES:

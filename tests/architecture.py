@@ -26,6 +26,7 @@ LAYERS = (
         "files",
         "folder_lock",
         "hub",
+        "launcher",
         "lazy_imports",
         "random_state",
         "run",

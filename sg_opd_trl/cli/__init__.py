@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import SGOPDError
+from ..launcher import end_with_launcher
 from .output import scrubbed_output
 
 COMMANDS = {
@@ -54,6 +55,8 @@ def _run(words: list[str]) -> int:
         _build_parser().print_help()
         return 0
     logging.basicConfig(level=_log_level(debug), format="%(levelname)s %(name)s: %(message)s")
+    # Before anything waits for the other ranks.
+    end_with_launcher()
     command = importlib.import_module(f"sg_opd_trl.cli.{namespace.command.replace('-', '_')}")
     try:
         return command.run(rest, debug=debug)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import SGOPDConfigError, did_you_mean
+from ..launcher import LAUNCHER, describe_launcher
 from .outside import concerning
 from .parsing import ACCELERATE_CONFIG, CommandLine, accelerate_defaults, pop_option
 from .recipes import recipes_folder
@@ -73,7 +74,7 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
     except argparse.ArgumentError as error:
         raise SGOPDConfigError(f"The keys for accelerate are not valid: {error}. Correct the value.") from error
     expected = arguments.num_processes or _configured_processes(arguments.config_file)
-    os.environ[EXPECTED_PROCESSES] = str(expected or "")
+    os.environ |= {EXPECTED_PROCESSES: str(expected or ""), LAUNCHER: describe_launcher()}
     try:
         with _own_signal_handlers():
             launch_command(arguments)
@@ -82,7 +83,7 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
     except subprocess.CalledProcessError as error:
         return error.returncode
     finally:
-        del os.environ[EXPECTED_PROCESSES]
+        del os.environ[EXPECTED_PROCESSES], os.environ[LAUNCHER]
     return 0
 
 

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from repository import PATIENCE, ROOT
+from repository import PATIENCE, ROOT, python_path
 from test_folder_lock import end, holder
 from tiny import same_saved_student
+from two_ranks import FLAGS
 
+from sg_opd_trl.checkpoints import check_checkpoint
 from sg_opd_trl.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trl.experimental.*")
@@ -27,6 +30,19 @@ def reward(completion_ids, trainer_state=None, **kwargs):
     return [float(len(ids) % 2) for ids in completion_ids]
 """
 SAVING = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--resume_from_checkpoint", "true")
+
+#: The launcher of both ranks is killed, as by a system that is out of memory, while they train.
+LAUNCHERS_END = """
+import os, signal
+
+def reward(completion_ids, trainer_state=None, **kwargs):
+    step = -1 if trainer_state is None else trainer_state.global_step
+    with open(os.environ["RANKS"], "a") as file:
+        print(os.getpid(), file=file)
+    if str(step) == os.environ.get("KILL_IN_STEP") and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGKILL)
+    return [float(len(ids) % 2) for ids in completion_ids]
+"""
 
 
 def words_of(recipe: Path, folder: Path, *more: str) -> list[str]:
@@ -77,6 +93,35 @@ def test_the_same_command_three_times(
     assert main(words) == 0
     assert f"The run in {folder} has finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_keep_their_last_step(tiny_recipe: Path, tmp_path: Path) -> None:
+    """They have sessions of their own: what kills the launcher's group leaves them, and the folder is theirs."""
+    (tmp_path / "launchers_end.py").write_text(LAUNCHERS_END, encoding="utf-8")
+    own = (*FLAGS, "--reward_funcs", "launchers_end.reward", "--per_device_train_batch_size", "4")
+    ranks, folder = tmp_path / "ranks", tmp_path / "run"
+    environment = os.environ | {
+        "PYTHONPATH": python_path(ROOT, tmp_path),
+        "KILL_IN_STEP": "2",
+        "RANKS": str(ranks),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(into: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sg_opd_trl.cli", *words_of(tiny_recipe, into, "--max_steps", "300", *own)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+    killed = run(folder)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
+    numbers = set(ranks.read_text(encoding="utf-8").split())
+    assert len(numbers) == 2
+    left = [process for process in psutil.process_iter() if str(process.pid) in numbers]
+    assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
+    steps = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    assert 2 < steps < 300
+    check_checkpoint(folder / f"checkpoint-{steps}")
+    assert facts(folder)["state"] == "stopped"
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
     python tests/reliability/soak.py alone|ranks|served --output_dir FOLDER [--steps 300] [--every 20] [--seed 0]
 
 `alone` is one process, `ranks` two of them over gloo, `served` one whose teacher is a server of its own, which is
-killed as well. Every `--every` seconds of running time, at a random moment of them, the whole process group gets
-SIGKILL. The last line is JSON; the status is 0 if the students are equal in every bit.
+killed as well. Every `--every` seconds of running time, at a random moment of them, all its processes get SIGKILL. The
+last line is JSON; the status is 0 if the students are equal in every bit.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from repository import ROOT, python_path
 from teachers.fake_server import FakeServer
 from tiny import same_saved_student
@@ -53,16 +54,25 @@ def command(mode: str, folder: Path, steps: int, url: str | None) -> list[str]:
 
 
 def started(words: list[str], log: Path) -> subprocess.Popen:
-    """In a process group of its own, so that a kill reaches launcher and ranks at once."""
+    """In a process group of its own, so that an interrupted soak does not interrupt it."""
     threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(ROOT, ROOT / "tests")}
     with log.open("ab") as file:
         return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | threads, start_new_session=True)
 
 
 def kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL for a launcher and its ranks, which have sessions of their own, and no time in between."""
+    try:
+        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        tree = []
+    for one in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    if alive:
+        raise RuntimeError(f"These processes outlive SIGKILL: {alive}.")
 
 
 # --- the served teacher ----------------------------------------------------------------------------------------------
