@@ -73,6 +73,8 @@ def test_a_disk_that_is_full_on_one_rank_leaves_what_was_there(rank: int, both: 
 def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     done = launch(script.__file__, "killed", str(tmp_path), timeout=A_MINUTE + 60)
     assert done.returncode != 0
-    assert "RankError: Another rank has gone without a word in step 3" in done.stderr
+    # On a machine with too much to do the launcher may be faster than the rank that is left.
+    noticed = "RankError: Another rank has gone without a word in step 3" in done.stderr
+    assert noticed or "closing signal SIGTERM" in done.stderr, done.stderr[-4000:]
     assert "Signal 9 (SIGKILL)" in done.stderr
     check_checkpoint(tmp_path / f"checkpoint-{script.STEPS}")
