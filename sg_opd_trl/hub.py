@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from .errors import PushError, SGOPDConfigError
@@ -25,19 +26,30 @@ NOT_PUSHED = ("checkpoint-*", "*-in-progress/*", "skipped_steps/*", "_*")
 """Patterns of what a folder holds beside the student: for going on, for looking into a fault, for this machine."""
 
 
-def reach_hub(args: Any) -> None:
+def reach_hub(args: Any, name: str | None = None, *, repo_type: str | None = None) -> None:
     """Make the repository of a run that is to be pushed, before anything that takes long or costs money.
 
     Args:
-        args: configuration of a trainer.
+        args: configuration of a trainer; all processes must call it.
+        name: of the repository, if that is not the run's.
+        repo_type: None is a model's.
 
     Raises:
-        SGOPDConfigError: the Hub cannot be reached or refuses it; says which.
+        SGOPDConfigError: the Hub cannot be reached or refuses it; says which. On every process.
     """
-    if not args.push_to_hub or args.process_index != 0:
+    if not args.push_to_hub and name is None:
         return
-    name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-    make_repository(name, private=args.hub_private_repo, token=args.hub_token)
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        name = name or args.hub_model_id or Path(str(args.output_dir)).absolute().name
+        try:
+            make_repository(name, private=args.hub_private_repo, token=args.hub_token, repo_type=repo_type)
+        except SGOPDConfigError as error:
+            outcome[0] = error
+    # The others would wait for the one that has ended.
+    broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def make_repository(name: str, *, private: bool | None, token: str | None, repo_type: str | None = None) -> None:

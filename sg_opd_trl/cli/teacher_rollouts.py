@@ -53,16 +53,15 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
     Raises:
         SGOPDConfigError: a recipe without teacher rollouts, or nowhere to put them.
     """
-    from ..hub import make_repository
+    from ..hub import reach_hub
     from ..teacher_sampling.stored.precompute import planned_rollouts, precompute
 
     _check(settings.training, options)
     folder = store_folder(settings, options)
     check_folder("teacher_rollouts_path" if options.output is None else "output", folder)
-    private, token = settings.training.hub_private_repo, settings.training.hub_token
-    if options.push_to_hub is not None and settings.training.process_index == 0:
+    if options.push_to_hub is not None:
         # Before the teacher writes: its rollouts are what costs.
-        make_repository(options.push_to_hub, private=private, token=token, repo_type="dataset")
+        reach_hub(settings.training, options.push_to_hub, repo_type="dataset")
     trainer = _trainer(settings, folder)
     wanted = planned_rollouts(trainer, options.train_processes)
     if not wanted:
@@ -79,6 +78,7 @@ def generate(settings: TrainSettings, options: argparse.Namespace) -> None:
             f"({counts.tokens} tokens{share}) in {counts.seconds:.1f} s"
         )
         if options.push_to_hub is not None:
+            private, token = settings.training.hub_private_repo, settings.training.hub_token
             say(f"Pushed: {push_store(folder, options.push_to_hub, private=private, token=token)}")
     trainer.end()
 

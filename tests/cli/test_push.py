@@ -72,7 +72,7 @@ def run_all(tiny, folder: Path, runs: Mapping[str, tuple], environment: Mapping[
             push = ["--output", str(folder / name / "rollouts"), "--push_to_hub", repository]
             commands.append(["teacher-rollouts", "--config", str(recipe), *push])
             continue
-        commands.append(["train", *(word for key, value in settings.items() for word in (f"--{key}", value))])
+        commands.append(["train", *(word for key, value in settings.items() for word in (f"--{key}", value) if word)])
     variables = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     variables |= {
         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_DATASETS_OFFLINE": "1",
@@ -101,6 +101,7 @@ def pushed(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     runs = {method: (method, "me/student", {}) for method in METHODS}
+    runs["two processes"] = ("sft", "me/student", {"num_processes": "2", "multi_gpu": ""})
     # Port 9 is that of a service that nobody runs.
     return run_all(tiny, tmp_path_factory.mktemp("alone"), runs, {"HF_ENDPOINT": "http://127.0.0.1:9"})
 
@@ -214,7 +215,7 @@ def test_the_teachers_rollouts_are_pushed_or_pushed_again(pushed: tuple[Hub, dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "two processes"])
 def test_a_hub_that_is_not_there_is_told_before_anything_is_loaded(alone: dict[str, Ended], method: str) -> None:
     run = alone[method]
     assert run.status == 2, run.err
