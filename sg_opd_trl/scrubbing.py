@@ -257,9 +257,9 @@ def scrubbed(value: Any) -> Any:
     if isinstance(value, str):
         # An enumeration of strings stays what it is.
         return scrubbed_text(value) if type(value) is str else value
-    if isinstance(value, Mapping) and type(value) is dict:
+    if isinstance(value, Mapping):
         return {name: _hidden(each) if is_secret_name(str(name)) else scrubbed(each) for name, each in value.items()}
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set, frozenset):
         return type(value)(map(scrubbed, value))
     return value
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -266,6 +267,13 @@ def test_what_stands_under_a_secrets_name_is_hidden_whole() -> None:
     given = {"credentials": {"user": "me", "n": 3}, "cookies": ["canary"], "pad_token": "<pad>", "max_tokens": 5}
     assert scrubbed(given) == {**given, "credentials": {"user": "(hidden)", "n": 3}, "cookies": ["(hidden)"]}
     assert without_secrets(given) == {"pad_token": "<pad>", "max_tokens": 5}
+
+
+def test_mappings_of_any_kind_and_sets_are_looked_into() -> None:
+    ordered = OrderedDict(token="canary", kept=1)
+    assert scrubbed({"model_init_kwargs": ordered}) == {"model_init_kwargs": {"token": "(hidden)", "kept": 1}}
+    assert scrubbed({"urls": {"http://me:canary@host"}}) == {"urls": {"http://host"}}
+    assert ordered["token"] == "canary"
 
 
 def test_tokens_of_a_vocabulary_stay_in_a_configuration(tmp_path: Path) -> None:
