@@ -1,0 +1,110 @@
+"""Runs that a launch of several ranks and one process do alike: every log, and the student that is saved.
+
+Rollouts are functions of the prompt and of the row in the global batch, as ranks are seeded differently. Settings vary
+one at a time.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import LoraConfig
+from teachers.test_parity import save_adapter
+from tiny import save_pair, tiny_data, tiny_model
+from trainer.distributed_script import BOTH, COMPARED, NONE, ONE_RANK, build
+
+from sg_opd_trl import AdapterTeacher
+
+
+def nothing(folder: Path) -> dict:
+    return {}
+
+
+def lora(folder: Path) -> dict:
+    return {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM")}
+
+
+def from_folders(folder: Path) -> dict:
+    """Models that transformers loads: a launch may have it split them while it does."""
+    return {"model": save_pair(folder / "student", 0), "teacher_model": save_pair(folder / "teacher", 1)}
+
+
+def own_reference(folder: Path) -> dict:
+    return {"reference_model": tiny_model(2)}
+
+
+def adapter_teacher(folder: Path) -> dict:
+    return lora(folder) | {"teacher_model": AdapterTeacher(save_adapter(folder / "adapter"))}
+
+
+def uneven_evaluation(folder: Path) -> dict:
+    """Three prompts: a global batch and a half."""
+    return {"eval_dataset": tiny_data(3)}
+
+
+class Case(NamedTuple):
+    """A run of two steps.
+
+    Attributes:
+        settings: on top of the defaults.
+        rows: of the teacher's prompts; even rows are verified, and slot i is dealt to rank i % 2.
+        arguments: makes further arguments of the trainer in a folder.
+    """
+
+    settings: dict = {}
+    rows: list[int] = ONE_RANK
+    arguments: Callable[[Path], dict] = nothing
+
+
+TWO_MICRO_BATCHES = {"gradient_accumulation_steps": 2, "global_batch": 4}
+CASES: dict[str, Case] = {
+    "default": Case(),
+    "from folders": Case(arguments=from_folders),
+    "verified on both ranks": Case(rows=BOTH),
+    "verified on no rank": Case(rows=NONE),
+    "more ranks than teacher prompts": Case({"teacher_sampling_ratio": 0.3}),
+    "gradient checkpointing": Case({"gradient_checkpointing": True}),
+    "two micro-batches": Case(TWO_MICRO_BATCHES),
+    "two updates": Case({"num_iterations": 2}),
+    "a group over both ranks": Case({"num_generations": 8}),
+    "scored in several forwards": Case({"max_tokens_per_scoring_batch": 12}),
+    "nothing counts on one rank": Case({"write": "first rows", "mask_truncated_completions": True}),
+    "empty completions on one rank": Case({"rollout_func": True, "teacher_sampling_enable": False}, NONE),
+    "tokens of the whole batch": Case({"loss_type": "dapo", "stability_norm": "batch", "stability_tau": 0.3}),
+    "TimeSep": Case({"teacher_sampling_time_separated": True}),
+    "OPD": Case({"sign_gated_extrapolation": False, "lambda_base": 1.0, "teacher_sampling_enable": False}, NONE),
+    "top-K": Case({"distillation_mode": "topk_logits", "distillation_topk": 4}),
+    "asymmetric": Case({"distillation_mode": "asymmetric", "distillation_topk": 4}),
+    "whole distributions": Case({"distillation_mode": "full_logits"}),
+    "several teachers": Case({"several_teachers": True}, BOTH),
+    "own reference": Case(arguments=own_reference),
+    "penalty to the initial student": Case({"beta": 0.1}, arguments=from_folders),
+    "measured dead zone": Case({"gate_dead_zone": "auto"}),
+    "checked before the start": Case({"preflight": True}),
+    "evaluation": Case({"eval_strategy": "steps", "eval_steps": 1, "eval_with_teacher": True}, ONE_RANK, uneven_evaluation),
+    "LoRA": Case(arguments=lora),
+    "LoRA, gradient checkpointing": Case({"gradient_checkpointing": True}, arguments=lora),
+    "LoRA, top-K": Case({"distillation_mode": "topk_logits", "distillation_topk": 4}, arguments=lora),
+    "LoRA, two micro-batches": Case(TWO_MICRO_BATCHES, arguments=lora),
+    "an adapter as teacher": Case(arguments=adapter_teacher),
+}
+
+
+def make(name: str, folder: Path, **settings: Any) -> Any:
+    """The trainer of a case, in a folder of its own."""
+    case = CASES[name]
+    chosen = {"max_steps": 2, "preflight": False} | case.settings | settings
+    return build(folder / "run", chosen, case.rows, **case.arguments(folder))[0]
+
+
+def logs(trainer: Any) -> list[dict[str, float]]:
+    """What was logged and must not depend on the number of processes, entry by entry."""
+    # TRL averages the entropy over micro-batches, into which each rank shuffles its own rows, and over ranks.
+    args = trainer.args
+    apart = args.gradient_accumulation_steps > 1 or args.mask_truncated_completions or trainer.rollout_func
+    left_out = {"entropy", "eval_entropy"} if apart else set()
+
+    def compared(name: str) -> bool:
+        return name.startswith(COMPARED) and "time" not in name and "per_second" not in name and name not in left_out
+
+    return [{name: value for name, value in entry.items() if compared(name)} for entry in trainer.state.log_history]
