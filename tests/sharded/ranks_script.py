@@ -21,13 +21,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from sharded.cases import logs, make
 
+from sg_opd_trl import SGOPDConfigError
+
 #: Seconds after which a collective that not all ranks take part in ends its process.
 PATIENCE = 60
 
 
 def run_case(name: str, folder: Path) -> dict[str, Any]:
     before = len(recorded())
-    trainer = make(name, folder, use_cpu=not is_sharded_launch(), ddp_timeout=PATIENCE)
+    try:
+        trainer = make(name, folder, use_cpu=not is_sharded_launch(), ddp_timeout=PATIENCE)
+    except SGOPDConfigError as error:
+        return {"refused": str(error)}
     trainer.train()
     trainer.save_model(str(folder / "student"))
     return {"logs": logs(trainer), "collectives": gather_object([recorded()[before:]])}
@@ -36,7 +41,9 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
 def recorded() -> list[str]:
     """What this rank has exchanged since it started, in order, as PyTorch's flight recorder has it."""
     entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])
-    return [f"{e['profiling_name']} {e['input_sizes']} {e['process_group'][0]}" for e in entries]
+    # Of a scatter the rank that has the whole gives it, the others nothing.
+    sizes = [[] if "scatter" in e["profiling_name"] else e["input_sizes"] for e in entries]
+    return [f"{e['profiling_name']} {e['process_group'][0]} {size}" for e, size in zip(entries, sizes, strict=True)]
 
 
 def main(folder: Path, names: list[str]) -> None:
