@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -45,6 +46,7 @@ from trl.trainer.utils import (  # noqa: F401
 from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
 from .errors import RankError
+from .evaluation_shares import EvenShares
 from .hub import check_may_write, is_of_the_hub, not_pushed, tell_if_failed, tell_of_a_checkpoint, unusable, upload_run
 from .models.context import check_rows_fit
 from .models.experts import without_router_logits
@@ -938,6 +940,25 @@ class GRPOSeam(HubSeam, GRPOTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._evaluated_as = before
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The loader of an evaluation set, as in `transformers.Trainer`; ranks share its rows, none is read twice."""
+        loader: Any = super().get_eval_dataloader(eval_dataset)
+        dealt = loader.batch_sampler
+        if isinstance(dealt, BatchSamplerShard) and not (dealt.drop_last or dealt.split_batches):
+            # As transformers has accelerate hand through a sampler that knows of ranks.
+            if not isinstance(dealt.batch_sampler, EvenShares):
+                dealt.batch_sampler = EvenShares(
+                    dealt.batch_sampler.sampler,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    group_size=int(self.num_generations_eval or 1),
+                    rank=self.accelerator.process_index,
+                    ranks=self.accelerator.num_processes,
+                )
+            dealt.num_processes, dealt.process_index, dealt.even_batches = 1, 0, False
+        # It would cut the losses of the last batch to what is left over of the data set, in prompts for rows.
+        loader._drop_last = True
+        return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with TRL's metrics of this window; TRL calls those of every evaluation set `eval_...`."""

@@ -36,7 +36,7 @@ LAYERS = (
         "student_files",
     ),
     ("core",),
-    ("models", "data", "own_rollouts", "skipped_steps", "tasks"),
+    ("models", "data", "evaluation_shares", "own_rollouts", "skipped_steps", "tasks"),
     ("trl_seam", "bookkeeping", "ending", "ranks", "run_folder", "run_identity"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),

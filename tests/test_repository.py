@@ -40,7 +40,8 @@ def test_ci_runs_lint_types_and_the_readme_test_command() -> None:
     lines = script.read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in lines
     assert [line for line in lines if line.startswith("make ")] == [
-        *("make lint", "make type", "make test", "make reliability", "make test-vllm", "make test-real")
+        *("make lint", "make type", "make test", "make reliability", "make test-vllm", "make test-real"),
+        "make test-distributed",
     ]
 
 
@@ -48,7 +49,8 @@ def test_make_test_leaves_out_the_full_grid_alone() -> None:
     pattern = r'^(test[a-z-]*):.*\n\t.* pytest(?: -m ("[^"]*"|\w+))?'
     commands = dict(re.findall(pattern, read("Makefile"), flags=re.MULTILINE))
     assert commands == {
-        **{"test": '"not full"', "test-all": '""', "test-fast": "", "test-vllm": "vllm", "test-real": "real"}
+        **{"test": '"not full"', "test-all": '""', "test-fast": "", "test-vllm": "vllm", "test-real": "real"},
+        "test-distributed": "distributed",
     }
     assert '-m "not slow and not full"' in metadata()["tool:pytest"]["addopts"]
 

@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +19,24 @@ FLAGS = [
 ]
 
 
-def run_module(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """`python -m WORDS` with the package and the tests' helpers at hand."""
+def run_module(
+    *words: str, timeout: float = PATIENCE, folders: Sequence[Path] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m WORDS` with the package, the tests' helpers and further folders of modules at hand."""
     environment = os.environ | {
-        "PYTHONPATH": python_path(ROOT, ROOT / "tests"),
+        "PYTHONPATH": python_path(ROOT, ROOT / "tests", *folders),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        **variables,
     }
     command = [sys.executable, "-m", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def launch(*words: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run a script on both ranks."""
-    return run_module("accelerate.commands.launch", *FLAGS, *words, timeout=timeout)
+def launch(*words: str, timeout: float = PATIENCE, **further: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script on both ranks; further arguments as for `run_module`."""
+    return run_module("accelerate.commands.launch", *FLAGS, *words, timeout=timeout, **further)
 
 
 COLLECTIVES = [

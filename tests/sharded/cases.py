@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from peft import LoraConfig
 from teachers.test_parity import save_adapter
 from tiny import save_pair, tiny_data, tiny_model
 from trainer.distributed_script import BOTH, COMPARED, NONE, ONE_RANK, build
 
-from sg_opd_trl import AdapterTeacher
+from sg_opd_trl import AdapterTeacher, SGOPDConfigError, preflight
+from sharded.launches import COLLECTIVE_PATIENCE
 
 
 def nothing(folder: Path) -> dict:
@@ -51,11 +53,14 @@ class Case(NamedTuple):
         arguments: makes further arguments of the trainer in a folder.
     """
 
-    settings: dict = {}
+    settings: dict = {}  # noqa: RUF012  # only read
     rows: list[int] = ONE_RANK
     arguments: Callable[[Path], dict] = nothing
 
 
+#: Of these the models are checked before the first step; others are spared what takes as long as training them.
+CHECKED = ("default", "checked before the start", "LoRA")
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "eval_with_teacher": True}
 TWO_MICRO_BATCHES = {"gradient_accumulation_steps": 2, "global_batch": 4}
 CASES: dict[str, Case] = {
     "default": Case(),
@@ -81,7 +86,7 @@ CASES: dict[str, Case] = {
     "penalty to the initial student": Case({"beta": 0.1}, arguments=from_folders),
     "measured dead zone": Case({"gate_dead_zone": "auto"}),
     "checked before the start": Case({"preflight": True}),
-    "evaluation": Case({"eval_strategy": "steps", "eval_steps": 1, "eval_with_teacher": True}, ONE_RANK, uneven_evaluation),
+    "evaluation": Case(EVALUATION, arguments=uneven_evaluation),
     "LoRA": Case(arguments=lora),
     "LoRA, gradient checkpointing": Case({"gradient_checkpointing": True}, arguments=lora),
     "LoRA, top-K": Case({"distillation_mode": "topk_logits", "distillation_topk": 4}, arguments=lora),
@@ -90,11 +95,21 @@ CASES: dict[str, Case] = {
 }
 
 
-def make(name: str, folder: Path, **settings: Any) -> Any:
-    """The trainer of a case, in a folder of its own."""
+def run_case(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """What comes out of a case: its logs and the folder of its student, or the words in which it is refused."""
     case = CASES[name]
-    chosen = {"max_steps": 2, "preflight": False} | case.settings | settings
-    return build(folder / "run", chosen, case.rows, **case.arguments(folder))[0]
+    chosen = {"max_steps": 2, "preflight": False, "ddp_timeout": COLLECTIVE_PATIENCE} | case.settings | settings
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        trainer, _ = build(folder / "run", chosen, case.rows, **case.arguments(folder))
+    except SGOPDConfigError as error:
+        return {"refused": str(error)}
+    with pytest.MonkeyPatch.context() as patch:
+        if name not in CHECKED:
+            patch.setattr(preflight, "_check_models", lambda run: [])
+        trainer.train()
+    trainer.save_model(str(folder / "student"))
+    return {"logs": logs(trainer), "student": str(folder / "student")}
 
 
 def logs(trainer: Any) -> list[dict[str, float]]:

@@ -9,7 +9,6 @@ import os
 import accelerate.state as state
 import torch
 
-
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 

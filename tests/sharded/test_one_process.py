@@ -1,0 +1,87 @@
+"""Two ranks of every launch log and save what one process does, and exchange the same in the same order."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from sharded.cases import CASES, run_case
+from sharded.launches import LAUNCHES, SHARDED, launch_ranks, pytestmark
+
+__all__ = ["pytestmark"]
+SCRIPT = str(Path(__file__).with_name("ranks_script.py"))
+#: Cases that a launch cannot have -> words of the refusal.
+REFUSED = {(kind, "whole distributions"): "`distillation_mode='full_logits'` is not supported" for kind in SHARDED}
+
+
+class Launched(NamedTuple):
+    """A launch of two ranks that has run every case."""
+
+    kind: str
+    results: dict[str, dict[str, Any]]
+    stderr: str
+
+    def of(self, case: str) -> dict[str, Any]:
+        assert case in self.results, f"{case!r} did not end on two ranks of {self.kind}: {self.stderr[-6000:]}"
+        return self.results[case]
+
+
+@pytest.fixture(scope="module", params=LAUNCHES)
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp(request.param)
+    done = launch_ranks(request.param, SCRIPT, str(folder), *CASES, timeout=400)
+    path = folder / "results.pt"
+    return Launched(request.param, torch.load(path) if path.exists() else {}, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    return cache(lambda case: run_case(case, tmp_path_factory.mktemp("one")))
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    """As a reader gets them: every weight of the model that the files are of, and none left over."""
+    if (Path(folder) / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(tiny_model(0), folder)
+        assert load_file(f"{folder}/adapter_model.safetensors").keys() == get_peft_model_state_dict(model).keys()
+    else:
+        model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(told.values()), told
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logs_and_student_are_those_of_one_process(
+    case: str, launched: Launched, one_process: Callable[[str], dict[str, Any]]
+) -> None:
+    two, one = launched.of(case), one_process(case)
+    if (launched.kind, case) in REFUSED:
+        assert REFUSED[launched.kind, case] in two["refused"]
+        return
+    # Of a run that writes nothing itself there is less to log.
+    assert len(one["logs"][0]) > (10 if case == "TimeSep" else 20)
+    assert [entry.keys() for entry in two["logs"]] == [entry.keys() for entry in one["logs"]]
+    for ours, expected in zip(two["logs"], one["logs"], strict=True):
+        assert ours == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
+    ours, expected = weights(two["student"]), weights(one["student"])
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5, msg=partial("{}: {}".format, name))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_exchange_the_same_in_the_same_order(case: str, launched: Launched) -> None:
+    """Else one of them would wait for ever."""
+    first, second = launched.of(case)["collectives"]
+    if "refused" not in launched.of(case):
+        assert len(first) > 50
+    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+        assert one == other, f"exchange {place}, after {first[max(0, place - 5) : place]}"
+    assert len(first) == len(second)
