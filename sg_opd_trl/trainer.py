@@ -622,7 +622,11 @@ class SGOPDTrainer(GRPOSeam):
             batch["old_per_token_logps"] = torch.where(matched, constant, batch["old_per_token_logps"])
         if "importance_sampling_ratio" in batch:
             batch["importance_sampling_ratio"] = torch.where(matched, 1.0, batch["importance_sampling_ratio"])
-        return constant if self._everything_matched else torch.where(matched, constant, logps)
+        if not self._everything_matched:
+            return torch.where(matched, constant, logps)
+        # What of a forward has a gradient must be the same on all ranks where shards are gathered for it, and another
+        # rank may have rows of the anchor in this one.
+        return constant + 0.0 * logps if self.sharded and self.anchor is not None else constant
 
     @property
     def _everything_matched(self) -> bool:

@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 #: Of these the models are checked before the first step; others are spared what takes as long as training them.
-CHECKED = ("default", "checked before the start", "LoRA")
+CHECKED = ("default", "checked before the start", "LoRA", "LoRA, top-K")
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "eval_with_teacher": True}
 TWO_MICRO_BATCHES = {"gradient_accumulation_steps": 2, "global_batch": 4}
 CASES: dict[str, Case] = {
