@@ -163,6 +163,11 @@ def owned(args: Any, **more: Any) -> Iterator["RunFolder"]:
         folder.unlock()
 
 
+def is_owned(args: Any) -> bool:
+    """Whether a command owns the folder of a run, and has looked at its checkpoints already."""
+    return Path(str(args.output_dir)).absolute() in _OWNED
+
+
 class RunFolder:
     """A folder that a run owns, with its `run.json`.
 

@@ -18,13 +18,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
@@ -443,23 +443,6 @@ def is_over(loop: Any) -> bool:
     return loop.state.global_step >= loop.state.max_steps
 
 
-def end_in_time(loop: Any) -> None:
-    """Have a trainer of TRL or transformers that goes on from its last step train none.
-
-    Transformers goes into the epoch of the checkpoint without asking whether a step of it is left, takes one more, and
-    the student that was finished is another one.
-    """
-    run_epoch = loop._run_epoch
-
-    def run_what_is_left(*args: Any, **kwargs: Any) -> None:
-        if is_over(loop):
-            loop.control.should_training_stop = True
-        else:
-            run_epoch(*args, **kwargs)
-
-    loop._run_epoch = run_what_is_left
-
-
 STATE_FILE = "sg_opd_state.json"
 ROLLOUTS_FILE = "sg_opd_rollouts_{}.pt"
 """Of each rank, in a checkpoint inside a generation batch: what is left of its rollouts, with their scores."""
@@ -473,25 +456,6 @@ OnCompletions = Callable[[Sequence[list[int]], Sequence[int], Sequence[list[int]
 """`(prompts of all rows, numbers of rows that are written, their completions)`; a row may be named twice."""
 PolicyOutput = tuple[Tensor, Tensor | None, Tensor | None]
 """Log-probs and entropies of the completions, `(B, T)` each, and the auxiliary loss of mixtures of experts."""
-
-
-class _Saves(Protocol):
-    args: Any
-    accelerator: Any
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
-
-
-def save_student(trainer: _Saves, folder: Path) -> None:
-    """Write the student and push nothing: transformers would push it before its card and logs are written."""
-    if isinstance(trainer, GRPOSeam):
-        trainer.save_model(str(folder), _internal_call=True)
-        return
-    # What that does for itself, for a trainer of TRL.
-    with written_aside(folder, 0, own=trainer.args.should_save) as aside:
-        trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(aside), _internal_call=True)
-        trainer.accelerator.wait_for_everyone()
 
 
 @dataclass(frozen=True)
@@ -509,21 +473,6 @@ class WrittenBatch:
     rewards: dict[str, Sequence[float]]
     longest: float
     cut_off: float
-
-
-def _nothing() -> None:
-    """A process that trains alone exchanges nothing."""
-
-
-@contextmanager
-def _swept(folder: Path, *, own: bool) -> Iterator[None]:
-    """Have nothing left of a checkpoint that another rank could not write its part of."""
-    try:
-        yield
-    except RankError:
-        if own:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -617,19 +566,173 @@ class HubSeam:
         return [] if pushing is None else list(pushing.jobs)
 
 
-class PlainHubSeam(HubSeam):
-    """The same for a trainer that is TRL's otherwise: what it saves is fit for the Hub too."""
+def _nothing() -> None:
+    """A process that trains alone exchanges nothing."""
+
+
+@contextmanager
+def _swept(folder: Path, *, own: bool) -> Iterator[None]:
+    """Have nothing left of a checkpoint that another rank could not write its part of."""
+    try:
+        yield
+    except RankError:
+        if own:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class WholeFiles(HubSeam, Trainer):
+    """A trainer of transformers whose checkpoints and students are whole or not there; it stands before TRL's own.
+
+    A checkpoint is written aside and completed as `checkpoints.py` has it, a student put in its place as
+    `student_files.py` has it, and neither is written with weights that are not finite. A run that goes on from its
+    last step trains none. It is a `SavedRun`, whose last finished step can be kept whatever ends it.
+    """
+
+    args: Any
+    model: Any
+
+    nothing_left = False
+    """Whether training ends before its first step: the run that it goes on from has finished."""
+
+    before_exchange: Callable[[], None] = staticmethod(_nothing)
+    """Is called before ranks exchange what the accelerator does not see."""
+
+    beside_checkpoint: Callable[[Path], None] | None = None
+    """Writes more into the folder of a checkpoint before that is completed; all ranks call it."""
+
+    _written_aside: Path | None = None
+
+    def rollouts_state(self) -> dict[str, Any]:
+        """Where the run is among rollouts that last longer than a step; by itself it has none."""
+        return {}
+
+    def restore_rollouts(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what transformers does not into the folder of a checkpoint; all ranks call it."""
+        if self.beside_checkpoint is not None:
+            self.beside_checkpoint(folder)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step, as the training loop does."""
+        self._save_checkpoint(self.model, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers gathers losses past the accelerator.
+        self.before_exchange()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.nothing_left or is_over(self):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, see `transformers.Trainer.save_model`; its card names no folder of this machine."""
-        super().save_model(output_dir, True)  # type: ignore[misc]
-        if self.args.should_save:
-            without_local_base(Path(output_dir or self.args.output_dir))
+        """Save the student, see `transformers.Trainer.save_model`; it is put in its place once all of it is whole.
+
+        Raises:
+            NonFiniteError: weights that are NaN or infinite; nothing is written.
+            CheckpointError: the disk is full; what was there is as it was.
+        """
+        if self._written_aside is not None:  # a part of a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # Scripts may call it on the first rank alone, where all have the same weights.
+        together = is_sharded(self.accelerator) or self.is_deepspeed_enabled
+        self._check_weights(self.model, f"The student in {folder}", together=together)
+        with written_aside(folder, self._size_of_weights(), own=self.args.should_save) as aside:
+            if together:
+                self.accelerator.wait_for_everyone()
+            super().save_model(str(aside), _internal_call=True)
+            if together:
+                self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                without_local_base(aside)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
+        aside, place = folder / ASIDE / name, folder / name
+        size, own = self._size_of_checkpoint(), self.args.should_save
+        self._check_weights(model, f"The checkpoint of step {self.state.global_step}", together=True)
+        if own:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            # Before any rank writes: a slower one would take what is written for what is missing.
+            check_room(aside.parent, size)
+        self.accelerator.wait_for_everyone()
+        with _swept(aside.parent, own=own), told_of_a_full_disk(aside.parent, size, own=own):
+            # Transformers asks for the run's folder, and gets the one beside it.
+            self._written_aside = aside.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._written_aside = None
+            if self.state.best_model_checkpoint == str(aside):
+                self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            self.write_beside(aside)
+            # Every rank has written its part.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                without_local_base(aside)
+                complete(aside, place)
+        if self.args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            # Only now: until the new one is whole, the old ones are all there is.
+            kept, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), save_total_limit=kept, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
 
-class GRPOSeam(HubSeam, GRPOTrainer):
+    def _check_weights(self, model: nn.Module, where: str, *, together: bool) -> None:
+        run: Any = self  # of which no more is asked than every trainer has
+        check_weights_are_finite(run, model, where, together)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._written_aside is None else str(self._written_aside)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # What is uploaded in the background must not be renamed meanwhile: it is pushed from its place.
+        if self._written_aside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _size_of_checkpoint(self) -> int:
+        """Bytes of weights and optimizer state, as far as this process holds them."""
+        weights = self._size_of_weights()
+        if self.args.save_only_model or self.optimizer is None or self.accelerator.state.deepspeed_plugin is not None:
+            return weights
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        return weights + sum(x.numel() * x.element_size() for x in states if isinstance(x, Tensor))
+
+    def _size_of_weights(self) -> int:
+        student = self.accelerator.unwrap_model(self.model)
+        # Of a student with adapters these alone are saved.
+        saved = [p for p in student.parameters() if p.requires_grad or not hasattr(student, "peft_config")]
+        return sum(p.numel() * p.element_size() for p in saved)
+
+
+def save_student(trainer: WholeFiles, folder: Path) -> None:
+    """Write the student and push nothing: transformers would push it before its card and logs are written."""
+    trainer.save_model(str(folder), _internal_call=True)
+
+
+class RewardsTogether(GRPOTrainer):
+    """`GRPOTrainer` that gathers rewards as it gathers all else, so that no rank waits for one that has failed."""
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        with _gathering_by(self.accelerator):
+            return super()._calculate_rewards(*args, **kwargs)
+
+
+class GRPOSeam(WholeFiles, GRPOTrainer):
     """`GRPOTrainer` with public hooks where it takes its private steps; by itself it trains as its parent does.
 
     TRL's step, and where a subclass comes in:
@@ -653,12 +756,6 @@ class GRPOSeam(HubSeam, GRPOTrainer):
     _buffered_inputs: Any
     _batch_in_loss: dict | None
 
-    nothing_left = False
-    """Whether training ends before its first step: the run that it goes on from has finished."""
-
-    before_exchange: Callable[[], None]
-    """Is called before ranks exchange what the accelerator does not see."""
-
     on_completions: OnCompletions | None = None
     """Is told of completions while others are still written, and of all of them before they are judged."""
 
@@ -666,9 +763,7 @@ class GRPOSeam(HubSeam, GRPOTrainer):
         self.seconds: dict[str, float] = defaultdict(float)
         self._batch_in_loss = None
         self._evaluated_as = "eval"
-        self._written_aside: Path | None = None
         self._train_sampler: Any = None
-        self.before_exchange = _nothing
         super().__init__(*args, **kwargs)
         self.fused_head = HeadSettings(self.temperature, self.args.cast_lm_head_to_fp32, entropy=True)
         if self.rollout_func is not None:
@@ -861,11 +956,6 @@ class GRPOSeam(HubSeam, GRPOTrainer):
                 book.clear()
                 book.update(kept)
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of the current step, as the training loop does."""
-        self._save_checkpoint(self.model, trial=None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
     @contextmanager
     def student_scoring(self) -> Iterator[Any]:
         """The student for scoring without gradient: gradient checkpointing off, otherwise as it is."""
@@ -1025,17 +1115,6 @@ class GRPOSeam(HubSeam, GRPOTrainer):
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return self.on_micro_batch(inputs)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # Transformers gathers losses past the accelerator.
-        self.before_exchange()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.nothing_left or is_over(self):
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
     def load_student(self, folder: Path) -> None:
         """Give the student the weights that were saved in a folder."""
         check_student(folder)
@@ -1045,67 +1124,12 @@ class GRPOSeam(HubSeam, GRPOTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.on_grad_norm(grad_norm)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, see `transformers.Trainer.save_model`; it is put in its place once all of it is whole.
-
-        Raises:
-            NonFiniteError: weights that are NaN or infinite; nothing is written.
-            CheckpointError: the disk is full; what was there is as it was.
-        """
-        if self._written_aside is not None:  # a part of a checkpoint
-            super().save_model(output_dir, _internal_call)
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        # Scripts may call it on the first rank alone, where all have the same weights.
-        together = self.sharded or self.is_deepspeed_enabled
-        check_weights_are_finite(self, self.model, f"The student in {folder}", together=together)
-        with written_aside(folder, self._size_of_weights(), own=self.args.should_save) as aside:
-            if together:
-                self.accelerator.wait_for_everyone()
-            super().save_model(str(aside), _internal_call=True)
-            if together:
-                self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                without_local_base(aside)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder, name = Path(super()._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
-        aside, place = folder / ASIDE / name, folder / name
-        size, own = self._size_of_checkpoint(), self.args.should_save
-        check_weights_are_finite(self, model, f"The checkpoint of step {self.state.global_step}", together=True)
-        if own:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-            # Before any rank writes: a slower one would take what is written for what is missing.
-            check_room(aside.parent, size)
-        self.accelerator.wait_for_everyone()
-        with _swept(aside.parent, own=own), told_of_a_full_disk(aside.parent, size, own=own):
-            # Transformers asks for the run's folder, and gets the one beside it.
-            self._written_aside = aside.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._written_aside = None
-            if self.state.best_model_checkpoint == str(aside):
-                self.state.best_model_checkpoint = str(place)
-            if self.args.should_save:
-                self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
-                (aside / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
-            self._save_rollouts(aside)
-            # Every rank has written its part.
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                without_local_base(aside)
-                complete(aside, place)
+    def write_beside(self, folder: Path) -> None:
+        """Write the facts of the run and the rollouts in use too."""
+        super().write_beside(folder)
         if self.args.should_save:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-            # Only now: until the new one is whole, the old ones are all there is.
-            kept, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), save_total_limit=kept, best_model_checkpoint=best, use_mtime=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))
+            (folder / STATE_FILE).write_text(json.dumps(self.checkpoint_state(), indent=2), encoding="utf-8")
+        self._save_rollouts(folder)
 
     def _save_rollouts(self, folder: Path) -> None:
         state = self.rollouts_state()
@@ -1159,28 +1183,6 @@ class GRPOSeam(HubSeam, GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._written_aside is None else str(self._written_aside)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # What is uploaded in the background must not be renamed meanwhile: it is pushed from its place.
-        if self._written_aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _size_of_checkpoint(self) -> int:
-        """Bytes of weights and optimizer state, as far as this process holds them."""
-        weights = self._size_of_weights()
-        if self.args.save_only_model or self.optimizer is None or self.accelerator.state.deepspeed_plugin is not None:
-            return weights
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        return weights + sum(x.numel() * x.element_size() for x in states if isinstance(x, Tensor))
-
-    def _size_of_weights(self) -> int:
-        student = self.accelerator.unwrap_model(self.model)
-        # Of a student with adapters these alone are saved.
-        saved = [p for p in student.parameters() if p.requires_grad or not hasattr(student, "peft_config")]
-        return sum(p.numel() * p.element_size() for p in saved)
 
     def _load_callback_state(self) -> None:
         # Transformers would make them anew from arguments that a subclass need not export, and lose its own.

@@ -22,7 +22,7 @@ from ..models.experts import without_router_logits
 from ..models.sampling import without_own_settings
 from ..precision import precision_problems, settle_bf16
 from ..run_folder import folder_problems
-from ..trl_seam import PlainHubSeam
+from .checkpoints import KeptTrainer
 from .config import FIXED, PairedFields, moved, no_teacher, not_positive, outside, raise_problems
 from .order import plan_steps
 from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer, padding_ids
@@ -76,7 +76,7 @@ class OnPolicyGKDConfig(PairedFields, GKDConfig):
         return self.max_new_tokens
 
 
-class OnPolicyGKDTrainer(PlainHubSeam, GKDTrainer):
+class OnPolicyGKDTrainer(KeptTrainer, GKDTrainer):
     """`GKDTrainer` that counts what the teacher scores, and divides its loss by the tokens it is summed over.
 
     TRL's data collator counts the tokens of the data set's completions before the student writes its own, and the loss

@@ -15,8 +15,8 @@ from trl import SFTTrainer
 from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..hub import reach_hub
 from ..teacher_sampling.rollouts import drop_reason
-from ..trl_seam import PlainHubSeam
 from ..verifiers.verdicts import RunVerifier
+from .checkpoints import KeptTrainer
 from .config import SeqKDConfig, TeacherSFTConfig
 from .order import StepPlan, fill_steps, plan_steps
 from .rollouts import ROLLOUTS_FILE, Judge, Rollout, RolloutRequest, teacher_rollouts
@@ -25,7 +25,7 @@ from .teacher import RENDERED, TeacherUse, load_teacher, load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-class TeacherSFTTrainer(PlainHubSeam, SFTTrainer):
+class TeacherSFTTrainer(KeptTrainer, SFTTrainer):
     """`trl.SFTTrainer`, which remembers what its rows cost."""
 
     teacher_use: TeacherUse

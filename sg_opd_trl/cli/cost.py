@@ -8,7 +8,6 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import write_atomically
 from ..run_folder import RunFolder
 from ..run_identity import RUN_FILE, read_json
 from .methods import METHODS
@@ -33,6 +32,7 @@ class RunCost(TrainerCallback):
         self._before: dict[str, float] = {}
         self._at_start: dict[str, float] = {}
         self._started = time.perf_counter()
+        trainer.beside_checkpoint = self.write
         if checkpoint is not None:
             self._before = read_json(checkpoint / RUN_FILE)
 
@@ -45,13 +45,12 @@ class RunCost(TrainerCallback):
         # step) is in the checkpoint's numbers already, and must not be counted twice.
         self._at_start = self._counts() if self._before else {}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write costs and identity into the checkpoint."""
+    def write(self, checkpoint: Path) -> None:
+        """Write costs and identity into a checkpoint that is being written."""
         facts = self.facts()
         if facts:
-            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / RUN_FILE
             content = {**facts, "identity": self.folder.identity}
-            write_atomically(path, json.dumps(content, indent=1) + "\n")
+            (checkpoint / RUN_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def facts(self) -> dict[str, Any]:
         """What the run has cost so far; all processes must call it. Only the main one learns the sum."""

@@ -50,15 +50,9 @@ def _sg_opd_use(trainer: Any) -> "TeacherUse":
 
 
 def _build_grpo(student: str, args: Any, reward_funcs: list, train: Any, test: Any, loading: dict) -> Any:
-    from ..agreement import check_for_trl
-    from ..baselines.grpo import PlainGRPOTrainer
-    from ..trl_seam import is_prepared_later
+    from ..baselines.grpo import build_grpo_trainer
 
-    trainer = PlainGRPOTrainer(student, reward_funcs, args, train_dataset=train, eval_dataset=test, **loading)
-    # A student that is split when training starts cannot be run before.
-    if not is_prepared_later(trainer.accelerator):
-        check_for_trl(trainer.model, trainer.processing_class, role="student", method="grpo")
-    return trainer
+    return build_grpo_trainer(student, args, reward_funcs, train, test, **loading)
 
 
 def _no_use(trainer: Any) -> "TeacherUse":

@@ -120,7 +120,6 @@ def _train(
 def _begin_baseline(settings: TrainSettings, folder: "RunFolder", start: "Start", trainer: Any, rows: Any) -> None:
     """What `SGOPDTrainer.train` does for itself, for a trainer of TRL."""
     from ..run_identity import data_fingerprint, peft_identity, settings_identity
-    from ..trl_seam import end_in_time
 
     identity = settings_identity(
         settings.training,
@@ -129,7 +128,6 @@ def _begin_baseline(settings: TrainSettings, folder: "RunFolder", start: "Start"
         peft_config=peft_identity(trainer.model),
     )
     folder.begin(identity, start.checkpoint or False)
-    end_in_time(trainer)
 
 
 def check_before_loading(settings: TrainSettings) -> None:

@@ -18,7 +18,7 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from sg_opd_trl import SGOPDConfig, SGOPDTrainer
-from sg_opd_trl.trl_seam import GRPOSeam, has_adapters_inside
+from sg_opd_trl.trl_seam import GRPOSeam, WholeFiles, has_adapters_inside
 
 SEAM = PACKAGE / "trl_seam.py"
 OTHERS = [path for path in MODULES if path != SEAM]
@@ -114,7 +114,13 @@ def test_signatures(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(n for n, v in vars(GRPOSeam).items() if inspect.isfunction(v) and n in OVERRIDABLE)
+    "name",
+    sorted(
+        name
+        for kind in (GRPOSeam, WholeFiles)
+        for name, value in vars(kind).items()
+        if inspect.isfunction(value) and name in OVERRIDABLE
+    ),
 )
 def test_overrides_accept_what_trl_passes(name: str) -> None:
     ours, theirs = (getattr(kind, name) for kind in (GRPOSeam, GRPOTrainer))
