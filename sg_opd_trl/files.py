@@ -24,7 +24,11 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target: a rename is atomic inside one file system only, and a temporary folder may be on another.
     partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        # Otherwise a machine that goes down may have the new name and not what is behind it.
+        os.fsync(file.fileno())
     os.replace(partial, target)
     return target
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SGOPDConfigError, did_you_mean
-from ..files import check_folder
+from ..files import check_folder, write_atomically
 from .command import say
 from .launching import check_world_size, launch, wants_launch
 from .methods import METHODS
@@ -341,8 +341,7 @@ def _is_local(dataset_name: str | None) -> bool:
 
 
 def _write_logs(settings: TrainSettings, log_history: list[dict[str, float]], evaluations: Mapping[str, Any]) -> None:
-    path = settings.output_dir / "log_history.json"
-    path.write_text(json.dumps(log_history, indent=1) + "\n", encoding="utf-8")
+    write_atomically(settings.output_dir / "log_history.json", json.dumps(log_history, indent=1) + "\n")
     if settings.script.report:
         say(f"Report written to {write_run_report(settings, log_history, evaluations)}")
 

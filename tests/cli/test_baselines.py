@@ -106,6 +106,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_adds_up_its_costs(method
     assert all(torch.equal(left[name], right[name]) for name in left)
     expected, found = facts(tmp_path / "whole"), facts(resumed)
     assert half["steps"] == 1
+    assert (tmp_path / "whole" / "checkpoint-2" / "manifest.json").read_text(encoding="utf-8").count('"run.json"') == 1
     assert found.pop("seconds") > half["seconds"]
     expected.pop("seconds")
     assert found == expected
