@@ -613,6 +613,8 @@ class WholeFiles(HubSeam, Trainer):
     def write_beside(self, folder: Path) -> None:
         """Write what transformers does not into the folder of a checkpoint; all ranks call it."""
         if self.beside_checkpoint is not None:
+            # It may gather what it writes: a rank that could not write its part says so first.
+            self.before_exchange()
             self.beside_checkpoint(folder)
 
     def save_checkpoint(self) -> None:
