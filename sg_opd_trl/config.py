@@ -32,6 +32,7 @@ from .run_folder import FolderFields, folder_problems
 from .setting import AUTO, ON, NumberOrWord, Rule, Setting, declared, setting, unused, value_problems
 from .teachers.urls import MAX_RETRIES, RETRIES_RULE, TIMEOUT, TIMEOUT_RULE, server_problems
 from .teachers.urls import parsed as parsed_servers
+from .verifiers.bounded import RewardFields
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ _TRL_RULES: Mapping[str, Rule] = {
 
 
 @dataclass
-class SGOPDConfig(FolderFields, GRPOConfig):
+class SGOPDConfig(RewardFields, FolderFields, GRPOConfig):
     """Configuration of `SGOPDTrainer`.
 
     All of `trl.GRPOConfig`, with the defaults of the paper's recipe (arXiv:2606.09304, appendix C), plus the teacher,

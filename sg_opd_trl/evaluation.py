@@ -229,6 +229,7 @@ def evaluate_model(
     samples_path: str | os.PathLike[str] | None = None,
     output_path: str | os.PathLike[str] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    verifier_timeout: float | None = None,
     name: str | None = None,
     dataset_name: str | None = None,
     progress: bool = True,
@@ -258,6 +259,7 @@ def evaluate_model(
         samples_path: JSON Lines file that receives every sample as soon as it is judged.
         output_path: JSON file that receives the result; without `samples_path` the samples are beside it until then.
         chat_template_kwargs: passed on to the chat template.
+        verifier_timeout: seconds that one call of a `reward_func` of your own may take, see `SGOPDConfig`.
         name: what the result calls the model; `None` means its name or path, with the adapters that are active.
         dataset_name: name of the problems, for reports and the model card.
         progress: show a progress bar.
@@ -271,7 +273,7 @@ def evaluate_model(
         VerifierError: if the verifier answers with something else.
     """
     decoding = Decoding(temperature, top_p, max_new_tokens, batch_size, seed, generation_kwargs or {})
-    plan = plan_evaluation(dataset, decoding, num_samples, k, reward_func, chat_template_kwargs)
+    plan = plan_evaluation(dataset, decoding, num_samples, k, reward_func, chat_template_kwargs, verifier_timeout)
     files = EvaluationFiles(samples_path, output_path)
     files.check(plan.identity)
     # Here and not above: results can be read without torch and transformers.
@@ -292,19 +294,26 @@ def plan_evaluation(
     k: int | None,
     reward_func: Callable[..., Any] | None,
     chat_template_kwargs: Mapping[str, Any] | None,
+    verifier_timeout: float | None = None,
 ) -> EvaluationPlan:
     """All that `evaluate_model` checks of its arguments and can be known without the model.
 
     Raises:
-        SGOPDConfigError: if a count is out of range.
+        SGOPDConfigError: if a count or the limit is out of range.
         DataError: if the data set is empty or a prompt is missing.
     """
+    if verifier_timeout is not None:
+        # Here and not above: results can be read without torch.
+        from .verifiers.bounded import check_limit
+
+        check_limit(verifier_timeout)
     for name, count in (("num_samples", num_samples), ("k", num_samples if k is None else k)):
         if not isinstance(count, int):
             raise SGOPDConfigError(f"`{name}` must be a whole number, got {count!r}. It is a count. Set it to 8, say.")
     k = num_samples if k is None else k
     pass_at_k(num_samples, 0, k)  # for its checks
-    return EvaluationPlan(read_rows(dataset), decoding, num_samples, k, reward_func, chat_template_kwargs or {})
+    rows, kwargs = read_rows(dataset), chat_template_kwargs or {}
+    return EvaluationPlan(rows, decoding, num_samples, k, reward_func, kwargs, verifier_timeout)
 
 
 def _evaluate(

@@ -101,6 +101,7 @@ class EvaluationPlan:
         k: of pass@k.
         reward_func: verifier; None means `math_reward`.
         chat_template_kwargs: passed on to the chat template.
+        verifier_timeout: seconds that a call of the verifier may take; None: without a limit. No part of the identity.
     """
 
     rows: list[dict[str, Any]]
@@ -109,6 +110,7 @@ class EvaluationPlan:
     k: int
     reward_func: Callable[..., Any] | None
     chat_template_kwargs: Mapping[str, Any]
+    verifier_timeout: float | None = None
 
     @property
     def identity(self) -> Identity:
@@ -170,6 +172,8 @@ def _source(reward_func: Callable[..., Any] | None) -> list[str]:
         from .verifiers import math_reward
 
         reward_func = math_reward
+    # What stands around a function, as a trainer's `verifier_timeout` does, is in another file.
+    reward_func = inspect.unwrap(reward_func)
     # A callable object has no name of its own.
     named = reward_func if hasattr(reward_func, "__qualname__") else type(reward_func)
     name = f"{named.__module__}.{named.__qualname__}"

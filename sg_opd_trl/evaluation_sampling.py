@@ -202,6 +202,7 @@ def draw_samples(
     samples: list[Sample] = []
     config = sampler.generation_config
     with (
+        _bounded(plan) as reward_func,
         tqdm(
             total=sum(map(len, batches)), desc=label, unit=" completions", disable=not progress, dynamic_ncols=True
         ) as bar,
@@ -216,7 +217,7 @@ def draw_samples(
                 # The first has the seed itself: what fits into one batch is what it was before batches had seeds.
                 _seed(sampler.model, mixed_seed(sampler.decoding.seed, number) if number else sampler.decoding.seed)
                 completion_ids = sampler.generate([prompt_ids[problem] for problem, _ in batch], config)
-                judged = _judge_batch(sampler, plan, batch, completion_ids)
+                judged = _judge_batch(sampler, plan, reward_func, batch, completion_ids)
                 keep(judged)
                 samples += judged
             bar.set_postfix_str(_so_far(samples), refresh=False)
@@ -248,7 +249,11 @@ def _so_far(samples: Sequence[Sample]) -> str:
 
 
 def _judge_batch(
-    sampler: Sampler, plan: EvaluationPlan, batch: list[tuple[int, int]], completion_ids: list[list[int]]
+    sampler: Sampler,
+    plan: EvaluationPlan,
+    reward_func: Callable[..., Any],
+    batch: list[tuple[int, int]],
+    completion_ids: list[list[int]],
 ) -> list[Sample]:
     rows = plan.rows
     texts = sampler.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
@@ -259,7 +264,7 @@ def _judge_batch(
         completion_ids,
         lambda prompts: [sampler.encode(prompt) for prompt in prompts],
     )
-    verdicts = _judge(plan.reward_func or _math_reward(), own, completions, completion_ids)
+    verdicts = _judge(reward_func, own, completions, completion_ids)
     ends = set(sampler.eos_ids)
     return [
         Sample(
@@ -276,10 +281,22 @@ def _judge_batch(
     ]
 
 
-def _math_reward() -> Callable[..., Any]:
+@contextmanager
+def _bounded(plan: EvaluationPlan) -> Iterator[Callable[..., Any]]:
+    """The verifier, in a process of its own where the plan gives it a limit."""
     from .verifiers import math_reward
 
-    return math_reward
+    functions = [plan.reward_func or math_reward]
+    if plan.verifier_timeout is None:
+        yield functions[0]
+        return
+    from .verifiers.bounded import bounded, close  # here: an evaluation does without TRL otherwise
+
+    functions = bounded(functions, plan.verifier_timeout)
+    try:
+        yield functions[0]
+    finally:
+        close(functions)
 
 
 def _judge(

@@ -92,7 +92,8 @@ SURROUNDINGS = _names("""
     do_eval do_predict eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy
     eval_use_gather_object batch_eval_metrics per_device_eval_batch_size prediction_loss_only bf16_full_eval
     fp16_full_eval num_generations_eval eval_packing eval_with_teacher preflight push_to_hub hub_always_push
-    max_skipped_steps hub_model_id hub_private_repo hub_revision hub_strategy hub_token trust_remote_code
+    max_skipped_steps verifier_timeout hub_model_id hub_private_repo hub_revision hub_strategy hub_token
+    trust_remote_code
     # devices, processes and servers
     local_rank ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
     dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers

@@ -101,6 +101,7 @@ from .teachers.reference import Reference, evaluating
 from .teachers.routed import RoutedTeacher, drop_prefetched, teacher_batch, teacher_of
 from .token_weights import TokenFactors, TokenWeights
 from .trl_seam import GRPOSeam, PolicyOutput, add_head_output, agree_on_calls
+from .verifiers.bounded import bounded, close
 from .verifiers.calls import read_completions
 from .verifiers.verdicts import RunVerifier
 
@@ -236,7 +237,7 @@ class SGOPDTrainer(GRPOSeam):
         self._own_folder: Path | None = None
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs,
+            reward_funcs=bounded(reward_funcs, args.verifier_timeout),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -858,6 +859,7 @@ class SGOPDTrainer(GRPOSeam):
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             drop_prefetched(self.teacher)
+            close(self.reward_funcs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, its wall time split into parts."""

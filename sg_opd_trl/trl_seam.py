@@ -38,6 +38,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (  # noqa: F401
     FusedCausalLMOutput,
     add_fused_lm_head,
+    get_callable_name,
     get_config_model_id,
     is_async_callable,
     maybe_gather_lm_head_ctx,

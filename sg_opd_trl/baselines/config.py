@@ -10,6 +10,7 @@ from trl import GRPOConfig, SFTConfig
 from ..errors import SGOPDConfigError
 from ..precision import precision_problems, settle_bf16
 from ..run_folder import FolderFields, folder_problems
+from ..verifiers.bounded import RewardFields, reward_problems
 
 _TOKENIZED = "Rows are token ids before TRL's trainer sees them, it would have no effect or change them."
 ORDER = "Rows come in the order in which SG-OPD visits their prompts."
@@ -52,7 +53,7 @@ class PairedFields(FolderFields):
 
 
 @dataclass
-class _TeacherSFTFields(PairedFields, SFTConfig):
+class _TeacherSFTFields(RewardFields, PairedFields, SFTConfig):
     """What SFT on sampled and on greedy teacher outputs share."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # TRL's is not a ClassVar
@@ -92,6 +93,7 @@ class _TeacherSFTFields(PairedFields, SFTConfig):
                 *moved(self, FIXED | _FIXED_SFT),
                 *no_teacher(self),
                 *not_positive(self, "max_completion_length", "rollout_batch_size"),
+                *reward_problems(self),
                 *precision_problems(self),
                 *folder_problems(self),
             ]
@@ -135,7 +137,7 @@ class SeqKDConfig(_TeacherSFTFields):
 
 
 @dataclass
-class PlainGRPOConfig(FolderFields, GRPOConfig):
+class PlainGRPOConfig(RewardFields, FolderFields, GRPOConfig):
     """Configuration of `method: grpo`: `trl.GRPOConfig` as it is, on machines without bfloat16 too.
 
     Raises:
@@ -144,7 +146,7 @@ class PlainGRPOConfig(FolderFields, GRPOConfig):
     """
 
     def __post_init__(self) -> None:
-        raise_problems([*precision_problems(self), *folder_problems(self)])
+        raise_problems([*precision_problems(self), *folder_problems(self), *reward_problems(self)])
         settle_bf16(self)
         super().__post_init__()
 

@@ -6,6 +6,7 @@ from typing import Any
 from ..agreement import check_for_trl
 from ..student_files import check_student
 from ..trl_seam import RewardsTogether, is_prepared_later
+from ..verifiers.bounded import bounded
 from .checkpoints import KeptTrainer
 from .config import PlainGRPOConfig
 
@@ -36,8 +37,9 @@ def build_grpo_trainer(
         CheckpointError: the student is half in its place.
     """
     check_student(student)
+    functions = bounded(list(reward_funcs), args.verifier_timeout)
     trainer = PlainGRPOTrainer(
-        student, list(reward_funcs), args, train_dataset=train_dataset, eval_dataset=eval_dataset, **loading
+        student, functions, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **loading
     )
     # A student that is split when training starts cannot be run before.
     if not is_prepared_later(trainer.accelerator):

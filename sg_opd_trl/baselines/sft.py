@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from ..evaluation_sampling import encode_prompt, end_token_ids
 from ..hub import reach_hub
 from ..teacher_sampling.rollouts import drop_reason
+from ..verifiers.bounded import bounded, close
 from ..verifiers.verdicts import RunVerifier
 from .checkpoints import KeptTrainer
 from .config import SeqKDConfig, TeacherSFTConfig
@@ -142,10 +143,14 @@ def _written(
     judge = None
     if args.teacher_sampling_filter_correct:
         names = [getattr(function, "__name__", type(function).__name__) for function in reward_funcs]
+        reward_funcs = bounded(reward_funcs, args.verifier_timeout)
         verifier = RunVerifier(reward_funcs, names, args.verifier_reward_func, binary=True)
         judge = _judge(verifier)
     path = Path(args.output_dir) / ROLLOUTS_FILE
-    rollouts, use = teacher_rollouts(teacher, tokenizer, request, judge, path=path, args=args)
+    try:
+        rollouts, use = teacher_rollouts(teacher, tokenizer, request, judge, path=path, args=args)
+    finally:
+        close(reward_funcs)
     ends = end_token_ids(teacher, tokenizer)
     # The student's trainer comes next and needs the memory; the model's own cycles would keep it for a while.
     del teacher

@@ -226,12 +226,16 @@ def _tokenizers(settings: TrainSettings, setting: str, role: str = "student") ->
 def _verifier_rows(settings: TrainSettings, rewards: Sequence[Any], data: Any) -> "list[Row]":
     from ..data import first_rows
     from ..inspection.run import rows_of_verifier
+    from ..verifiers.bounded import bounded
     from ..verifiers.verdicts import RunVerifier
 
-    wanted = settings.named().get("verifier_reward_func")
-    verifier = RunVerifier(rewards, [each.__name__ for each in rewards], wanted, binary=False)
-    named = {"train_dataset": data[0], "eval_dataset": data[1]}
-    datasets = {name: first_rows(each) for name, each in named.items() if each is not None}
+    named = settings.named()
+    rewards = bounded(list(rewards), named.get("verifier_timeout"))
+    verifier = RunVerifier(
+        rewards, [each.__name__ for each in rewards], named.get("verifier_reward_func"), binary=False
+    )
+    sets = {"train_dataset": data[0], "eval_dataset": data[1]}
+    datasets = {name: first_rows(each) for name, each in sets.items() if each is not None}
     (student,) = _tokenizers(settings, "model_name_or_path").values()
     return rows_of_verifier(verifier, student, datasets)
 

@@ -105,7 +105,7 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
     Decoding(**decoding)
     return {
         **decoding,
-        **{name: getattr(options, name) for name in ("num_samples", "k", "chat_template_kwargs")},
+        **{name: getattr(options, name) for name in ("num_samples", "k", "chat_template_kwargs", "verifier_timeout")},
         "reward_func": load_reward_funcs([options.reward_func])[0],
     }
 
@@ -216,6 +216,7 @@ def _parser() -> CommandParser:
     )
     parser.flag("limit", type=int, help="first rows only")
     parser.flag("reward_func", default="math_reward", help="verifier: a name or a dotted import path")
+    parser.flag("verifier_timeout", type=float, help="seconds that one call of a verifier of your own may take")
     parser.flag("seed", type=int, default=0, help="seed of sampling and bootstrap")
     parser.flag(
         "dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="dtype of the weights"

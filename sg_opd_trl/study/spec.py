@@ -29,7 +29,8 @@ STUDY_KEYS = (
 )
 EVALUATE_KEYS = (
     *("dataset_name", "dataset_config", "dataset_split", "num_samples", "k", "temperature", "top_p", "max_new_tokens"),
-    *("batch_size", "limit", "seed", "reward_func", "question_column", "answer_column", "instruction"),
+    *("batch_size", "limit", "seed", "reward_func", "verifier_timeout"),
+    *("question_column", "answer_column", "instruction"),
     *("system_prompt", "chat_template_kwargs", "generation_kwargs", "dtype"),
 )
 """Flags of `sg-opd evaluate` that a study may set; they are the same for every run."""

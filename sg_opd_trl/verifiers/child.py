@@ -17,6 +17,7 @@ START_LIMIT = 120.0
 
 _FOLDERS = ("PWD", "OLDPWD")  # a shell's own: the folder that it is in is no password
 _STOP_LIMIT = 1.0  # seconds
+_LONGEST_WAIT = 3600.0  # seconds: the system counts milliseconds, and not many of them
 _READ_SIZE = 1 << 16  # bytes: what a Linux pipe holds
 
 
@@ -103,15 +104,16 @@ class Child:
             deadline: of `time.monotonic`.
 
         Raises:
-            ChildSilent: nothing has come until then. The child is gone.
-            ChildEnded: the child has ended.
+            ChildSilent: nothing has come until then. The child goes on.
+            ChildEnded: the child is gone.
         """
         # Not the default, which on Linux is an object of the system that a fork would share.
         with selectors.PollSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)
             if self._outgoing:
                 selector.register(self._input, selectors.EVENT_WRITE)
-            ready = {key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+            left = min(max(0.0, deadline - time.monotonic()), _LONGEST_WAIT)
+            ready = {key.fileobj for key, _ in selector.select(left)}
         if self._output in ready:
             chunk = os.read(self._output.fileno(), _READ_SIZE)
             if not chunk:
@@ -119,7 +121,6 @@ class Child:
                 raise ChildEnded(f"exit status {self.status}")
             self.received += chunk
         elif time.monotonic() >= deadline:
-            self.stop(at_once=True)
             raise ChildSilent("wall-clock time")
         if self._input in ready:
             self._write()

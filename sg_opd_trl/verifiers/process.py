@@ -91,6 +91,7 @@ class WorkerProcess:
             while b"\n" not in self._child.received:
                 self._child.wait(deadline)
         except ChildSilent as error:
+            self.stop(at_once=True)
             raise WorkerTimeout(cpu=False) from error
         except ChildEnded as error:
             if self._child.status == -signal.SIGPROF:
