@@ -24,7 +24,7 @@ class TeacherError(SGOPDError, RuntimeError):
 
 
 class VerifierError(SGOPDError, ValueError):
-    """A verifier that answered with something other than 1 (right), 0 (wrong) or None (no verdict)."""
+    """A verifier that cannot be asked, or that answers with something other than 1 (right), 0 (wrong) and None."""
 
 
 class NonFiniteError(SGOPDError, ArithmeticError):

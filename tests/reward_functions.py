@@ -34,6 +34,10 @@ def sleeps(completions: list, **_: Any) -> list[float]:
         time.sleep(1)
 
 
+def needs_a_gold(completions: list, solution: list, **_: Any) -> list[float]:
+    return sleeps(completions)
+
+
 def holds_the_interpreter(completions: list, **_: Any) -> list[float]:
     """One call in C that takes longer than the universe has been there; no other thread runs meanwhile."""
     re.match(r"(a+)+$", "a" * 80 + "b")

@@ -49,6 +49,7 @@ PARSED: dict[str, tuple[list[str], Any]] = {
     "teacher_sampling_ratio": (["0.25"], 0.25),
     **{name: (["3"], 3) for name in COUNTS},
     "max_skipped_steps": (["5"], 5),
+    "verifier_timeout": (["30"], 30.0),
 }
 
 

@@ -103,6 +103,10 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
     pass_at_k(options.num_samples, 0, options.num_samples if options.k is None else options.k)
     decoding = {name: getattr(options, name) for name in _DECODING}
     Decoding(**decoding)
+    if options.verifier_timeout is not None:
+        from ..verifiers.bounded import check_limit
+
+        check_limit(options.verifier_timeout)
     return {
         **decoding,
         **{name: getattr(options, name) for name in ("num_samples", "k", "chat_template_kwargs", "verifier_timeout")},

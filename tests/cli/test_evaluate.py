@@ -33,6 +33,7 @@ def test_a_model_is_evaluated_and_the_result_written(tiny, tmp_path, capsys):
         (["--chat_template_kwargs", "[1]"], "must be a JSON object"),
         (["--generation_kwargs", '{"topk": 3}'], "Did you mean 'top_k'"),
         (["--seed", str(2**63)], "`seed` must be at least 0"),
+        (["--verifier_timeout", "0"], "`verifier_timeout` must be a number in (0, inf), got 0.0"),
     ],
 )
 def test_wrong_flags_are_told_in_one_message(tiny, capsys, flags, said):

@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import reward_functions
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tiny import ANCHOR, parity_verifier, tiny_data, tiny_trainer
+from tiny import ANCHOR, copied_weights, logged, parity_verifier, tiny_data, tiny_trainer
 from transformers import TrainerCallback
 
 from sg_opd_trl import trl_seam
@@ -147,15 +149,28 @@ def one_ends(folder: Path, action: str) -> None:
         trainer.train()
 
 
+def unanswered(folder: Path) -> dict:
+    """The last rank's verifier never answers in the third step."""
+    settings = SETTINGS | {"verifier_timeout": 5.0, "save_strategy": "no"}
+    trainer = tiny_trainer(folder, settings=settings, reward_funcs=reward_functions.sleeps_on_the_last_rank)
+    end = ended(trainer, folder)
+    weights = str(folder / f"rank {trainer.accelerator.process_index}.pt")
+    torch.save(copied_weights(trainer.accelerator.unwrap_model(trainer.model)), weights)
+    return end | {
+        "unanswered": logged(trainer, "rewards/sleeps_on_the_last_rank/unanswered"),
+        "weights": weights,
+    }
+
+
 def main(action: str, output: str) -> None:
     """The main process saves what came out on every rank."""
     state = PartialState(cpu=True)
-    if action != "cases":
+    if action in ("killed", "stuck"):
         return one_ends(Path(output), action)
     with tempfile.TemporaryDirectory() as own:
         folder = Path(own) if state.is_main_process else Path()
-        shared = gather_object([str(folder)])[0]
-        ranks = gather_object([run_cases(Path(shared))])
+        shared = Path(gather_object([str(folder)])[0])
+        ranks = gather_object([run_cases(shared) if action == "cases" else unanswered(Path(output).parent)])
         if state.is_main_process:
             Path(output).write_text(json.dumps(ranks), encoding="utf-8")
         state.wait_for_everyone()
