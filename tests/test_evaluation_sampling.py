@@ -9,10 +9,12 @@ import types
 
 import pytest
 import torch
+from reward_functions import parity, sleeps
 from transformers import GenerationConfig
 from word_case import WORDS, even_length, run, word_data, word_model, word_tokenizer
 
 from sg_opd_trl.errors import DataError, SGOPDConfigError, VerifierError
+from sg_opd_trl.verifiers.bounded import bounded
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +320,25 @@ async def asynchronous(completions, **kwargs):
 def test_answers_that_are_no_verdicts(model, tokenizer, dataset, verifier, message):
     with pytest.raises(VerifierError, match=message):
         run(model, tokenizer, dataset, reward_func=verifier)
+
+
+def test_a_limit_of_the_verifier_changes_no_result_and_no_file(model, tokenizer, dataset, tmp_path, monkeypatch):
+    path, bound = tmp_path / "samples.jsonl", bounded(parity, 300.0)[0]
+    plain = run(model, tokenizer, dataset, reward_func=parity)
+    limited = run(model, tokenizer, dataset, reward_func=parity, verifier_timeout=300.0, samples_path=path)
+    assert (limited.avg_at_k, limited.pass_at_k) == (plain.avg_at_k, plain.pass_at_k)
+    assert 0 < limited.avg_at_k < 1, "the case should not be trivial"
+    # What has been judged is not judged again, be it without a limit or by what a trainer has made of the function.
+    monkeypatch.setattr("sg_opd_trl.evaluation_sampling._judge", None)
+    assert run(model, tokenizer, dataset, reward_func=parity, samples_path=path).avg_at_k == plain.avg_at_k
+    assert run(model, tokenizer, dataset, reward_func=bound, samples_path=path).avg_at_k == plain.avg_at_k
+
+
+def test_a_verifier_that_never_answers_leaves_no_verdict(model, tokenizer, dataset):
+    result = run(model, tokenizer, dataset, reward_func=sleeps, verifier_timeout=0.5)
+    assert (result.abstained, result.avg_at_k) == (12, None)
+    with pytest.raises(SGOPDConfigError, match=r"`verifier_timeout` must be a number in \(0, inf\), got -1"):
+        run(model, tokenizer, dataset, verifier_timeout=-1)
 
 
 def test_model_object_without_tokenizer(model, dataset):
