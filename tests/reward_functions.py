@@ -47,7 +47,7 @@ def holds_the_interpreter(completions: list, **_: Any) -> list[float]:
 def starts_others(completions: list, **_: Any) -> list[float]:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(os.environ[FOLDER], "other.pid").write_text(str(child.pid), encoding="utf-8")
-    return sleeps(completions)
+    return holds_the_interpreter(completions)  # so that it is the run alone that can kill
 
 
 def sleeps_on_asking(completions: list, **_: Any) -> list[float]:
