@@ -353,17 +353,28 @@ def check_run(run: PreparedRun) -> None:
 
 
 def _check_student(model: Any) -> None:
-    """Refuse adapters that TRL cannot switch.
+    """Refuse adapters that TRL cannot switch, and weights that are too coarse to be trained.
 
     Raises:
-        SGOPDConfigError: an adapter loaded into a plain model.
+        SGOPDConfigError: an adapter loaded into a plain model, or float16 weights that are trained.
     """
+    coarse = next((name for name, each in model.named_parameters() if each.requires_grad and _is_float16(each)), None)
+    if coarse is not None:
+        raise SGOPDConfigError(
+            f"`dtype` must not be float16 where weights are trained, got {coarse} of the student in it. Gradients and "
+            "updates below 6e-8 are 0 in float16, without a word, and the scaler of `fp16` takes float32 weights "
+            "only. Set dtype to float32, with fp16=True if the forward is to be in float16, or to bfloat16."
+        )
     if has_adapters_inside(model):
         raise SGOPDConfigError(
             f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
             "into it. They cannot be switched off for the reference. Load it with "
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
         )
+
+
+def _is_float16(weight: Any) -> bool:
+    return weight.dtype == torch.float16
 
 
 def check_is_trained(run: Run) -> None:

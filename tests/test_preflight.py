@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models.architectures import tiny_architecture
+from peft import LoraConfig
 from tiny import tiny_config, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 from trl import GRPOConfig
@@ -451,3 +452,13 @@ def test_a_recipe_whose_longest_prompts_do_not_fit() -> None:
     build_settings(read_command_line([*words, "148"]))
     with pytest.raises(SGOPDConfigError, match=r"at least 148, got 147: `max_prompt_tokens` and"):
         build_settings(read_command_line([*words, "147"]))
+
+
+def test_a_student_whose_weights_are_trained_in_float16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SGOPDConfigError, match=r"`dtype` must not be float16 .* model\.embed_tokens\.weight"):
+        tiny_trainer(tmp_path, model=tiny_model(0).half())
+
+
+def test_a_frozen_base_in_float16_is_none_of_its_business(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, model=tiny_model(0).half(), peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {torch.float32}

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SGOPDConfigError
+from ..models.residual import weights_dtype
 from ..scrubbing import scrubbed
 from ..trl_seam import get_config_model_id, has_adapters_of_another
 from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, is_adapter, load_with_base
@@ -246,7 +247,12 @@ def _load(kind: type[FrozenModel], run: BuildingRun, name: str, role: str, revis
 
 
 def _prepare(run: BuildingRun, model: FrozenModel) -> None:
-    model.prepare(run.accelerator, temperature=run.temperature, cast_lm_head_to_fp32=run.args.cast_lm_head_to_fp32)
+    model.prepare(
+        run.accelerator,
+        temperature=run.temperature,
+        cast_lm_head_to_fp32=run.args.cast_lm_head_to_fp32,
+        student_dtype=weights_dtype(_student(run)),
+    )
 
 
 def _student(run: BuildingRun) -> Any:

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from ..models.forward import ForwardOutput, HeadRequest, scattered
 from ..models.generate import generate_completions
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..models.internals import attention_implementation
+from ..models.residual import keep_float32_between_layers, weights_dtype
 from ..trl_seam import (
     HeadSettings,
     add_fused_head,
@@ -34,6 +36,8 @@ from ..trl_seam import (
     prepare_frozen_model,
 )
 from .base import HiddenScores, Sampling, SupportScores
+
+logger = logging.getLogger(__name__)
 
 _NUMBER: Kind = ((), torch.float32)  # one log-prob per token
 
@@ -235,11 +239,44 @@ class FrozenModel(ModelScorer):
         loaded.loaded_from = name, revision, dict(init_kwargs or {})
         return loaded
 
-    def prepare(self, accelerator: Any, *, temperature: float, cast_lm_head_to_fp32: bool) -> None:
-        """Attach the fused head and place the model as TRL places its reference model."""
+    def prepare(
+        self,
+        accelerator: Any,
+        *,
+        temperature: float,
+        cast_lm_head_to_fp32: bool,
+        student_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Attach the fused head and place the model as TRL places its reference model, in the student's precision."""
+        self._compute_as(student_dtype, accelerator)
         self.fused_head = add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
         self.accelerator, self._head = accelerator, None
         self.model = prepare_frozen_model(self.model, accelerator)
+
+    def _compute_as(self, student: torch.dtype, accelerator: Any) -> None:
+        """Carry float32 from layer to layer where the student does and this model's weights are in half precision."""
+        own = weights_dtype(self.model)
+        # A model that was given is the caller's, who may run it elsewhere; shards and packed weights have one dtype.
+        ours = self.loaded_from is not None and not getattr(self.model, "is_quantized", False)
+        mixed = student == torch.float32 and accelerator.mixed_precision in ("bf16", "fp16")
+        kept = ours and mixed and not is_sharded(accelerator)
+        keep_float32_between_layers(self.model, kept)
+        if own != student and not kept and own.is_floating_point:
+            logger.warning(
+                "The %s (%s) is in %s and the student in %s: for equal weights their log-probs differ by what the "
+                "coarser one rounds, and the gate takes that for the %s's opinion. Load it in the student's dtype "
+                "(`%s`), or set gate_dead_zone to the size of the noise.",
+                self.role,
+                self.identity["name"],
+                _short(own),
+                _short(student),
+                self.role,
+                "teacher_model_init_kwargs" if self.role != "reference" else "reference_model_init_kwargs",
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class LocalTeacher(FrozenModel):
