@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         limit = TIMES_THE_TIMEOUT * float(config.getoption("timeout", None) or config.getini("timeout") or 0)
         if limit > 0:
             config.pluginmanager.register(Watchdog(config, limit), "watchdog")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_precision() -> Iterator[None]:
+    """accelerate keeps the precision of a run for the whole process: the next file's tests would compute in it."""
+    yield
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None and accelerate.AcceleratorState._shared_state:
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

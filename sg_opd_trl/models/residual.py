@@ -19,7 +19,7 @@ _undo: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
 
 def weights_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's large weights, whatever adapters and norms are in."""
-    return model.get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
+    return model.get_input_embeddings().weight.dtype  # type: ignore[operator]
 
 
 def keep_float32_between_layers(model: nn.Module, wanted: bool) -> None:
@@ -40,7 +40,7 @@ def keep_float32_between_layers(model: nn.Module, wanted: bool) -> None:
     small = [(weight, weight.data) for weight in model.parameters() if weight.dim() < 2 and weight.dtype in _HALF]
     for weight, half in small:
         weight.data = half.float()
-    hook = model.get_input_embeddings().register_forward_hook(_to_float32)  # type: ignore[operator, union-attr]
+    hook = model.get_input_embeddings().register_forward_hook(_to_float32)  # type: ignore[operator]
 
     def restore() -> None:
         hook.remove()
