@@ -4,11 +4,13 @@ Rollouts are functions of the prompt and of the row in the global batch, as rank
 one at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from accelerate import PartialState
 from peft import LoraConfig
 from teachers.test_parity import save_adapter
 from tiny import save_pair, tiny_data, tiny_model
@@ -28,7 +30,12 @@ def lora(folder: Path) -> dict:
 
 def from_folders(folder: Path) -> dict:
     """Models that transformers loads: a launch may have it split them while it does."""
-    return {"model": save_pair(folder / "student", 0), "teacher_model": save_pair(folder / "teacher", 1)}
+    models = {"model": folder / "student-before", "teacher_model": folder / "teacher"}
+    with PartialState(cpu=True).main_process_first():
+        for seed, place in enumerate(models.values()):
+            if not place.exists():
+                save_pair(place, seed)
+    return {name: str(place) for name, place in models.items()}
 
 
 def own_reference(folder: Path) -> dict:
@@ -36,7 +43,11 @@ def own_reference(folder: Path) -> dict:
 
 
 def adapter_teacher(folder: Path) -> dict:
-    return lora(folder) | {"teacher_model": AdapterTeacher(save_adapter(folder / "adapter"))}
+    place = folder / "adapter"
+    with PartialState(cpu=True).main_process_first():
+        if not place.exists():
+            save_adapter(place)
+    return lora(folder) | {"teacher_model": AdapterTeacher(str(place))}
 
 
 def uneven_evaluation(folder: Path) -> dict:
@@ -61,23 +72,24 @@ class Case(NamedTuple):
 #: Of these the models are checked before the first step; others are spared what takes as long as training them.
 CHECKED = ("default", "checked before the start", "LoRA", "LoRA, top-K")
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "eval_with_teacher": True}
+#: Whatever the random numbers of a rank are; the teacher has two prompts on one rank and one on the other.
+GREEDY = {"models_write": True, "top_k": 1, "max_tokens_per_scoring_batch": 12}
+MOVING = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
 TWO_MICRO_BATCHES = {"gradient_accumulation_steps": 2, "global_batch": 4}
 CASES: dict[str, Case] = {
     "default": Case(),
     "from folders": Case(arguments=from_folders),
-    "verified on both ranks": Case(rows=BOTH),
     "verified on no rank": Case(rows=NONE),
     "more ranks than teacher prompts": Case({"teacher_sampling_ratio": 0.3}),
+    "models write": Case(GREEDY),
     "gradient checkpointing": Case({"gradient_checkpointing": True}),
     "two micro-batches": Case(TWO_MICRO_BATCHES),
     "two updates": Case({"num_iterations": 2}),
     "a group over both ranks": Case({"num_generations": 8}),
-    "scored in several forwards": Case({"max_tokens_per_scoring_batch": 12}),
     "nothing counts on one rank": Case({"write": "first rows", "mask_truncated_completions": True}),
     "empty completions on one rank": Case({"rollout_func": True, "teacher_sampling_enable": False}, NONE),
     "tokens of the whole batch": Case({"loss_type": "dapo", "stability_norm": "batch", "stability_tau": 0.3}),
     "TimeSep": Case({"teacher_sampling_time_separated": True}),
-    "OPD": Case({"sign_gated_extrapolation": False, "lambda_base": 1.0, "teacher_sampling_enable": False}, NONE),
     "top-K": Case({"distillation_mode": "topk_logits", "distillation_topk": 4}),
     "asymmetric": Case({"distillation_mode": "asymmetric", "distillation_topk": 4}),
     "whole distributions": Case({"distillation_mode": "full_logits"}),
@@ -87,12 +99,21 @@ CASES: dict[str, Case] = {
     "measured dead zone": Case({"gate_dead_zone": "auto"}),
     "checked before the start": Case({"preflight": True}),
     "evaluation": Case(EVALUATION, arguments=uneven_evaluation),
+    "a moving reference": Case(MOVING, arguments=from_folders),
     "LoRA": Case(arguments=lora),
     "LoRA, gradient checkpointing": Case({"gradient_checkpointing": True}, arguments=lora),
+    "LoRA, models write": Case(GREEDY, arguments=lora),
     "LoRA, top-K": Case({"distillation_mode": "topk_logits", "distillation_topk": 4}, arguments=lora),
-    "LoRA, two micro-batches": Case(TWO_MICRO_BATCHES, arguments=lora),
     "an adapter as teacher": Case(arguments=adapter_teacher),
 }
+
+
+#: What a launch runs that leaves the weights whole: forwards are nobody's business but the rank's own.
+OF_WHOLE_WEIGHTS = (
+    *("default", "from folders", "more ranks than teacher prompts", "models write", "gradient checkpointing"),
+    *("two micro-batches", "empty completions on one rank", "top-K", "whole distributions", "several teachers"),
+    *("evaluation", "a moving reference", "LoRA", "LoRA, gradient checkpointing", "an adapter as teacher"),
+)
 
 
 def run_case(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
@@ -104,12 +125,18 @@ def run_case(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
         trainer, _ = build(folder / "run", chosen, case.rows, **case.arguments(folder))
     except SGOPDConfigError as error:
         return {"refused": str(error)}
-    with pytest.MonkeyPatch.context() as patch:
-        if name not in CHECKED:
-            patch.setattr(preflight, "_check_models", lambda run: [])
+    with nullcontext() if name in CHECKED else unchecked():
         trainer.train()
     trainer.save_model(str(folder / "student"))
     return {"logs": logs(trainer), "student": str(folder / "student")}
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Have models not scored on made-up rows before the first step, which takes as long as training tiny ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "_check_models", lambda run: [])
+        yield
 
 
 def logs(trainer: Any) -> list[dict[str, float]]:

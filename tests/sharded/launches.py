@@ -14,7 +14,7 @@ LAUNCHES = {"ddp": None, "fsdp2": "fsdp", "zero2": "zero2", "zero3": "zero3"}
 #: Launches that split the weights themselves: a forward is a collective operation.
 SHARDED = ("fsdp2", "zero3")
 #: Seconds after which a collective that not all ranks take part in ends its process.
-COLLECTIVE_PATIENCE = 60
+COLLECTIVE_PATIENCE = 30
 
 DEEPSPEED = os.environ.get("SG_OPD_DEEPSPEED", "")
 pytestmark = [

@@ -36,9 +36,13 @@ def main(folder: Path, names: list[str]) -> None:
     state = PartialState(cpu=not is_sharded_launch(), timeout=patience)
     results: dict[str, Any] = {}
     for number, name in enumerate(names):
-        faulthandler.dump_traceback_later(2 * COLLECTIVE_PATIENCE, exit=True)
+        faulthandler.dump_traceback_later(4 * COLLECTIVE_PATIENCE, exit=True)
         before = len(recorded())
-        result = run_case(name, folder / str(number), use_cpu=not is_sharded_launch())
+        try:
+            result = run_case(name, folder / str(number), use_cpu=not is_sharded_launch())
+        except Exception:
+            print(f"Rank {state.process_index} in {name!r} began last: {recorded()[-5:]}", file=sys.stderr, flush=True)
+            raise
         results[name] = result | {"collectives": gather_object([recorded()[before:]])}
         if state.is_main_process:
             torch.save(results, folder / "results.pt")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from sharded.cases import CASES, run_case
+from sharded.cases import CASES, OF_WHOLE_WEIGHTS, run_case
 from sharded.launches import LAUNCHES, SHARDED, launch_ranks, pytestmark
 
 __all__ = ["pytestmark"]
@@ -21,8 +21,12 @@ SCRIPT = str(Path(__file__).with_name("ranks_script.py"))
 REFUSED = {(kind, "whole distributions"): "`distillation_mode='full_logits'` is not supported" for kind in SHARDED}
 
 
+#: Every case of a launch in a row: the ranks of one are through before the next one is started.
+RUNS = [(kind, case) for kind in LAUNCHES for case in (CASES if kind in SHARDED else OF_WHOLE_WEIGHTS)]
+
+
 class Launched(NamedTuple):
-    """A launch of two ranks that has run every case."""
+    """A launch of two ranks that has run its cases."""
 
     kind: str
     results: dict[str, dict[str, Any]]
@@ -33,12 +37,16 @@ class Launched(NamedTuple):
         return self.results[case]
 
 
-@pytest.fixture(scope="module", params=LAUNCHES)
-def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    folder = tmp_path_factory.mktemp(request.param)
-    done = launch_ranks(request.param, SCRIPT, str(folder), *CASES, timeout=400)
-    path = folder / "results.pt"
-    return Launched(request.param, torch.load(path) if path.exists() else {}, done.stderr)
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Launched]:
+    @cache
+    def launch(kind: str) -> Launched:
+        folder = tmp_path_factory.mktemp(kind)
+        done = launch_ranks(kind, SCRIPT, str(folder), *(case for name, case in RUNS if name == kind), timeout=400)
+        path = folder / "results.pt"
+        return Launched(kind, torch.load(path) if path.exists() else {}, done.stderr)
+
+    return launch
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +65,13 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kind", "case"), RUNS)
 def test_logs_and_student_are_those_of_one_process(
-    case: str, launched: Launched, one_process: Callable[[str], dict[str, Any]]
+    kind: str, case: str, launched: Callable[[str], Launched], one_process: Callable[[str], dict[str, Any]]
 ) -> None:
-    two, one = launched.of(case), one_process(case)
-    if (launched.kind, case) in REFUSED:
-        assert REFUSED[launched.kind, case] in two["refused"]
+    two, one = launched(kind).of(case), one_process(case)
+    if (kind, case) in REFUSED:
+        assert REFUSED[kind, case] in two["refused"]
         return
     # Of a run that writes nothing itself there is less to log.
     assert len(one["logs"][0]) > (10 if case == "TimeSep" else 20)
@@ -76,11 +84,11 @@ def test_logs_and_student_are_those_of_one_process(
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5, msg=partial("{}: {}".format, name))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_exchange_the_same_in_the_same_order(case: str, launched: Launched) -> None:
+@pytest.mark.parametrize(("kind", "case"), RUNS)
+def test_ranks_exchange_the_same_in_the_same_order(kind: str, case: str, launched: Callable[[str], Launched]) -> None:
     """Else one of them would wait for ever."""
-    first, second = launched.of(case)["collectives"]
-    if "refused" not in launched.of(case):
+    first, second = launched(kind).of(case)["collectives"]
+    if (kind, case) not in REFUSED:
         assert len(first) > 50
     for place, (one, other) in enumerate(zip(first, second, strict=False)):
         assert one == other, f"exchange {place}, after {first[max(0, place - 5) : place]}"

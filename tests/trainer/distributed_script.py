@@ -121,11 +121,13 @@ def build(folder: Path, settings: dict, rows: list[int], **arguments: Any) -> tu
         callbacks.append(FixedPrompts(rows))
     if chosen.pop("rollout_func", False):
         arguments["rollout_func"] = write_in_first_rows_alone
+    models_write = chosen.pop("models_write", False)
     verifier = VERIFIERS.get(chosen.pop("verifier", ""), even_rows_are_right)
     writer = WRITERS.get(chosen.pop("write", ""), write)
     trainer = tiny_trainer(folder, settings=chosen, callbacks=callbacks, reward_funcs=verifier, **arguments)
-    inject_rollouts(trainer, writer)
-    inject_teacher_rollouts(trainer, teach)
+    if not models_write:
+        inject_rollouts(trainer, writer)
+        inject_teacher_rollouts(trainer, teach)
     return trainer, recorder
 
 
