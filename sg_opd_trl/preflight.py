@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
@@ -350,6 +351,13 @@ def check_run(run: PreparedRun) -> None:
     _settle_dropout(args, student)
     _warn_of_own_settings(args, student)
     warn_of_a_gate_without_drift(args)
+    if args.max_skipped_steps and run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        logger.warning(
+            "`max_skipped_steps=%d` has no effect with DeepSpeed, which takes a step before its gradient can be "
+            "looked at: the first loss or gradient that is not finite ends the run. Launch with DDP or FSDP if steps "
+            "are to be skipped, or set max_skipped_steps=0.",
+            args.max_skipped_steps,
+        )
 
 
 def _check_student(model: Any) -> None:

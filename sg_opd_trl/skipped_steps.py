@@ -172,9 +172,15 @@ def _weights_are_finite(run: Run, model: torch.nn.Module, together: bool) -> boo
 
 
 def _is_finite(weight: Tensor) -> bool:
-    # Each rank looks at its own shard.
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    local = _own_part(weight)
     if not local.is_floating_point() or local.dtype == torch.float4_e2m1fn_x2:  # which has no NaN
         return True
     # torch tells of none of the eight-bit ones.
     return bool(torch.isfinite(local.float() if local.dtype.itemsize == 1 else local).all())
+
+
+def _own_part(weight: Any) -> Tensor:
+    """This rank's shard; of a weight that ZeRO-3 splits, nothing else is there outside of a forward."""
+    if hasattr(weight, "to_local"):
+        return weight.to_local()
+    return weight.ds_tensor if hasattr(weight, "ds_tensor") else weight

@@ -103,24 +103,31 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def adapter_switched(model: Any, adapter_name: str | None) -> Iterator[None]:
-    """Activate an adapter, or none, and leave every parameter exactly as trainable as it was.
+    """Activate an adapter, or none, and leave every parameter exactly as trainable as it was, inside the block too.
 
-    PEFT's `set_adapter` makes the adapter it activates trainable and the others not.
+    PEFT makes the adapter it activates trainable and the others not. FSDP2 looks in a model's first forward at what of
+    it is trained, and this may be that one.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = model.active_adapter
+
+    def as_trainable_as_before() -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
     try:
         if adapter_name is None:
             with model.disable_adapter():
+                as_trainable_as_before()
                 yield
         else:
             model.set_adapter(adapter_name, inference_mode=True)
+            as_trainable_as_before()
             yield
     finally:
         if adapter_name is not None:
             model.set_adapter(active)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+        as_trainable_as_before()
 
 
 # --- whether the student without its adapters is the student as it was -----------------------------------------------

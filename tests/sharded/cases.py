@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from teachers.test_parity import save_adapter
 from tiny import save_pair, tiny_data, tiny_model
 from trainer.distributed_script import BOTH, COMPARED, NONE, ONE_RANK, build
 
-from sg_opd_trl import AdapterTeacher, SGOPDConfigError, preflight
+from sg_opd_trl import AdapterTeacher, NonFiniteError, SGOPDConfigError, preflight
 from sharded.launches import COLLECTIVE_PATIENCE
 
 
@@ -105,30 +106,84 @@ CASES: dict[str, Case] = {
     "LoRA, models write": Case(GREEDY, arguments=lora),
     "LoRA, top-K": Case({"distillation_mode": "topk_logits", "distillation_topk": 4}, arguments=lora),
     "an adapter as teacher": Case(arguments=adapter_teacher),
+    "bfloat16": Case({"bf16": True}),
+    "LoRA, bfloat16": Case({"bf16": True}, arguments=lora),
 }
 
+
+#: Of these only what rounding leaves alone can be compared.
+HALF = ("bfloat16", "LoRA, bfloat16")
 
 #: What a launch runs that leaves the weights whole: forwards are nobody's business but the rank's own.
 OF_WHOLE_WEIGHTS = (
     *("default", "from folders", "more ranks than teacher prompts", "models write", "gradient checkpointing"),
     *("two micro-batches", "empty completions on one rank", "top-K", "whole distributions", "several teachers"),
     *("evaluation", "a moving reference", "LoRA", "LoRA, gradient checkpointing", "an adapter as teacher"),
+    "bfloat16",
 )
 
 
 def run_case(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
     """What comes out of a case: its logs and the folder of its student, or the words in which it is refused."""
-    case = CASES[name]
-    chosen = {"max_steps": 2, "preflight": False, "ddp_timeout": COLLECTIVE_PATIENCE} | case.settings | settings
-    folder.mkdir(parents=True, exist_ok=True)
+    if name in ACTIONS:
+        return ACTIONS[name](folder, settings)
     try:
-        trainer, _ = build(folder / "run", chosen, case.rows, **case.arguments(folder))
+        trainer = make(CASES[name], folder, settings)
     except SGOPDConfigError as error:
         return {"refused": str(error)}
     with nullcontext() if name in CHECKED else unchecked():
         trainer.train()
     trainer.save_model(str(folder / "student"))
     return {"logs": logs(trainer), "student": str(folder / "student")}
+
+
+def make(case: Case, folder: Path, settings: dict) -> Any:
+    """The trainer of a case."""
+    chosen = {"max_steps": 2, "preflight": False, "ddp_timeout": COLLECTIVE_PATIENCE} | case.settings | settings
+    folder.mkdir(parents=True, exist_ok=True)
+    return build(folder / "run", chosen, case.rows, **case.arguments(folder))[0]
+
+
+def loss_that_is_not_finite(folder: Path, settings: dict) -> dict[str, Any]:
+    """In the second step, on the last rank alone: what became of the run on this rank."""
+    trainer = make(Case({"teacher_sampling_enable": False}), folder, settings)
+    weigh, last = trainer.compute_token_weights, trainer.accelerator.process_index == trainer.processes - 1
+
+    def weigh_wrongly(*arguments: Any) -> torch.Tensor:
+        weights = weigh(*arguments)
+        return weights * torch.nan if last and trainer.state.global_step == 1 else weights
+
+    trainer.compute_token_weights = weigh_wrongly
+    raised = ""
+    with unchecked():
+        try:
+            trainer.train()
+        except NonFiniteError as error:
+            raised = str(error)
+    return {"raised": raised, "steps": trainer.state.global_step, "skipped": trainer.skipped.total}
+
+
+def weight_that_is_not_finite(folder: Path, settings: dict) -> dict[str, Any]:
+    """In the last rank's shard alone: what this rank is told by saving the student, and what is there then."""
+    trainer = make(Case({"max_steps": 1}), folder, settings)
+    with unchecked():
+        trainer.train()
+    if trainer.accelerator.process_index == trainer.processes - 1:
+        shards = (p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() for p in trainer.model.parameters())
+        next(shard for shard in shards if shard.numel()).data.view(-1)[0] = torch.nan
+    raised = ""
+    try:
+        trainer.save_model(str(folder / "student"))
+    except NonFiniteError as error:
+        raised = str(error)
+    return {"raised": raised, "files": sorted(path.name for path in (folder / "student").glob("*"))}
+
+
+ACTIONS = {
+    "a loss that is not finite": loss_that_is_not_finite,
+    "a weight that is not finite": weight_that_is_not_finite,
+}
+"""What is not compared with one process; each says what became of it on this rank."""
 
 
 @contextmanager

@@ -25,6 +25,8 @@ _VARIABLES = {
     "DS_ACCELERATOR": "cpu",
     # PyTorch keeps what a rank exchanges, in order.
     "TORCH_FR_BUFFER_SIZE": "100000",
+    # A rank that is to be a device has bfloat16, as these do.
+    "SG_OPD_TEST_BF16": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 

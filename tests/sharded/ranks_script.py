@@ -5,6 +5,7 @@ Words: a folder, then the names of the cases.
 
 import faulthandler
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from accelerate import PartialState  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
 
-from sharded.cases import run_case  # noqa: E402
+from sharded.cases import ACTIONS, run_case  # noqa: E402
 from sharded.launches import COLLECTIVE_PATIENCE  # noqa: E402
 
 
@@ -44,10 +45,13 @@ def main(folder: Path, names: list[str]) -> None:
             print(f"Rank {state.process_index} in {name!r} began last: {recorded()[-5:]}", file=sys.stderr, flush=True)
             raise
         results[name] = result | {"collectives": gather_object([recorded()[before:]])}
+        if name in ACTIONS:
+            results[name]["ranks"] = gather_object([result])
         if state.is_main_process:
             torch.save(results, folder / "results.pt")
-        # Each run has its own settings of DeepSpeed.
+        # Each run has its own settings of DeepSpeed, and its own precision: transformers leaves it behind.
         AcceleratorState._reset_state()
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     state.wait_for_everyone()
     state.destroy_process_group()
 
