@@ -162,6 +162,8 @@ def test_an_error_while_switched_leaves_adapter_and_flags_as_they_were(name: str
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
     before = flags(model)
     with pytest.raises(KeyError), adapter_switched(model, name):
+        # Inside too: FSDP2 looks in the first forward of all at what is trained.
+        assert flags(model) == before
         assert model.active_adapter == (name or "default")
         raise KeyError("scoring failed")
     assert flags(model) == before
