@@ -1,10 +1,14 @@
-"""A case as in `ranks_script`, whose ranks do not agree on the number of their forwards."""
+"""A case as in `ranks_script`, whose ranks do not agree on the number of their forwards, and wait ten seconds."""
 
 import sys
 from pathlib import Path
 
-from sg_opd_trl.teachers import local
-from sharded import ranks_script
+from sharded import launches
+
+launches.COLLECTIVE_PATIENCE = 10  # before the modules that take it over
+
+from sg_opd_trl.teachers import local  # noqa: E402
+from sharded import ranks_script  # noqa: E402
 
 if __name__ == "__main__":
     local.agree_on_calls = lambda accelerator, calls: calls

@@ -65,7 +65,7 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     else:
         model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(told.values()), told
-    return dict(model.named_parameters())
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("kind", "case"), RUNS)
