@@ -1,11 +1,13 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-fast reliability soak test-vllm test-real test-distributed lint format type check bench notebooks showcase docs survey clean distclean
+.PHONY: help install demo test test-all test-fast reliability soak test-vllm test-real test-distributed test-newest lint format type check bench notebooks showcase docs survey clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+# Made anew each time: what was newest yesterday is not.
+NEWEST_VENV ?= .venv-newest
 # Extra words for the installation of torch, e.g. the index of its CPU builds.
 TORCH_ARGS ?=
 # Extra words for sg-opd demo and for pytest, e.g. DEMO_ARGS="--seed 1", PYTEST_ARGS="-k gate -x".
@@ -74,6 +76,15 @@ test-real: $(VENV)/.installed-real ## run the tests with a real pretrained model
 test-distributed: $(VENV)/.installed-distributed ## run the tests on two gloo ranks: DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3
 	$(OFFLINE) OMP_NUM_THREADS=1 SG_OPD_DEEPSPEED=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -m distributed tests/sharded $(PYTEST_ARGS)
 
+test-newest: ## install the newest release of every dependency but torch in $(NEWEST_VENV), and run the fast tests with them
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install "$(TORCH)" $(TORCH_ARGS)
+	$(NEWEST_VENV)/bin/python -m pip install -e ".[dev]"
+	@echo "== Newer than in $(CONSTRAINTS), or not in it:"
+	@$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | grep -vixFf $(CONSTRAINTS) || true
+	$(OFFLINE) OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
 reliability: $(VENV)/.installed-dev ## run the tests of docs/reliability.md and print its scoreboard
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/reliability/scoreboard.py -n $(TEST_JOBS) --dist loadfile
 
@@ -116,10 +127,10 @@ clean: ## remove build and tool leftovers
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find sg_opd_trl tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove $(VENV) and $(VLLM_VENV) as well
+distclean: clean ## remove the environments as well
 	$(call refuse_another,$(OWNER),VENV)
 	$(call refuse_another,$(VLLM_OWNER),VLLM_VENV)
-	rm -rf $(VENV) $(VLLM_VENV) $(VENV).lock $(VLLM_VENV).lock
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(VENV).lock $(VLLM_VENV).lock
 
 define CHECK_PYTHON
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }
