@@ -7,6 +7,7 @@ that hands out the tests has a watchdog.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -42,6 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    # A shell that puts a command into the background has it ignore Ctrl-C, and some tests are about that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config = session.config
     # Only where tests are handed out: a person who sits in front of --pdb may take all the time in the world.
     if config.pluginmanager.hasplugin("dsession"):
@@ -51,9 +55,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_precision() -> Iterator[None]:
-    """accelerate keeps the precision of a run for the whole process: the next file's tests would compute in it."""
+def own_launch() -> Iterator[None]:
+    """accelerate keeps a run's precision, and whether it was sharded, for the process: the next file has its own."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is not None and accelerate.AcceleratorState._shared_state:
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)

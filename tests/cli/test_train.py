@@ -1,7 +1,10 @@
+import copy
 import json
 
 import pytest
 import torch
+from datasets import Dataset
+from tiny import changed_weights, copied_weights, parity_verifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 from trl import GRPOTrainer
 
@@ -42,12 +45,12 @@ def test_grpo_runs_trls_trainer_and_the_report_can_be_left_out(tiny_recipe, tmp_
     assert not any(key.startswith("gate/") for entry in history for key in entry)
 
 
-def built(recipe, *flags):
-    from datasets import Dataset
+def four_rows():
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1="}]] * 4, "solution": ["2"] * 4})
 
-    run = settings(recipe, *flags)
-    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1="}]] * 4, "solution": ["2"] * 4})
-    return build_trainer(run, [math_reward], rows, None)
+
+def built(recipe, *flags):
+    return build_trainer(settings(recipe, *flags), [math_reward], four_rows(), None)
 
 
 def test_the_method_chooses_the_trainer_and_the_bar_replaces_transformers_own(tiny_recipe):
@@ -63,16 +66,20 @@ def test_without_tqdm_there_is_no_bar(tiny_recipe):
     assert CompactProgressCallback not in kinds
 
 
-def test_grpo_trains_exactly_as_trls_class(tiny_recipe):
+def test_grpo_trains_exactly_as_trls_class(tiny, tiny_recipe, tmp_path):
     lines = tiny_recipe.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if not line.startswith("teacher_model")]
     tiny_recipe.write_text("\n".join(["method: grpo", *kept]), encoding="utf-8")
-    kinds = type(built(tiny_recipe)).__mro__
-    own = kinds[: kinds.index(GRPOTrainer)]
-    # Saving and pushing, and nothing of a step.
-    methods = {name for kind in own for name, value in vars(kind).items() if callable(value)}
-    pushing = {"push_to_hub", "push_folder", "init_hf_repo", "_push_from_checkpoint", "_push_jobs"}
-    assert methods == {"save_model", *pushing}
+    run, rows = settings(tiny_recipe), four_rows()
+    ours = build_trainer(run, [parity_verifier], rows, None)
+    start = copied_weights(ours.model)
+    ours.train()
+    args = copy.copy(ours.args)
+    args.output_dir = str(tmp_path / "theirs")
+    theirs = GRPOTrainer(str(tiny.student), [parity_verifier], args, train_dataset=rows)
+    theirs.train()
+    assert changed_weights(ours.model, start) != []
+    assert changed_weights(ours.model, copied_weights(theirs.model)) == []
 
 
 def test_lora_is_taken_from_the_recipe(tiny_recipe):
