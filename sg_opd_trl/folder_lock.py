@@ -4,15 +4,13 @@ import errno
 import importlib
 import json
 import os
-import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from .errors import SGOPDConfigError
+from .processes import find, is_here, this_process
 
 # Not on Windows: there the process that the file names is looked at.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -65,7 +63,7 @@ class FolderLock:
                 raise
             break
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(_this_process()).encode(), 0)
+        os.pwrite(file, json.dumps(this_process()).encode(), 0)
         self._file = file
         _HELD.add(self)
         self._ended.clear()
@@ -105,15 +103,12 @@ class FolderLock:
 
     def _lives(self, holder: dict[str, Any], locked: bool) -> bool:
         """Whether the process that a file names, which we could lock or which has no locks, still runs."""
-        if holder["host"] != socket.gethostname():
+        if not is_here(holder):
             return self._gives_sign()
         # A lock of this machine that we got proves that the process that had it is gone.
         if locked or holder["process"] == os.getpid():
             return False
-        try:
-            return abs(psutil.Process(holder["process"]).create_time() - holder["started"]) < 1
-        except psutil.NoSuchProcess:
-            return False
+        return find(holder) is not None
 
     def _gives_sign(self) -> bool:
         before, end = self._last_sign(), time.monotonic() + _WATCH_SECONDS
@@ -162,11 +157,6 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
-
-
-def _this_process() -> dict[str, Any]:
-    started = psutil.Process().create_time()
-    return {"host": socket.gethostname(), "process": os.getpid(), "started": started}
 
 
 def _read(file: int) -> dict[str, Any]:

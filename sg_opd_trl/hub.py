@@ -1,9 +1,8 @@
 """The Hub, whose failures cost a run nothing but the push.
 
 A run asks for its repository before it does anything that takes long, and pushes last. What the Hub does not take in
-between, a checkpoint, is a warning; what it does not take at the end is one message with the command that
-pushes again.
-Where a trainer of transformers pushes is in `trl_seam.py`.
+between, a checkpoint, is a warning; what it does not take at the end is one message with the command that pushes
+again. Where a trainer of transformers pushes is in `trl_seam.py`.
 """
 
 import logging

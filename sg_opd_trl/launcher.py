@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 
 import psutil
+
+from .processes import find, is_here, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,8 @@ _watched = False
 
 
 def describe_launcher() -> str:
-    """What this process sets `LAUNCHER` to: its machine, since others may get it too, its number and its start."""
-    own = psutil.Process()
-    return json.dumps([socket.gethostname(), own.pid, own.create_time()])
+    """What this process sets `LAUNCHER` to; processes on other machines may get it too."""
+    return json.dumps(this_process())
 
 
 def end_with_launcher() -> None:
@@ -38,31 +38,27 @@ def end_with_launcher() -> None:
     may leave them alone.
     """
     global _watched
-    launcher = None if _watched else _launcher()
-    if launcher is not None:
-        _watched = True
-        threading.Thread(target=_watch, args=(launcher,), daemon=True, name="launcher").start()
+    if _watched:
+        return
+    told = json.loads(os.environ.get(LAUNCHER, "null"))
+    if told is not None and is_here(told):
+        launcher, number = find(told), told["process"]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        # Whoever is the parent now: a launcher that was killed before cannot be told from one that is the system's
+        # first process, as in a container.
+        number = os.getppid()
+        launcher = psutil.Process(number) if psutil.pid_exists(number) else None
+    else:
+        return
+    _watched = True
+    threading.Thread(target=_watch, args=(launcher, number), daemon=True, name="launcher").start()
 
 
-def _launcher() -> psutil.Process | None:
-    host, number, started = json.loads(os.environ.get(LAUNCHER, "[null, null, null]"))
-    ours = host == socket.gethostname()
-    if not ours and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    try:
-        launcher = psutil.Process(number if ours else os.getppid())
-    except psutil.NoSuchProcess:
-        _end(number)
-        return None
-    if ours and launcher.create_time() != started:
-        _end(number)
-    return launcher
-
-
-def _watch(launcher: psutil.Process) -> None:
-    while _lives(launcher):
+def _watch(launcher: psutil.Process | None, number: int) -> None:
+    while launcher is not None and _lives(launcher):
         time.sleep(_EVERY)
-    _end(launcher.pid)
+    logger.warning("The launcher (process %d) is gone, so this process ends too, as by SIGTERM.", number)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _lives(launcher: psutil.Process) -> bool:
@@ -71,8 +67,3 @@ def _lives(launcher: psutil.Process) -> bool:
         return launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _end(number: int) -> None:
-    logger.warning("The launcher (process %d) is gone, so this process ends too, as by SIGTERM.", number)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""bfloat16: where a configuration leaves it open, and where it is asked for and cannot be had.
+"""bfloat16, where a configuration leaves it open or asks for what cannot be had; float16, in which nothing is trained.
 
 TRL turns `bf16` on where nobody has set it, and transformers then refuses the machines that have none. So where nobody
 has set it, it is on if the machine computes in bfloat16, and otherwise off, which is said. Who asks for it gets it, or
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from transformers.utils import import_utils
+
+from .errors import SGOPDConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -55,3 +57,19 @@ def precision_problems(config: Any) -> Iterator[str]:
                 f"in bfloat16. Set {name}=False for float32, or use_cpu=True to have the CPU compute in bfloat16, "
                 "which many emulate slowly."
             )
+
+
+def check_trained_dtype(model: torch.nn.Module) -> None:
+    """Refuse a student with weights that are trained in float16; a frozen base may be in it.
+
+    Raises:
+        SGOPDConfigError: names a weight.
+    """
+    trained = (name for name, each in model.named_parameters() if each.requires_grad and each.dtype == torch.float16)
+    coarse = next(trained, None)
+    if coarse is not None:
+        raise SGOPDConfigError(
+            f"`dtype` must not be float16 where weights are trained, got {coarse} of the student in it. Gradients and "
+            "updates below 6e-8 are 0 in float16, without a word, and the scaler of `fp16` takes float32 weights "
+            "only. Set dtype to float32, with fp16=True if the forward is to be in float16, or to bfloat16."
+        )

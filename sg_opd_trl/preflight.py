@@ -27,6 +27,7 @@ from .models.batch import TokenBatch
 from .models.context import bounds_of
 from .models.internals import inner_model
 from .models.sampling import check_generation_kwargs, own_settings
+from .precision import check_trained_dtype
 from .random_state import forked_random_state
 from .run import Run
 from .student_files import check_student
@@ -366,23 +367,13 @@ def _check_student(model: Any) -> None:
     Raises:
         SGOPDConfigError: an adapter loaded into a plain model, or float16 weights that are trained.
     """
-    coarse = next((name for name, each in model.named_parameters() if each.requires_grad and _is_float16(each)), None)
-    if coarse is not None:
-        raise SGOPDConfigError(
-            f"`dtype` must not be float16 where weights are trained, got {coarse} of the student in it. Gradients and "
-            "updates below 6e-8 are 0 in float16, without a word, and the scaler of `fp16` takes float32 weights "
-            "only. Set dtype to float32, with fp16=True if the forward is to be in float16, or to bfloat16."
-        )
+    check_trained_dtype(model)
     if has_adapters_inside(model):
         raise SGOPDConfigError(
             f"`model` must be a PeftModel where it has adapters, got a {type(model).__name__} with adapters loaded "
             "into it. They cannot be switched off for the reference. Load it with "
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)."
         )
-
-
-def _is_float16(weight: Any) -> bool:
-    return weight.dtype == torch.float16
 
 
 def check_is_trained(run: Run) -> None:

@@ -23,6 +23,9 @@ from .run import Run
 
 logger = logging.getLogger(__name__)
 
+# Older releases of torch do not have it.
+_WITHOUT_NAN = getattr(torch, "float4_e2m1fn_x2", None)
+
 FOLDER = "skipped_steps"
 """Inside a run's `output_dir`: `step-N-rank-R.safetensors`."""
 
@@ -173,7 +176,7 @@ def _weights_are_finite(run: Run, model: torch.nn.Module, together: bool) -> boo
 
 def _is_finite(weight: Tensor) -> bool:
     local = _own_part(weight)
-    if not local.is_floating_point() or local.dtype == torch.float4_e2m1fn_x2:  # which has no NaN
+    if not local.is_floating_point() or local.dtype == _WITHOUT_NAN:
         return True
     # torch tells of none of the eight-bit ones.
     return bool(torch.isfinite(local.float() if local.dtype.itemsize == 1 else local).all())

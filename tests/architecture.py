@@ -28,6 +28,7 @@ LAYERS = (
         "hub",
         "launcher",
         "lazy_imports",
+        "processes",
         "random_state",
         "run",
         "saved_card",

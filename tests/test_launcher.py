@@ -85,13 +85,21 @@ def ended(described: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_launcher_that_was_gone_before() -> None:
-    host, number, started = json.loads(describe_launcher())
+    ours = json.loads(describe_launcher())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for launcher in ([host, gone.pid, started], [host, number, started - 5]):
+    for launcher in (ours | {"process": gone.pid}, ours | {"started": ours["started"] - 5}):
         assert ended(json.dumps(launcher)).returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow
+def test_a_clock_that_was_set_meanwhile_ends_nothing() -> None:
+    """The system reckons starts from the time of its own, which moves by a second where a clock is set."""
+    ours = json.loads(describe_launcher())
+    assert ended(json.dumps(ours | {"started": ours["started"] + 1})).returncode == 0
+
+
+@pytest.mark.slow
 def test_a_launcher_on_another_machine_is_not_looked_for_on_this_one() -> None:
-    assert ended(json.dumps([socket.gethostname() + "-2", 1, 0.0])).returncode == 0
+    launcher = {"host": socket.gethostname() + "-2", "process": 1, "started": 0.0}
+    assert ended(json.dumps(launcher)).returncode == 0

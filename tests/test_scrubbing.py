@@ -8,6 +8,7 @@ import pickle
 import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -77,17 +78,20 @@ def assert_no_canary(folder: Path, expected: list[str]) -> None:
     assert [name for name, content in files.items() if b"canary" in content] == []
 
 
-@pytest.mark.parametrize("served", [False, True])
-def test_no_file_or_log_of_a_run_holds_a_token(
-    served: bool,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def said(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], str]:
+    """All that was printed and logged since, in a process whose environment has secrets."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sg_opd_trl.scrubbing._known", set())
     caplog.set_level(logging.DEBUG, "sg_opd_trl")
+    return lambda: caplog.text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_no_file_or_log_of_a_run_holds_a_token(served: bool, tmp_path: Path, said: Callable[[], str]) -> None:
     models = [str(tmp_path / "models" / name) for name in ("student", "teacher")]
     for seed, name in enumerate(models):
         tiny_model(seed).save_pretrained(name)
@@ -113,22 +117,13 @@ def test_no_file_or_log_of_a_run_holds_a_token(
     names = ("run.json", "tracked.txt", "README.md", "report.html", "step-1-rank-0.safetensors")
     checkpoint = [f"checkpoint-1/{name}" for name in ("training_args.bin", "sg_opd_state.json", "trainer_state.json")]
     assert_no_canary(tmp_path, [*names, *checkpoint, "run/training_args.bin"])
-    said = capfd.readouterr()
-    assert "canary" not in caplog.text + said.out + said.err
+    assert "canary" not in said()
     assert trainer.args.hub_token == "canary-hub", "the Hub gets it"
     assert not served or trainer.args.teacher_model_server_url.endswith(KEY_IN_THE_PATH), "the server gets it"
 
 
-def test_no_file_or_output_of_the_commands_holds_a_token(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_file_or_output_of_the_commands_holds_a_token(tmp_path: Path, said: Callable[[], str]) -> None:
     """Training by several methods, the teacher's rollouts, an evaluation and a check, by their flags."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sg_opd_trl.scrubbing._known", set())
     student, teacher = save_pair(tmp_path / "student", 0), save_pair(tmp_path / "teacher", 1)
     tiny_data().to_json(tmp_path / "data" / "train.jsonl")
     settings = {
@@ -167,8 +162,7 @@ def test_no_file_or_output_of_the_commands_holds_a_token(
     expected = [f"{method}/{name}" for method in ("sg_opd", "sft") for name in names]
     assert_no_canary(tmp_path, [*expected, "check.json", "result.json", "samples.jsonl", "teacher_rollouts.jsonl"])
     assert any(name.endswith(".jsonl") for name in contents(tmp_path / "stored"))
-    said = capfd.readouterr()
-    assert "canary" not in said.out + said.err
+    assert "canary" not in said()
     cards = list((tmp_path / "sft").rglob("README.md"))
     assert {card.parent.name for card in cards} == {"sft", "checkpoint-1", "checkpoint-2"}
     for card in cards:

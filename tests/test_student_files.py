@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from killed import HALF_WRITTEN, OPERATIONS, killed_before
 from safetensors.torch import load_file
 from tiny import parity_verifier, save_pair, tiny_data, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,9 +26,6 @@ from sg_opd_trl.run_folder import has_student
 from sg_opd_trl.student_files import STUDENT_ASIDE, check_student, written_aside
 from sg_opd_trl.tasks import resolve
 from sg_opd_trl.teachers import AdapterTeacher
-
-HALF_WRITTEN = "half of a file is written"
-OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", HALF_WRITTEN)
 
 
 def save(folder: Path, files: dict[str, str]) -> None:
@@ -44,32 +42,12 @@ def save(folder: Path, files: dict[str, str]) -> None:
 NEW = {"config.json": "new", "model-00001.safetensors": "new", "model.safetensors.index.json": "new", "part/x": "new"}
 
 
-def killed_at(folder: Path, operation: int) -> bool:
-    """Save in a fork that is killed before its N-th file operation; whether there was one."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event in OPERATIONS and str(folder) in str(arguments[0]):
-                if seen == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-        sys.addaudithook(count)
-        save(folder, NEW)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
 def test_whenever_it_is_killed_nobody_takes_a_mixture_for_a_student(tmp_path: Path) -> None:
     outcomes = []
     for operation in range(100):
         folder = tmp_path / str(operation)
         save(folder, dict.fromkeys(NEW, "old"))
-        if not killed_at(folder, operation):
+        if not killed_before(folder, operation, partial(save, folder, NEW)):
             break
         there = {(folder / name).read_text(encoding="utf-8") for name in NEW}
         try:

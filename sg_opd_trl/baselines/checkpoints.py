@@ -5,12 +5,17 @@ from typing import Any
 
 from ..checkpoints import check_checkpoint, newest_whole_checkpoint
 from ..ending import kept
+from ..precision import check_trained_dtype
 from ..run_folder import is_owned, read_resume
 from ..trl_seam import WholeFiles
 
 
 class KeptTrainer(WholeFiles):
     """To stand before a trainer of TRL: its files are whole, and whatever ends it leaves its last finished step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_trained_dtype(self.model)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, SGOPDConfigError, SGOPDError, TeacherError, VerifierError
-from ..files import check_file
+from ..files import check_file, write_atomically
 from ..scrubbing import shown
 from ..teacher_sampling.stored.store import is_hub_id
 from .command import CommandParser
@@ -55,7 +55,7 @@ def run(argv: Sequence[str], *, debug: bool = False) -> int:
     check_file("json", options.json)
     report = check(words, options.prompts, debug=debug)
     if options.json is not None:
-        Path(options.json).write_text(shown(json.dumps(report.as_dict(), indent=1)) + "\n", encoding="utf-8")
+        write_atomically(options.json, shown(json.dumps(report.as_dict(), indent=1)) + "\n")
     _show(report)
     return EXIT_RED if report.state == "red" else 0
 

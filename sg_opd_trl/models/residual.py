@@ -7,6 +7,7 @@ compute the same, number by number, and the large weights still take two bytes.
 """
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +20,9 @@ _undo: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
 
 def weights_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's large weights, whatever adapters and norms are in."""
-    return model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    # Some architectures put their embeddings together from several.
+    return getattr(embeddings, "weight", next(model.parameters())).dtype
 
 
 def keep_float32_between_layers(model: nn.Module, wanted: bool) -> None:
@@ -50,8 +53,8 @@ def keep_float32_between_layers(model: nn.Module, wanted: bool) -> None:
     _undo[model] = restore
 
 
-def _to_float32(module: nn.Embedding, inputs: tuple, embedded: Tensor) -> Tensor:
-    if type(module).forward is nn.Embedding.forward:
+def _to_float32(module: nn.Module, inputs: tuple, embedded: Tensor) -> Tensor:
+    if not isinstance(module, nn.Embedding) or type(module).forward is nn.Embedding.forward or not inputs:
         return embedded.float()
     # Gemma and others multiply in there, which has rounded already: once more, with the rows that are asked for.
     (ids, *_), half, padding = inputs, module.weight.data, module.padding_idx

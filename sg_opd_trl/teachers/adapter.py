@@ -193,7 +193,9 @@ def load_with_base(path: str, *, like: PreTrainedModel, revision: str | None, in
             raise
         raise _does_not_fit(path, str(error)) from error
     merged: Any = model if getattr(base, "is_quantized", False) else model.merge_and_unload()
-    return LocalTeacher(merged, name=path)
+    teacher = LocalTeacher(merged, name=path)
+    teacher.is_ours = True
+    return teacher
 
 
 # --- the student's side ----------------------------------------------------------------------------------------------

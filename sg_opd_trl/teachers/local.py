@@ -194,9 +194,11 @@ class FrozenModel(ModelScorer):
 
     Attributes:
         loaded_from: path or Hub id, revision and options of `from_pretrained`; None for a model given as an object.
+        is_ours: whether the package has loaded the model, so that nobody runs it elsewhere.
     """
 
     loaded_from: tuple[str, str | None, dict] | None = None
+    is_ours: bool = False
 
     def __init__(self, model: PreTrainedModel, *, role: str, name: str | None = None) -> None:
         own_forward(model)
@@ -236,7 +238,7 @@ class FrozenModel(ModelScorer):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             options["device_map"] = None
         loaded = cls(create_model_from_path(name, **options), role=role, name=name, **extra)
-        loaded.loaded_from = name, revision, dict(init_kwargs or {})
+        loaded.loaded_from, loaded.is_ours = (name, revision, dict(init_kwargs or {})), True
         return loaded
 
     def prepare(
@@ -257,7 +259,7 @@ class FrozenModel(ModelScorer):
         """Carry float32 from layer to layer where the student does and this model's weights are in half precision."""
         own = weights_dtype(self.model)
         # A model that was given is the caller's, who may run it elsewhere; shards and packed weights have one dtype.
-        ours = self.loaded_from is not None and not getattr(self.model, "is_quantized", False)
+        ours = self.is_ours and not getattr(self.model, "is_quantized", False)
         mixed = student == torch.float32 and accelerator.mixed_precision in ("bf16", "fp16")
         kept = ours and mixed and not is_sharded(accelerator)
         keep_float32_between_layers(self.model, kept)

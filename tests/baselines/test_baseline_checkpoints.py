@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,11 +13,12 @@ import pytest
 import torch
 from any_baseline import METHODS, any_baseline
 from baseline_pair import Pair
+from killed import killed_before
 from safetensors.torch import load_file
 from tiny import copied_weights
 from transformers import Trainer, TrainerCallback
 
-from sg_opd_trl import CheckpointError, NonFiniteError, checkpoints
+from sg_opd_trl import CheckpointError, NonFiniteError, SGOPDConfigError, checkpoints
 from sg_opd_trl.checkpoints import ASIDE, MANIFEST, checkpoints_of, find_problem, newest_whole_checkpoint
 from sg_opd_trl.ending import Stopped
 from sg_opd_trl.student_files import STUDENT_ASIDE, check_student
@@ -161,31 +161,6 @@ def test_older_ones_go_once_the_new_one_is_whole(
 
 
 # --- a student killed with SIGKILL -----------------------------------------------------------------------------------
-OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-
-
-def killed_while_saving(trainer: Any, folder: Path, operation: int) -> bool:
-    """Save the student in a fork that is killed before its N-th file operation; whether there was one."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event in OPERATIONS and str(folder) in str(arguments[0]):
-                if seen == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-        sys.addaudithook(count)
-        try:
-            trainer.save_model()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.slow
 def test_a_killed_student_is_the_old_one_the_new_one_or_refused(
     run: tuple[str, Path, Any], pair: Pair, tmp_path: Path
@@ -197,7 +172,7 @@ def test_a_killed_student_is_the_old_one_the_new_one_or_refused(
         trainer.model.load_state_dict(first, strict=False)
         trainer.save_model()
         trainer.model.load_state_dict(run[2], strict=False)
-        killed = killed_while_saving(trainer, tmp_path, operation)
+        killed = killed_before(tmp_path, operation, trainer.save_model)
         try:
             check_student(tmp_path)
             saved = load_file(tmp_path / "model.safetensors")
@@ -211,7 +186,13 @@ def test_a_killed_student_is_the_old_one_the_new_one_or_refused(
     assert outcomes == {"old", "refused", "new"}
 
 
-# --- weights that are not finite -------------------------------------------------------------------------------------
+# --- weights that are too coarse, or not finite ----------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_not_trained_in_float16(method: str, pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(SGOPDConfigError, match="`dtype` must not be float16 where weights are trained"):
+        any_baseline(method, pair, tmp_path, model_init_kwargs={"dtype": "float16"})
+
+
 def test_nothing_with_a_nan_is_written(run: tuple[str, Path, Any], pair: Pair, tmp_path: Path) -> None:
     trainer = again(run, pair, tmp_path)
 

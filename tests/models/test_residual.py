@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, NOT_BUILT, tiny_architecture
-from tiny import logged, tiny_model, tiny_tokenizer, tiny_trainer
+from peft import LoraConfig, get_peft_model
+from tiny import ANCHOR, logged, tiny_model, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM
 
-from sg_opd_trl.models.residual import keep_float32_between_layers
+from sg_opd_trl.models.residual import keep_float32_between_layers, weights_dtype
 from sg_opd_trl.teachers import LocalTeacher
 
 IDS = torch.randint(2, 26, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -107,6 +108,45 @@ def test_a_run_under_autocast_with_a_teacher_in_bfloat16(
     assert "is in bfloat16 and the student in" not in caplog.text
     if role == "teacher":
         assert logged(trainer, "teacher/abs_advantage_max") == [0.0]
+
+
+def test_such_a_teacher_writes_rollouts(tmp_path: Path) -> None:
+    folder = str(saved(tiny_model(1), tmp_path / "teacher"))
+    settings = (
+        SETTINGS | ANCHOR | {"teacher_sampling_enable": True, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
+    )
+    trainer = tiny_trainer(tmp_path / "run", settings=settings, teacher_model=folder)
+    trainer.train()
+    assert trainer.teacher.tokens_generated > 0
+    assert trainer.teacher.model.get_input_embeddings()._forward_hooks
+
+
+def test_a_merged_adapter_is_as_a_model_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = str(saved(tiny_model(1), tmp_path / "base"))
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "adapter")
+    settings = SETTINGS | {"teacher_model_init_kwargs": {"dtype": "bfloat16"}}
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(tmp_path / "run", settings=settings, teacher_model=str(tmp_path / "adapter"))
+    assert trainer.teacher.model.dtype == torch.bfloat16
+    assert trainer.teacher.model.get_input_embeddings()._forward_hooks
+    assert "for equal weights their log-probs differ" not in caplog.text
+
+
+def test_embeddings_that_are_put_together_from_several() -> None:
+    class Summed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleList(torch.nn.Embedding(26, 4) for _ in range(2))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.parts[0](ids) + self.parts[1](ids)
+
+    model = tiny_model(0).bfloat16()
+    model.set_input_embeddings(Summed().bfloat16())
+    assert weights_dtype(model) == torch.bfloat16
+    keep_float32_between_layers(model, True)
+    assert model.get_input_embeddings()(IDS).dtype == torch.float32
 
 
 @pytest.mark.parametrize("given", ["object", "no autocast"])
