@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -52,6 +53,18 @@ def end_with_launcher() -> None:
         return
     _watched = True
     threading.Thread(target=_watch, args=(launcher, number), daemon=True, name="launcher").start()
+
+
+def leave_group() -> None:
+    """Leave the processes that this one has trained with, before the interpreter ends.
+
+    A thread of gloo may still hold a tensor of the last exchange, and needs the interpreter to give it back. Where
+    that is gone the thread aborts the process, whose work is done, with "terminate called without an active
+    exception". Other backends wait for the processes there, of which one may have failed; they are left alone.
+    """
+    distributed = sys.modules.get("torch.distributed")  # a command that only answers does not import it
+    if distributed is not None and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def _watch(launcher: psutil.Process | None, number: int) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -103,3 +104,24 @@ def test_a_clock_that_was_set_meanwhile_ends_nothing() -> None:
 def test_a_launcher_on_another_machine_is_not_looked_for_on_this_one() -> None:
     launcher = {"host": socket.gethostname() + "-2", "process": 1, "started": 0.0}
     assert ended(json.dumps(launcher)).returncode == 0
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["train", "--config", "not there"], 2)])
+def test_a_command_leaves_its_group_before_the_interpreter_ends(words: list[str], status: int, tmp_path: Path) -> None:
+    """Threads of gloo that still need it abort the process otherwise, now and then."""
+    program = f"""
+import atexit, runpy, sys
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://{tmp_path}/group", rank=0, world_size=1)
+atexit.register(lambda: print("left" if not dist.is_initialized() else "there"))
+sys.argv[1:] = {words}
+runpy.run_module("sg_opd_trl.cli", run_name="__main__")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": python_path(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (ended.returncode, ended.stdout.split()[-1]) == (status, "left"), ended.stderr

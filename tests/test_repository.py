@@ -71,8 +71,8 @@ def test_extras_and_script() -> None:
     assert {"peft", "vllm", "plot", "notebooks", "tracking", "deepspeed", "dev"} <= set(extras)
     assert "vllm" not in {requirement.name for requirement in requirements("options.extras_require", "dev")}
     script = metadata()["options.entry_points"]["console_scripts"].strip()
-    assert script == "sg-opd = sg_opd_trl.cli:main"
-    assert callable(importlib.import_module("sg_opd_trl.cli").main)
+    assert script == "sg-opd = sg_opd_trl.cli:program"
+    assert callable(importlib.import_module("sg_opd_trl.cli").program)
 
 
 def test_pyproject_holds_the_build_system_only() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import SGOPDError
-from ..launcher import end_with_launcher
+from ..launcher import end_with_launcher, leave_group
 from .output import scrubbed_output
 
 COMMANDS = {
@@ -30,6 +30,15 @@ COMMANDS = {
 }
 EXIT_USER_ERROR = 2  # as argparse ends
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+
+
+def program() -> int:
+    """`main` as all that this process does; returns its status."""
+    status = main()
+    # One that was interrupted may have an exchange under way, which the others never answer.
+    if status != EXIT_INTERRUPTED:
+        leave_group()
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
