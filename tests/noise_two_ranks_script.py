@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_trainer
 from torch import Tensor
 
 from sg_opd_trl import noise, trl_seam
+from sg_opd_trl.launcher import leave_group
 
 if __name__ == "__main__":
     output, state = Path(sys.argv[1]), PartialState()
@@ -31,3 +32,4 @@ if __name__ == "__main__":
     results = gather_object(own), gather_object([trainer.gate_noise.dead_zone])
     if state.is_main_process:
         (output / "results.json").write_text(json.dumps(results))
+    leave_group()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from accelerate import PartialState
 
 from sg_opd_trl import SGOPDError
+from sg_opd_trl.launcher import leave_group
 from sg_opd_trl.run_folder import owned, read_resume
 
 folder, resume, rate = sys.argv[1:]
@@ -32,3 +33,4 @@ try:
         state.wait_for_everyone()
 except SGOPDError as error:
     say(f"rank {state.process_index}: {error}")
+leave_group()

@@ -16,6 +16,7 @@ from baseline_pair import Pair
 from tiny import copied_weights
 
 from sg_opd_trl.checkpoints import checkpoints_of, find_problem
+from sg_opd_trl.launcher import leave_group
 
 # Four rows on each rank.
 SETTINGS = {"per_device_train_batch_size": 4, "ddp_timeout": 120}
@@ -76,3 +77,4 @@ if __name__ == "__main__":
     results = {method: run_case(method, Pair(student, teacher), Path(output) / method) for method in METHODS}
     if PartialState().is_main_process:
         (Path(output) / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    leave_group()

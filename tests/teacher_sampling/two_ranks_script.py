@@ -10,6 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tiny import ANCHOR, inject_rollouts, inject_teacher_rollouts, logged, tiny_trainer
 
+from sg_opd_trl.launcher import leave_group
+
 SETTINGS = ANCHOR | {
     "per_device_train_batch_size": 2,
     "num_generations": 2,
@@ -53,3 +55,4 @@ if __name__ == "__main__":
     messages = gather_object([kept.messages])
     if PartialState().is_main_process:
         (output / "results.json").write_text(json.dumps({"logged": everywhere, "messages": messages}))
+    leave_group()

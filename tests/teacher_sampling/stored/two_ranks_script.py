@@ -8,6 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tiny import ANCHOR, logged, tiny_trainer
 
+from sg_opd_trl.launcher import leave_group
+
 SETTINGS = ANCHOR | {
     "num_generations": 2,
     "max_completion_length": 4,
@@ -39,3 +41,4 @@ if __name__ == "__main__":
     results = [one_run(output, 2) for _ in range(2)]
     if PartialState().is_main_process:
         (output / "results.json").write_text(json.dumps(results))
+    leave_group()
