@@ -132,6 +132,28 @@ def check_grad_norm(grad_norm: Any, step: int, accelerator: Any) -> None:
     )
 
 
+def check_overflow(grad_norm: Any, step: int, accelerator: Any) -> None:
+    """Stop where a scaler cannot help: a gradient overflows now and then because of its scale, which it then halves.
+
+    Args:
+        grad_norm: of the step, as in `check_grad_norm`.
+        step: 1-based optimizer step.
+        accelerator: of the trainer; DeepSpeed's own scaler stops by itself.
+
+    Raises:
+        NonFiniteError: on every rank; the gradient is not finite at a scale below 1.
+    """
+    if accelerator.scaler is None or grad_norm is None or torch.isfinite(torch.as_tensor(grad_norm)):
+        return
+    scale = accelerator.scaler.get_scale()
+    if scale < 1:
+        raise NonFiniteError(
+            f"The gradient norm of step {step} is {float(grad_norm)}, and so it was at every scale down to "
+            f"{scale:.2g}: what float16 cannot hold is the gradient itself. The weights are as they were before. "
+            "Train with bf16=True or in float32, lower `learning_rate`, or look at the rollouts of this step."
+        )
+
+
 # --- facts: what a checkpoint and a model card say of a run ----------------------------------------------------------
 class TaughtRun(Run, Protocol):
     """A run with its teacher and reference.

@@ -1,11 +1,14 @@
-"""bfloat16, where a configuration leaves it open or asks for what cannot be had; float16, in which nothing is trained.
+"""bfloat16 and float16, where a configuration leaves them open or asks for what cannot be had.
 
 TRL turns `bf16` on where nobody has set it, and transformers then refuses the machines that have none. So where nobody
 has set it, it is on if the machine computes in bfloat16, and otherwise off, which is said. Who asks for it gets it, or
 is refused by name. With `use_cpu` it can always be had: a CPU without such instructions emulates them.
+
+float16 is for the forward alone, of float32 weights and beside a scaler of their gradients, which no CPU has here.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +28,19 @@ def accelerator_has_bf16() -> bool:
 def cpu_has_bf16() -> bool:
     """Whether the CPU has instructions that kernels for bfloat16 use; without them it is emulated, slowly."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_float16(config: Any) -> bool:
+    """Whether a run trains beside the CPU, where accelerate computes in float16."""
+    return not config.use_cpu and (torch.accelerator.is_available() or import_utils.is_torch_xla_available())
+
+
+def uses_scaler(accelerator: Any) -> bool:
+    """Whether gradients are scaled, and a step is left out where they overflow, by accelerate's or DeepSpeed's scaler.
+
+    Not `args.fp16`: a launch can have it too.
+    """
+    return accelerator.mixed_precision == "fp16"
 
 
 def settle_bf16(config: Any) -> None:
@@ -47,7 +63,15 @@ def settle_bf16(config: Any) -> None:
 
 
 def precision_problems(config: Any) -> Iterator[str]:
-    """What is wrong with `bf16` settings that ask for what the machine does not have, one message each."""
+    """What is wrong with settings that ask for what the machine does not have, one message each."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+    if (config.fp16 or launched) and not has_float16(config):
+        name, value = ("fp16", config.fp16) if config.fp16 else ("mixed_precision", "fp16")
+        yield (
+            f"`{name}` must not be float16 on a CPU, got {value!r}. accelerate has no float16 there and would train "
+            "in float32 without a word, and without the checks that its scaler replaces. Set bf16=True, or leave "
+            "both out for float32."
+        )
     if config.use_cpu or accelerator_has_bf16():
         return
     for name in ("bf16", "bf16_full_eval"):

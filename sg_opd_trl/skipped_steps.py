@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .files import write_atomically
 from .models.batch import TokenBatch
+from .precision import uses_scaler
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class SkippedSteps:
         deepspeed = self.run.accelerator.distributed_type == DistributedType.DEEPSPEED
         # These optimizers update each weight inside the backward pass.
         inside = str(getattr(args.optim, "value", args.optim)).endswith(("lomo", "layerwise"))
-        return self.most > 0 and not (deepspeed or args.fp16 or inside)
+        return self.most > 0 and not (deepspeed or inside or uses_scaler(self.run.accelerator))
 
     @property
     def due(self) -> bool:

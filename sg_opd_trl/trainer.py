@@ -40,6 +40,7 @@ from .bookkeeping import (
     card_arguments,
     check_anchor_is_finite,
     check_grad_norm,
+    check_overflow,
     check_step_is_finite,
     checkpoint_facts,
     compare_checkpoint_facts,
@@ -64,6 +65,7 @@ from .models.forward import HeadRequest, scattered
 from .models.head import OutputHead
 from .noise import GateNoise
 from .objectives import Objective, Positions, Scores, build_objective
+from .precision import uses_scaler
 from .prefetch import prefetched_scores
 from .preflight import (
     check_arguments,
@@ -889,10 +891,11 @@ class SGOPDTrainer(GRPOSeam):
 
     def on_grad_norm(self, grad_norm: Any) -> Any:
         """Skip the step, or stop, before a gradient that is not finite reaches the optimizer."""
-        # A float16 scaler expects an infinite norm now and then, and skips the step itself.
-        if self.args.fp16:
-            return grad_norm
         step = self.state.global_step + 1
+        # A float16 scaler expects an infinite norm now and then, and skips the step itself.
+        if uses_scaler(self.accelerator):
+            check_overflow(grad_norm, step, self.accelerator)
+            return grad_norm
         with self.skipped.excused():
             check_grad_norm(grad_norm, step, self.accelerator)
         skips = self.skipped.due

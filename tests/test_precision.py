@@ -70,9 +70,20 @@ def test_who_asks_for_it_in_vain_is_refused_by_name(method: str, name: str, monk
     assert make(method, use_cpu=True, **{"bf16": False} | {name: True})
 
 
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_float16_on_a_cpu_is_refused_by_name(method: str, monkeypatch: Any) -> None:
+    """accelerate takes it, and trains in float32 without a scaler."""
+    with pytest.raises(SGOPDConfigError, match="`fp16` must not be float16 on a CPU, got True"):
+        make(method, use_cpu=True, fp16=True, bf16=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SGOPDConfigError, match="`mixed_precision` must not be float16 on a CPU, got 'fp16'"):
+        make(method, use_cpu=True, bf16=False)
+
+
 @pytest.mark.parametrize("settings", [{"bf16": False}, {"fp16": True}])
 def test_what_is_set_is_left_alone_without_a_word(settings: dict, monkeypatch: Any, caplog: Any) -> None:
     machine(monkeypatch, gpu=False, cpu=False)
+    monkeypatch.setattr(precision, "has_float16", lambda config: True)
     config = SGOPDConfig("unused", report_to="none", **settings)
     assert (config.bf16, config.fp16) == (False, settings.get("fp16", False))
     assert IS_OFF not in caplog.text
