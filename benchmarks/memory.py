@@ -1,14 +1,18 @@
 """Peak memory of one optimizer step above the models, at growing completion length: ours against TRL's trainers.
 
     python benchmarks/memory.py [--lengths 64 128 256] [--vocab 151936] [--hidden 128] [--layers 2]
+    python benchmarks/memory.py --by settings [--lengths 256] [--rows 64]
+    python benchmarks/memory.py --by length --lengths 2048 4096 8192 16384 --hidden 64 --rows 8
 
-Each case runs in a fresh process: 8 long-tailed rows of one prompt in micro-batches of 4. Models and optimizer state
+By default, and by length, the rows are 8 long-tailed ones of one prompt in micro-batches of 4; by setting each of ours
+has 64, and what the models take is told too. Each case runs in a fresh process. Models and optimizer state
 are there before the step and do not count; gradients, activations and whatever the loss builds do. On the CPU it is
 the growth of the resident memory (sampled every two milliseconds, and exact where the process passes its highest
 mark), on a GPU that of the allocator's peak. Large blocks go back to the system at once, so that resident memory
 follows use.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -16,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psutil
@@ -24,6 +29,16 @@ from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, completion_len
 from trainers import Setup, distillation, grpo, ours
 
 TRAINERS = {"SG-OPD": ours, "TRL GRPO": grpo, "TRL Distillation": distillation}
+#: Of ours, by what is special about them.
+SETTINGS: dict[str, Callable[[Setup], Any]] = {
+    name: partial(ours, **settings)
+    for name, settings in {
+        "sampled_token": {},
+        "topk_logits": {"distillation_mode": "topk_logits"},
+        "full_logits": {"distillation_mode": "full_logits"},
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+    }.items()
+}
 MEGABYTE = 2**20
 # glibc raises its threshold for blocks of their own with every block that is freed, unless it is set.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MEGABYTE), "MALLOC_TRIM_THRESHOLD_": str(MEGABYTE)}
@@ -71,19 +86,33 @@ def device_peak(step: Callable[[], Any]) -> int:
 
 
 def measure_one(args: Any) -> None:
-    """Worker: one trainer, one length; prints megabytes."""
+    """Worker: one trainer or setting, one length; prints megabytes."""
     shape = Shape(args.hidden, args.layers, args.vocab)
-    lengths = completion_lengths("long-tailed", ROLLOUTS_PER_PROMPT, args.lengths[0])
-    stepper = TRAINERS[args.only](Setup(shape, make_rollouts(lengths, shape.vocab_size)))
+    lengths = completion_lengths("long-tailed", args.rows, args.lengths[0])
+    setup = Setup(shape, make_rollouts(lengths, shape.vocab_size))
+    stepper = TRAINERS[args.only](setup) if args.only in TRAINERS else SETTINGS[args.only](setup)
     stepper.create_optimizer_state()
     grown = device_peak(stepper) if torch.cuda.is_available() else ResidentPeak().measure(stepper)
-    gradients = sum(p.numel() * p.element_size() for p in stepper.trainer.model.parameters() if p.requires_grad)
-    print(json.dumps({"peak": grown / MEGABYTE, "gradients": gradients / MEGABYTE}))
+    trained = [p for p in stepper.trainer.model.parameters() if p.requires_grad]
+    sizes = {"peak": grown, "gradients": size_of(trained), "models": size_of(weights_of(stepper.trainer))}
+    print(json.dumps({name: size / MEGABYTE for name, size in sizes.items()}))
+
+
+def weights_of(trainer: Any) -> list[Any]:
+    """All weights that a trainer of ours or TRL's holds on to; those that several models share once."""
+    holders = [getattr(trainer, name, None) for name in ("teacher", "reference")]
+    models = [trainer.model, *(getattr(holder, "model", None) for holder in holders)]
+    return list({id(p): p for model in models if model is not None for p in model.parameters()}.values())
+
+
+def size_of(tensors: list[Any]) -> int:
+    """In bytes."""
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def run_case(args: Any, name: str, length: int) -> dict[str, float]:
     """Megabytes of one case, measured in its own process."""
-    flags = {name: getattr(args, name) for name in ("hidden", "layers", "vocab", "threads")}
+    flags = {name: getattr(args, name) for name in ("hidden", "layers", "vocab", "threads", "rows")}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     command = [sys.executable, __file__, "--only", name, "--lengths", str(length), *words]
     done = subprocess.run(command, env=os.environ | ALLOCATOR, check=True, stdout=subprocess.PIPE, text=True)
@@ -91,10 +120,25 @@ def run_case(args: Any, name: str, length: int) -> dict[str, float]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", lengths=[64, 128, 256], vocab=151_936, hidden=128, layers=2, only="")
+    args = arguments(
+        __doc__ or "",
+        by=("trainer", "settings", "length"),
+        lengths=[64, 128, 256],
+        vocab=151_936,
+        hidden=128,
+        layers=2,
+        rows=0,
+        only="",
+    )
+    args.rows = args.rows or (64 if args.by == "settings" else ROLLOUTS_PER_PROMPT)
     if args.only:
         measure_one(args)
-        return
+    else:
+        {"trainer": by_trainer, "settings": by_settings, "length": by_length}[args.by](args)
+
+
+def by_trainer(args: Any) -> None:
+    """Ours over TRL's."""
     cases = [(length, name) for length in args.lengths for name in TRAINERS]
     megabytes: dict[int, dict[str, float]] = {length: {} for length in args.lengths}
     gradients = 0.0
@@ -107,6 +151,34 @@ def main() -> None:
         for length, used in megabytes.items()
     ]
     show("memory", ratios, {"megabytes": megabytes, "of_which_gradients": gradients, "settings": vars(args)})
+
+
+def by_settings(args: Any) -> None:
+    """Every setting of ours over the first of them."""
+    length = args.lengths[-1]
+    results = {name: run_case(args, name, length) for name in progress(list(SETTINGS), "memory")}
+    first = next(iter(results.values()))["peak"]
+    ratios = [
+        Ratio(name, used["peak"] / first, "", f"{used['peak']:.0f} MB above {used['models']:.0f} MB of models")
+        for name, used in results.items()
+    ]
+    show("memory by settings", ratios, {"megabytes": results, "settings": vars(args)})
+
+
+def by_length(args: Any) -> None:
+    """Each length over the one before it, gradients left out: they do not grow."""
+    used = {length: run_case(args, "SG-OPD", length) for length in progress(args.lengths, "memory")}
+    grown = {length: result["peak"] - result["gradients"] for length, result in used.items()}
+    ratios = [
+        Ratio(
+            f"{longer} / {length} tokens",
+            grown[longer] / grown[length],
+            f"<= {longer / length:g}",
+            f"{grown[longer]:.0f} MB / {grown[length]:.0f} MB",
+        )
+        for length, longer in itertools.pairwise(args.lengths)
+    ]
+    show("memory by length", ratios, {"megabytes": used, "settings": vars(args)})
 
 
 def detail(used: dict[str, float], other: str) -> str:

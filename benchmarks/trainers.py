@@ -138,14 +138,10 @@ class Stepper:
         self.trainer.optimizer.zero_grad()
 
 
-def ours(setup: Setup, **settings: Any) -> Stepper:
-    """`SGOPDTrainer` with teacher and reference scoring."""
-    args = SGOPDConfig(
-        **setup.arguments(**setup.completion_limit),
-        num_generations=ROLLOUTS_PER_PROMPT,
-        teacher_sampling_enable=False,
-        **settings,
-    )
+def ours(setup: Setup, arguments: dict | None = None, **settings: Any) -> Stepper:
+    """`SGOPDTrainer` with teacher and reference scoring, with further arguments and settings of its own."""
+    fixed = {"num_generations": ROLLOUTS_PER_PROMPT, "teacher_sampling_enable": False}
+    args = SGOPDConfig(**(setup.arguments(**setup.completion_limit) | fixed | settings))
     trainer = SGOPDTrainer(
         setup.student(),
         alternating_verifier,
@@ -154,6 +150,7 @@ def ours(setup: Setup, **settings: Any) -> Stepper:
         processing_class=setup.tokenizer(),
         teacher_model=setup.teacher(),
         teacher_processing_class=setup.tokenizer(),
+        **(arguments or {}),
     )
     return _single_turn(trainer, setup, (setup.rollouts.completion_ids, None))
 

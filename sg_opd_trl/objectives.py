@@ -61,6 +61,9 @@ class Objective:
     matches: bool = False
     #: Whether the routes pick the target of a distribution (`route_lambdas`) besides the token's advantage.
     routes_targets: bool = False
+    #: Entries too large to outlive their micro-batch. Where there are any, teacher and reference are asked about each
+    #: micro-batch when it is its turn, and not about a generation batch once that is written.
+    momentary: tuple[str, ...] = ()
 
     def __init__(
         self, args: SGOPDConfig, teacher: Teacher | RoutedTeacher, reference: Reference | None, vocab_size: int
@@ -195,12 +198,13 @@ class FullLogits(Objective):
 
     Lambda 1 is on-policy distillation with the exact gradient in place of the sampled token's (GKD, arXiv:2306.13649,
     at its reverse-KL end); other lambdas are G-OPD's target (arXiv:2602.12125), picked by the token's route. Teacher
-    and reference keep hidden states; their logits exist for one tile of positions at a time. Ids that one of the
-    models lacks are left out of all distributions.
+    and reference give hidden states, kept for one micro-batch; their logits exist for one tile of positions at a time.
+    Ids that one of the models lacks are left out of all distributions.
     """
 
     matches = True
     routes_targets = True
+    momentary = ("teacher_hidden_states", "reference_hidden_states")
 
     def ask_teacher(self, teacher: Any, batch: TokenBatch, rows: Tensor, max_tokens: int) -> Scores:
         """The teacher's hidden states."""

@@ -6,6 +6,7 @@ TRL's `GRPOTrainer` drives it, through the hooks that `GRPOSeam` lists; this is 
     every generation batch    making_rollouts         the student writes
                               on_rewards              verdicts -> a1
                               on_rollouts             the scores of teacher and reference, attached to the rollouts
+                                                      (`full_logits`: in `on_micro_batch`)
                               on_slices               split into micro-batches, ordered by length
     every micro-batch         on_micro_batch          trimmed to its own rows
                               compute_loss            TRL's loss and the anchor                           Eq. 10-12
@@ -417,7 +418,13 @@ class SGOPDTrainer(GRPOSeam):
             self._examples = examples
             signals["example_index"] = torch.arange(rows, device=self.accelerator.device)
         rollouts = rollouts | signals
-        return rollouts | self._scores(rollouts | {"examples": examples})
+        if self.mode == "eval" or not self.objective.momentary:
+            return rollouts | self._scores(rollouts | {"examples": examples})
+        # Each micro-batch is scored when it is its turn. Only a mean over all rows cannot wait.
+        if self._needs_stability_denominator:
+            teacher_logps = self._teacher_logps(rollouts)
+            rollouts["stability_denominator"] = self._stability_denominator(rollouts, teacher_logps)
+        return rollouts
 
     def _usable(self, rollouts: dict) -> dict:
         """The rollouts with ids that some model lacks masked out of the loss, and counted."""
@@ -433,31 +440,53 @@ class SGOPDTrainer(GRPOSeam):
         Rows that count for nothing are not asked about. Their scores are 0, which is also the log of 1: only the
         masks tell the two apart.
         """
-        args = self.args
-        batch = self.vocabulary.cut(token_batch(rollouts, self.width_multiple), self.tokenizer.pad_token_id)
-        asked = loss_mask(rollouts).any(dim=1) & self.token_weights.taught(rollouts["verdicts"])  # (B,)
-        with self.timed("teacher"):
-            as_taught = teacher_batch(batch, rollouts["examples"], self.tokenize_prompts)
-            scores = self.objective.teacher_entries(self.score_with_teacher(as_taught, asked, rollouts))
-        if args.needs_reference:
+        scores = self._teacher_scores(rollouts)
+        if self.args.needs_reference:
             with self.timed("reference"):
-                rows = asked & self.reference_rows(rollouts["verifier_advantages"])
-                answer = self.score_with_reference(batch, rows, rollouts | scores)
+                rows = self._asked(rollouts) & self.reference_rows(rollouts["verifier_advantages"])
+                answer = self.score_with_reference(self._to_score(rollouts), rows, rollouts | scores)
                 scores |= self.objective.reference_entries(answer, rows, rollouts | scores)
-        if args.stability_tau is not None and args.stability_norm == "batch":
-            scores["stability_denominator"] = self._stability_denominator(
-                rollouts, batch, asked, scores["teacher_logps"]
-            )
+        if self._needs_stability_denominator and "stability_denominator" not in rollouts:
+            scores["stability_denominator"] = self._stability_denominator(rollouts, scores["teacher_logps"])
         return scores
 
-    def _stability_denominator(self, rollouts: dict, batch: TokenBatch, rows: Tensor, teacher_logps: Tensor) -> Tensor:
+    def _teacher_scores(self, rollouts: dict) -> dict:
+        with self.timed("teacher"):
+            as_taught = teacher_batch(self._to_score(rollouts), rollouts["examples"], self.tokenize_prompts)
+            answer = self.score_with_teacher(as_taught, self._asked(rollouts), rollouts)
+            return self.objective.teacher_entries(answer)
+
+    def _to_score(self, rollouts: dict) -> TokenBatch:
+        return self.vocabulary.cut(token_batch(rollouts, self.width_multiple), self.tokenizer.pad_token_id)
+
+    def _asked(self, rollouts: dict) -> Tensor:
+        """Rows `(B,)` that count for something."""
+        return loss_mask(rollouts).any(dim=1) & self.token_weights.taught(rollouts["verdicts"])
+
+    @property
+    def _needs_stability_denominator(self) -> bool:
+        return self.args.stability_tau is not None and self.args.stability_norm == "batch"
+
+    def _stability_denominator(self, rollouts: dict, teacher_logps: Tensor) -> Tensor:
         """Mean stability weight of the global generation batch, 0-dim; it needs the student's scores beforehand."""
-        student_logps = rollouts.get("old_per_token_logps")
+        rows, student_logps = self._asked(rollouts), rollouts.get("old_per_token_logps")
         if student_logps is None:
-            student_logps = self.score_with_student(batch, rows)
+            student_logps = self.score_with_student(self._to_score(rollouts), rows)
         a2, mask = core.reverse_kl_advantage(student_logps, teacher_logps), loss_mask(rollouts) * rows.unsqueeze(1)
         phi = core.stability_weight(a2, mask, self.args.stability_tau, "none")
         return core.mean_of(self.accelerator.reduce(core.masked_sum_and_count(phi, mask), reduction="sum"))
+
+    def _teacher_logps(self, rollouts: dict) -> Tensor:
+        """The teacher's log-probs `(B, T)` of a generation batch, where nothing else of its answer can be kept."""
+        logps = torch.zeros_like(rollouts["completion_ids"], dtype=torch.float32)
+        for rows in torch.arange(len(logps), device=logps.device).split(self.args.per_device_train_batch_size):
+            part = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in rollouts.items()}
+            part = self._with_examples(trim_micro_batch(part, self.width_multiple))
+            logps[rows, : part["completion_ids"].size(1)] = self._teacher_scores(part)["teacher_logps"]
+        return logps
+
+    def _with_examples(self, inputs: dict) -> dict:
+        return inputs | {"examples": [self._examples[row] for row in inputs["example_index"].tolist()]}
 
     def on_slices(self, slices: list[dict]) -> list[dict]:
         """Order rows by length inside each optimizer step, where that leaves the update as it is."""
@@ -475,12 +504,16 @@ class SGOPDTrainer(GRPOSeam):
         return args.loss_type == "bnpo" or entropy or self.aux_loss_enabled
 
     def on_micro_batch(self, inputs: dict) -> dict:
-        """Trim the micro-batch to its own rows, and do what waits for its prompts."""
+        """Trim the micro-batch to its own rows, and do what waits for its prompts, or for its turn."""
         action = self._before_micro_batch
         if self.mode == "train" and action is not None:
             self._before_micro_batch = None
             action()
-        return trim_micro_batch(inputs, self.width_multiple)
+        inputs = trim_micro_batch(inputs, self.width_multiple)
+        if self.mode == "train" and self.objective.momentary and "teacher_logps" not in inputs:
+            # Into a copy: the buffer, and a checkpoint of it, stay without. Inner updates ask again.
+            inputs = inputs | self._scores(self._with_examples(inputs))
+        return inputs
 
     # === the loss: once per micro-batch, Eq. 4-12 ================================================================
     def compute_loss(
@@ -489,7 +522,7 @@ class SGOPDTrainer(GRPOSeam):
         """L_TLT + alpha L_SLT (Eq. 11): TRL's clipped surrogate over the token advantages, and the anchor."""
         step = self.anchor if self.mode == "train" else None
         if self.mode == "train":
-            self.skipped.saw(inputs)
+            self.skipped.saw({name: x for name, x in inputs.items() if name not in self.objective.momentary})
         if step is not None and step.alone:
             return self._anchor_only_loss(model, step)
         if "teacher_logps" not in inputs:  # an evaluation without the teacher
@@ -785,11 +818,15 @@ class SGOPDTrainer(GRPOSeam):
 
     def rollouts_aside(self, examples: list[dict]) -> dict:
         """A scored generation batch as in training, of which nothing stays in the run."""
-        metrics, self.metrics = self.metrics, TrainingMetrics()
+        kept = self.metrics, self._examples
+        self.metrics = TrainingMetrics()
         try:
-            return super().rollouts_aside(examples)
+            rollouts = super().rollouts_aside(examples)
+            if "teacher_logps" not in rollouts:
+                rollouts["teacher_logps"] = self._teacher_logps(rollouts)
+            return rollouts
         finally:
-            self.metrics = metrics
+            self.metrics, self._examples = kept
 
     # === what surrounds a step: running, logging, writing ========================================================
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
