@@ -695,8 +695,13 @@ def _wrong_rollouts_path(config: SGOPDConfig) -> Iterator[str]:
         )
 
 
+def can_send_weights(config: Any) -> bool:
+    """Whether TRL can give a vLLM server the student's weights from here."""
+    return torch.cuda.is_available() and not config.use_cpu
+
+
 def engine_problems(config: Any, longest_prompt: int = 1, source: str = "a prompt of one token") -> Iterator[str]:
-    """What is wrong with a colocated engine's context: a prompt with a full completion must fit in.
+    """What is wrong with an engine: a server that cannot be given weights, a prompt and completion that do not fit.
 
     Args:
         config: of the run.
@@ -704,7 +709,14 @@ def engine_problems(config: Any, longest_prompt: int = 1, source: str = "a promp
         source: where that length comes from, for the message.
     """
     # The configurations of other methods have no rollouts; in server mode the context is the server's own.
-    if not isinstance(config, GRPOConfig) or not config.use_vllm or config.vllm_mode != "colocate":
+    if not isinstance(config, GRPOConfig) or not config.use_vllm:
+        return
+    if config.vllm_mode == "server" and not can_send_weights(config):
+        yield (
+            "`vllm_mode` must be 'colocate' on this machine, got 'server'. TRL sends the student's weights to a "
+            "server over NCCL, which needs an NVIDIA GPU. Set vllm_mode='colocate', or leave use_vllm out."
+        )
+    if config.vllm_mode != "colocate":
         return
     room, needed = config.vllm_max_model_length, longest_prompt + (config.max_completion_length or 0)
     if room is not None and needed > room:

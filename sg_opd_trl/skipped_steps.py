@@ -176,14 +176,14 @@ def _weights_are_finite(run: Run, model: torch.nn.Module, together: bool) -> boo
 
 
 def _is_finite(weight: Tensor) -> bool:
-    local = _own_part(weight)
+    local = own_part(weight)
     if not local.is_floating_point() or local.dtype == _WITHOUT_NAN:
         return True
     # torch tells of none of the eight-bit ones.
     return bool(torch.isfinite(local.float() if local.dtype.itemsize == 1 else local).all())
 
 
-def _own_part(weight: Any) -> Tensor:
+def own_part(weight: Any) -> Tensor:
     """This rank's shard; of a weight that ZeRO-3 splits, nothing else is there outside of a forward."""
     if hasattr(weight, "to_local"):
         return weight.to_local()

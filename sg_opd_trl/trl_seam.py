@@ -67,7 +67,7 @@ from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .own_rollouts import checked_rollouts
 from .random_state import forked_random_state
 from .saved_card import without_local_base
-from .skipped_steps import check_weights_are_finite
+from .skipped_steps import check_weights_are_finite, own_part
 from .student_files import check_student, written_aside
 
 logger = logging.getLogger(__name__)
@@ -735,6 +735,37 @@ class RewardsTogether(GRPOTrainer):
             return super()._calculate_rewards(*args, **kwargs)
 
 
+def keep_base_weights(engine: Any) -> None:
+    """Have an engine that is given the student's weights with adapters merged leave those below as they were.
+
+    TRL merges them, hands the weights over and takes them out again, which is off by a rounding each time, and adds
+    up. With the base the reference would move, and what the saved adapters stand on.
+
+    Args:
+        engine: TRL's `VLLMGeneration`, changed in place.
+    """
+    if not hasattr(engine.model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = engine._iter_named_params
+    layers = [module for module in engine.model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def merged_for_a_while() -> Iterator[tuple[str, Tensor]]:
+        weights = [own_part(weight.data) for layer in layers for weight in layer.get_base_layer().parameters()]
+        # In the host's memory: there are as many as there is model.
+        before = [weight.to("cpu", copy=True) for weight in weights]
+        try:
+            yield from merged()
+        finally:
+            if any(layer.merged for layer in layers):
+                engine.model.unmerge_adapter()
+            for weight, kept in zip(weights, before, strict=True):
+                weight.copy_(kept)
+
+    engine._iter_named_params = merged_for_a_while
+
+
 class GRPOSeam(WholeFiles, GRPOTrainer):
     """`GRPOTrainer` with public hooks where it takes its private steps; by itself it trains as its parent does.
 
@@ -774,6 +805,8 @@ class GRPOSeam(WholeFiles, GRPOTrainer):
             self.rollout_func = checked_rollouts(self.rollout_func, self.eos_token_ids[0], size)
         if not self.use_vllm and END_TOKENS in (self.args.generation_kwargs or {}):
             self._end_at(end_tokens(self.generation_kwargs[END_TOKENS], self._tokenizer))
+        if self.use_vllm:
+            keep_base_weights(self.vllm_generation)
 
     def _end_at(self, ids: list[int]) -> None:
         """Have these ids end a completion: TRL lets the settings sample by other end tokens than it cuts at.

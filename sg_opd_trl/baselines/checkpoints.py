@@ -7,7 +7,7 @@ from ..checkpoints import check_checkpoint, newest_whole_checkpoint
 from ..ending import kept
 from ..precision import check_trained_dtype
 from ..run_folder import is_owned, read_resume
-from ..trl_seam import WholeFiles
+from ..trl_seam import WholeFiles, keep_base_weights
 
 
 class KeptTrainer(WholeFiles):
@@ -16,6 +16,9 @@ class KeptTrainer(WholeFiles):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_trained_dtype(self.model)
+        engine = getattr(self, "vllm_generation", None)
+        if engine is not None:
+            keep_base_weights(engine)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train.

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig, SFTConfig
 
+from ..config import engine_problems
 from ..errors import SGOPDConfigError
 from ..precision import precision_problems, settle_bf16
 from ..run_folder import FolderFields, folder_problems
@@ -141,12 +142,13 @@ class PlainGRPOConfig(RewardFields, FolderFields, GRPOConfig):
     """Configuration of `method: grpo`: `trl.GRPOConfig` as it is, on machines without bfloat16 too.
 
     Raises:
-        SGOPDConfigError: bfloat16 is asked for on a machine that has none, or settings of the folder exclude one
-            another or name nothing.
+        SGOPDConfigError: a precision or an engine is asked for that cannot be had on the machine, or settings of the
+            folder exclude one another or name nothing.
     """
 
     def __post_init__(self) -> None:
-        raise_problems([*precision_problems(self), *folder_problems(self), *reward_problems(self)])
+        problems = [precision_problems(self), folder_problems(self), reward_problems(self), engine_problems(self)]
+        raise_problems([problem for kind in problems for problem in kind])
         settle_bf16(self)
         super().__post_init__()
 
