@@ -99,6 +99,12 @@ class SGOPDConfig(RewardFields, FolderFields, GRPOConfig):
         "attention implementation are used unless given here (our choice). With `teacher_model_server_url` only "
         "`dtype`, for `sg-opd serve-teacher`.",
     )
+    teacher_offload: bool = setting(
+        False,
+        help="Keep the weights of local teachers in host memory, and bring one of them to the device for as long as "
+        "it scores or writes: several take turns, and there is room for one. Costs a copy of its weights for each "
+        "generation batch and each writing of teacher rollouts (our choice).",
+    )
     teacher_model_server_url: dict | str | list | None = setting(
         None,
         off=None,
@@ -596,6 +602,7 @@ def check_config(config: SGOPDConfig) -> None:
         *_refused_of_trl(config),
         *_refused_controls(config),
         *_refused_modes(config),
+        *_refused_offload(config),
     ]
     if problems:
         raise SGOPDConfigError("\n".join(problems))
@@ -799,6 +806,23 @@ def _refused_modes(config: SGOPDConfig) -> Iterator[str]:
         yield (
             f"`disagree_mode={config.disagree_mode!r}` is not supported with distillation_mode={mode!r}: {why}. Set "
             "disagree_mode='interp', or distillation_mode='sampled_token'."
+        )
+
+
+def _refused_offload(config: SGOPDConfig) -> Iterator[str]:
+    if not config.teacher_offload:
+        return
+    if config.distillation_mode == "full_logits":
+        yield (
+            "`teacher_offload=True` is not supported with distillation_mode='full_logits': the loss of every "
+            "micro-batch reads the teacher's output head, for which its weights would have to come and go. Set "
+            "teacher_offload=False, or distillation_mode='topk_logits'."
+        )
+    options = config.teacher_model_init_kwargs
+    if isinstance(options, Mapping) and options.get("device_map") is not None:
+        yield (
+            f"`teacher_offload=True` is not supported with device_map={options['device_map']!r} in "
+            "teacher_model_init_kwargs: that says where the weights stay. Leave one of the two out."
         )
 
 

@@ -99,7 +99,7 @@ SURROUNDINGS = _names("""
     dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
     dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc torch_empty_cache_steps vllm_enable_sleep_mode
     vllm_gpu_memory_utilization vllm_group_port vllm_server_base_url vllm_server_host vllm_server_port
-    vllm_server_timeout teacher_model_server_url teacher_request_timeout teacher_max_retries
+    vllm_server_timeout teacher_model_server_url teacher_request_timeout teacher_max_retries teacher_offload
     # follow from others, or say what columns are called
     generation_batch_size label_names length_column_name remove_unused_columns
 """)

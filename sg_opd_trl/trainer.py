@@ -98,7 +98,7 @@ from .teacher_sampling.callback import (
 from .teacher_sampling.step import AnchorStep
 from .teacher_sampling.stored.cache import RolloutCache, open_cache
 from .teachers.base import Sampling, Teacher
-from .teachers.build import build_reference, build_teacher, default_reference
+from .teachers.build import build_reference, build_teacher, check_built, default_reference
 from .teachers.fit import SharedVocabulary
 from .teachers.reference import Reference, evaluating
 from .teachers.routed import RoutedTeacher, drop_prefetched, teacher_batch, teacher_of
@@ -266,6 +266,7 @@ class SGOPDTrainer(GRPOSeam):
         initial = default_reference(args, reference_model)
         self.reuses_trl_reference = initial and args.beta != 0.0 and not args.sync_ref_model
         self.reference: Reference | None = build_reference(self, reference_model, initial_student)
+        check_built(args, self.teacher, self.reference)
         self.vocabulary = self._build_vocabulary()
         vocab_size = self.model.config.get_text_config().vocab_size
         self.objective: Objective = build_objective(args, self.teacher, self.reference, vocab_size, type(self))

@@ -369,6 +369,11 @@ def is_sharded(accelerator: Any) -> bool:
 
 def is_prepared_later(accelerator: Any) -> bool:
     """Whether the student is moved to its device, or split, only when training starts."""
+    return places_models_itself(accelerator)
+
+
+def places_models_itself(accelerator: Any) -> bool:
+    """Whether FSDP or DeepSpeed decides where the weights of every model are."""
     return DistributedBackend(accelerator).is_fsdp or accelerator.state.deepspeed_plugin is not None
 
 
@@ -397,28 +402,29 @@ def create_model_from_path(path: str, **options: Any) -> Any:
     return trl_utils.create_model_from_path(path, **options)
 
 
-def prepare_frozen_model(model: PreTrainedModel, accelerator: Any) -> Any:
+def prepare_frozen_model(model: PreTrainedModel, accelerator: Any, *, on_device: bool = True) -> Any:
     """Place a frozen model as TRL places its own reference model: DeepSpeed, FSDP or plain.
 
-    One that is teacher and reference of a run is wrapped once.
+    One that is teacher and reference of a run is wrapped once. A plain one may be left where it is.
     """
     owner, placed = vars(model).get("sg_opd_placed", (None, None))
     if owner is None or owner() is not accelerator:
         without_precision(model)
-        placed = _placed(model, accelerator)
+        placed = _placed(model, accelerator, on_device)
         without_precision(model)
         # In the model, not in a table beside it: both are freed together.
         vars(model)["sg_opd_placed"] = weakref.ref(accelerator), placed
     return placed
 
 
-def _placed(model: PreTrainedModel, accelerator: Any) -> Any:
+def _placed(model: PreTrainedModel, accelerator: Any, on_device: bool) -> Any:
     backend = DistributedBackend(accelerator)
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(model, accelerator)
     if backend.is_fsdp:
         return prepare_fsdp(model, accelerator)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    # None leaves the decision to accelerate.
+    return accelerator.prepare_model(model, device_placement=None if on_device else False, evaluation_mode=True)
 
 
 @contextmanager

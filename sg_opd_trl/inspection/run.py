@@ -17,7 +17,7 @@ from ..noise import MeasuredRun, can_be_measured, measure
 from ..random_state import forked_random_state
 from ..teacher_sampling.stored.precompute import PlannedRun, total_steps
 from ..teachers.fit import RenderingRun
-from ..teachers.local import FrozenModel
+from ..teachers.local import FrozenModel, LocalTeacher
 from ..teachers.routed import RoutedTeacher
 from ..teachers.server import ServerTeacher
 from ..verifiers.verdicts import RunVerifier
@@ -164,6 +164,16 @@ def _frozen(run: InspectedRun) -> list[FrozenModel]:
     return [each for each in models if each.model is not None]
 
 
+def on_device_at_once(models: Sequence[FrozenModel]) -> list[FrozenModel]:
+    """Those that are there at once: of teachers that wait in host memory the largest."""
+
+    def size(each: FrozenModel) -> int:
+        return sum(weight.numel() * weight.element_size() for weight in each.model.parameters())
+
+    waiting = [each for each in models if isinstance(each, LocalTeacher) and each.host_weights is not None]
+    return [each for each in models if each not in waiting] + sorted(waiting, key=size)[-1:]
+
+
 def _probe(run: InspectedRun) -> list[int]:
     """The beginning of a real prompt, or some ids where prompts are not known."""
     if run.environment_factories is not None:
@@ -174,7 +184,7 @@ def _probe(run: InspectedRun) -> list[int]:
 def _memory_row(run: InspectedRun) -> Row:
     args: Any = run.args  # TRL has filled in by now what its fields leave open
     # A model that is teacher and reference is there once.
-    frozen = list({id(each.model): each.model for each in _frozen(run)}.values())
+    frozen = list({id(each.model): each.model for each in on_device_at_once(_frozen(run))}.values())
     tokens = args.per_device_train_batch_size * (args.max_completion_length or 0)
     need = estimated_need(
         run.accelerator.unwrap_model(run.model), frozen, tokens, checkpointing=args.gradient_checkpointing

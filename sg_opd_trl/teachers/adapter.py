@@ -162,7 +162,9 @@ def fits_student(path: str, revision: str | None, student: Any) -> bool:
     return kinds == {config.peft_type} and _same_source(config.base_model_name_or_path, _base_name(student))
 
 
-def load_with_base(path: str, *, like: PreTrainedModel, revision: str | None, init_kwargs: dict) -> LocalTeacher:
+def load_with_base(
+    path: str, *, like: PreTrainedModel, revision: str | None, init_kwargs: dict, on_host: bool = False
+) -> LocalTeacher:
     """The adapter on a base of its own, merged into it unless the base is quantized.
 
     Args:
@@ -170,6 +172,7 @@ def load_with_base(path: str, *, like: PreTrainedModel, revision: str | None, in
         like: its dtype and attention implementation are used unless `init_kwargs` says otherwise.
         revision: of the adapter; the base's is in the adapter's configuration.
         init_kwargs: for `from_pretrained` of the base.
+        on_host: leave its weights in host memory.
 
     Raises:
         TeacherError: an adapter that does not fit its base.
@@ -183,11 +186,17 @@ def load_with_base(path: str, *, like: PreTrainedModel, revision: str | None, in
             "load it into. Set base_model_name_or_path in its adapter_config.json, or give a merged model."
         )
     base = LocalTeacher.from_pretrained(
-        config.base_model_name_or_path, role="teacher", like=like, revision=config.revision, init_kwargs=init_kwargs
+        config.base_model_name_or_path,
+        role="teacher",
+        like=like,
+        revision=config.revision,
+        init_kwargs=init_kwargs,
+        on_host=on_host,
     ).model
     try:
-        model = PeftModel.from_pretrained(base, path, revision=revision, config=config)
-        _check_loaded(path, model.load_adapter(path, "default", revision=revision))
+        place: Any = {"torch_device": "cpu"} if on_host else {}
+        model = PeftModel.from_pretrained(base, path, revision=revision, config=config, **place)
+        _check_loaded(path, model.load_adapter(path, "default", revision=revision, **place))
     except (ValueError, RuntimeError, KeyError) as error:
         if isinstance(error, TeacherError):
             raise

@@ -19,6 +19,7 @@ from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, i
 from .base import Teacher
 from .fit import RenderingRun, check_fits_student, check_vocabulary_sizes
 from .local import FrozenModel, LocalTeacher, ModelScorer
+from .offload import check_can_offload, check_offloaded
 from .reference import REFERENCE_ADAPTER, AdapterReference, Reference
 from .routed import RoutedTeacher, check_teacher_columns
 from .server import ServerTeacher
@@ -64,6 +65,8 @@ def build_teacher(run: BuildingRun, teacher_model: Any, teacher_processing_class
         TeacherError: its tokens are not the student's.
     """
     given = resolve_teacher(run.args, teacher_model)
+    if run.args.teacher_offload:
+        check_can_offload(run.accelerator)
     if not isinstance(given, Mapping):
         check_teacher_columns(run, None)
         return _build_one(run, given, teacher_processing_class, "teacher")
@@ -155,13 +158,13 @@ def _load_teacher(run: BuildingRun, path: str) -> LocalTeacher:
     args: Any = run.args  # its JSON strings are dictionaries by now
     revision, init_kwargs = args.teacher_model_revision, args.teacher_model_init_kwargs
     if not is_adapter(path, revision):
-        return _load(LocalTeacher, run, path, "teacher", revision, init_kwargs)
+        return _load(LocalTeacher, run, path, "teacher", revision, init_kwargs, on_host=args.teacher_offload)
     # Loading options are for a model of its own.
     if not init_kwargs and fits_student(path, revision, _student(run)):
         logger.info("The teacher %s is an adapter on the student's base: it shares the student's weights.", path)
         return AdapterTeacher(path, revision=revision)
     options = {"trust_remote_code": args.trust_remote_code} | dict(init_kwargs or {})
-    return load_with_base(path, like=run.model, revision=revision, init_kwargs=options)
+    return load_with_base(path, like=run.model, revision=revision, init_kwargs=options, on_host=args.teacher_offload)
 
 
 def _make_ready(run: BuildingRun, teacher: Any, tokenizer: Any, role: str) -> None:
@@ -172,9 +175,20 @@ def _make_ready(run: BuildingRun, teacher: Any, tokenizer: Any, role: str) -> No
     elif isinstance(teacher, LocalTeacher):
         # A teacher that the caller has made of the student's own weights.
         _check_not_the_student(run, teacher.model, "teacher_model")
-        _prepare(run, teacher)
+        _prepare(run, teacher, **({"on_device": False} if run.args.teacher_offload else {}))
     else:
         _check_methods(teacher, role)
+
+
+def check_built(args: "SGOPDConfig", teacher: Teacher | RoutedTeacher, reference: Reference | None) -> None:
+    """Refuse `teacher_offload` without a teacher that it moves, or with one that must stay.
+
+    Raises:
+        SGOPDConfigError: names the teacher.
+    """
+    if args.teacher_offload:
+        several = {f"teacher {label}": one for label, one in getattr(teacher, "teachers", {}).items()}
+        check_offloaded(several or {"teacher": teacher}, reference)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -241,17 +255,28 @@ def _initial_student(run: BuildingRun, initial_student: PreTrainedModel | None) 
 
 
 # --- models and their tokenizers -------------------------------------------------------------------------------------
-def _load(kind: type[FrozenModel], run: BuildingRun, name: str, role: str, revision: Any, init_kwargs: Any) -> Any:
+def _load(
+    kind: type[FrozenModel],
+    run: BuildingRun,
+    name: str,
+    role: str,
+    revision: Any,
+    init_kwargs: Any,
+    on_host: bool = False,
+) -> Any:
     options = {"trust_remote_code": run.args.trust_remote_code} | dict(init_kwargs or {})
-    return kind.from_pretrained(name, role=role, like=run.model, revision=revision, init_kwargs=options)
+    return kind.from_pretrained(
+        name, role=role, like=run.model, revision=revision, init_kwargs=options, on_host=on_host
+    )
 
 
-def _prepare(run: BuildingRun, model: FrozenModel) -> None:
+def _prepare(run: BuildingRun, model: FrozenModel, **placing: Any) -> None:
     model.prepare(
         run.accelerator,
         temperature=run.temperature,
         cast_lm_head_to_fp32=run.args.cast_lm_head_to_fp32,
         student_dtype=weights_dtype(_student(run)),
+        **placing,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import NonFiniteTeacherError, TeacherError
+from ..errors import NonFiniteTeacherError, SGOPDConfigError, TeacherError
 from ..models.batch import Kind, TokenBatch, plan_batches, score_parts, score_rows
 from ..models.forward import ForwardOutput, HeadRequest, scattered
 from ..models.generate import generate_completions
@@ -36,6 +36,7 @@ from ..trl_seam import (
     prepare_frozen_model,
 )
 from .base import HiddenScores, Sampling, SupportScores
+from .offload import HostWeights, offload_problem
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ class FrozenModel(ModelScorer):
         like: PreTrainedModel,
         revision: str | None,
         init_kwargs: dict | None,
+        on_host: bool = False,
         **extra: Any,
     ) -> "FrozenModel":
         """Load a model with the dtype and attention implementation of `like`, unless `init_kwargs` says otherwise.
@@ -227,6 +229,7 @@ class FrozenModel(ModelScorer):
             like: the student.
             revision: branch, tag or commit of a Hub id.
             init_kwargs: for `from_pretrained` of transformers.
+            on_host: leave its weights in host memory.
             extra: further arguments of the class.
         """
         options = dict(init_kwargs or {})
@@ -234,8 +237,9 @@ class FrozenModel(ModelScorer):
         options.setdefault("attn_implementation", attention_implementation(like.config))
         if revision is not None:
             options["revision"] = revision
-        # Ranks hold a whole model each; `device_map` would spread the one of every rank over all devices.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Ranks hold a whole model each; `device_map` would spread the one of every rank over all devices. And what
+        # waits in host memory is loaded there.
+        if on_host or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             options["device_map"] = None
         loaded = cls(create_model_from_path(name, **options), role=role, name=name, **extra)
         loaded.loaded_from, loaded.is_ours = (name, revision, dict(init_kwargs or {})), True
@@ -248,12 +252,13 @@ class FrozenModel(ModelScorer):
         temperature: float,
         cast_lm_head_to_fp32: bool,
         student_dtype: torch.dtype = torch.float32,
+        on_device: bool = True,
     ) -> None:
         """Attach the fused head and place the model as TRL places its reference model, in the student's precision."""
         self._compute_as(student_dtype, accelerator)
         self.fused_head = add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
         self.accelerator, self._head = accelerator, None
-        self.model = prepare_frozen_model(self.model, accelerator)
+        self.model = prepare_frozen_model(self.model, accelerator, on_device=on_device)
 
     def _compute_as(self, student: torch.dtype, accelerator: Any) -> None:
         """Carry float32 from layer to layer where the student does and this model's weights are in half precision."""
@@ -290,12 +295,36 @@ class LocalTeacher(FrozenModel):
 
     Attributes:
         tokens_generated: tokens generated so far by this process.
+        host_weights: where the weights are between its uses; None where they stay on the device.
     """
 
     tokens_generated: int = 0
+    host_weights: HostWeights | None = None
 
     def __init__(self, model: PreTrainedModel, *, role: str = "teacher", name: str | None = None) -> None:
         super().__init__(model, role=role, name=name)
+
+    def prepare(self, accelerator: Any, *, on_device: bool = True, **settings: Any) -> None:
+        """As for any frozen model; or with weights that wait in host memory, see `HostWeights`.
+
+        Raises:
+            SGOPDConfigError: weights that no move reaches.
+        """
+        problem = None if on_device else offload_problem(self.model)
+        if problem is not None:
+            raise SGOPDConfigError(
+                f"`teacher_offload` must be False with the {self.role} {self.identity['name']}, got True with "
+                f"{problem}. It would not leave the device whole. Leave it out, or load the teacher another way."
+            )
+        super().prepare(accelerator, on_device=on_device, **settings)
+        self.host_weights = None if on_device else HostWeights(self.model, accelerator.device)
+
+    def lent(self) -> AbstractContextManager[Any]:
+        """Have its weights on the device for the block."""
+        return self._on_device()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.host_weights is None else self.host_weights.on_device()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int, max_tokens: int) -> list[list[int]]:
         """One completion per prompt, see `Teacher.generate`; prompts of like length share a batch.
@@ -307,7 +336,7 @@ class LocalTeacher(FrozenModel):
         completions: list[list[int]] = [[] for _ in prompts]
         # Before the first forward, see `score_parts`.
         calls = self._agree_on_calls(len(groups))
-        with self._generation(seed) as model:
+        with self._on_device(), self._generation(seed) as model:
             for group in groups:
                 written = self._generate_batch(model, [prompts[i] for i in group], sampling)
                 for i, ids in zip(group, written, strict=True):
