@@ -28,6 +28,18 @@ import sitecustomize  # noqa: E402, F401
 TIMES_THE_TIMEOUT = 2
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scoreboard", action="store_true", help="print the figures of docs/reliability.md at the end")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Only where reports arrive, not in the processes that pytest-xdist hands tests to.
+    if config.getoption("scoreboard") and not hasattr(config, "workerinput"):
+        from reliability.scoreboard import Scoreboard
+
+        config.pluginmanager.register(Scoreboard(), "scoreboard")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("xdist"):

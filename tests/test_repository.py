@@ -40,7 +40,7 @@ def test_ci_runs_lint_types_and_the_readme_test_command() -> None:
     lines = script.read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in lines
     assert [line for line in lines if line.startswith("make ")] == [
-        *("make lint", "make type", "make test", "make reliability", "make test-vllm", "make test-real"),
+        *("make lint", "make type", "make test PYTEST_ARGS=--scoreboard", "make test-vllm", "make test-real"),
         "make test-distributed",
     ]
 

@@ -1,9 +1,11 @@
 """The scoreboard of docs/reliability.md: fifteen figures, each passed of all, with the name of what failed.
 
     python tests/reliability/scoreboard.py [words for pytest]
+    python -m pytest -m "not full" --scoreboard
 
-Runs the tests that the figures name, in one run of pytest. A skipped test counts as failed, and so does a figure of
-which less is there than there should be. The status is 0 if every figure has its target.
+The first runs the tests that the figures name, the second all, and both print the scoreboard. A skipped test counts
+as failed, and so does a figure of which less is there than there should be. The status is 0 if every figure has its
+target.
 """
 
 import os
@@ -134,8 +136,8 @@ def faults() -> dict[int, tuple[str, ...]]:
     }
 
 
-class Outcomes:
-    """What became of every test, by its name without the case."""
+class Scoreboard:
+    """What became of every test, by its name without the case; printed at the end of a run."""
 
     def __init__(self) -> None:
         self.cases: dict[str, dict[str, bool]] = defaultdict(dict)
@@ -145,6 +147,30 @@ class Outcomes:
         test = report.nodeid.split("[")[0]
         before = self.cases[test].get(report.nodeid, True)
         self.cases[test][report.nodeid] = before and report.passed
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """A figure without its target fails the run."""
+        if exitstatus == pytest.ExitCode.OK and any(row["failed"] for row in self.figures().values()):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the figures."""
+        lines = ["", "| # | figure | passed |", "|---|---|---|"]
+        for number, row in self.figures().items():
+            lines.append(f"| {number} | {row['figure']} | {row['passed']}/{row['total']} |")
+            lines.extend(f"  failed: {name}" for name in row["failed"])
+        terminalreporter.write("\n".join(lines) + "\n\n")
+
+    def figures(self) -> dict[int, dict]:
+        """All of them, in their order."""
+        scored = {number: score(figure, self.of(figure.tests)) for number, figure in FIGURES.items()}
+        held = {number: self.of(tests) for number, tests in faults().items()}
+        by_fault = {f"fault {number}": all(cases.values()) for number, cases in held.items() if number <= 44}
+        scored[5] = score(Figure("faults 1 to 44", (), 44), by_fault)
+        rest = {f"fault {number}": all(cases.values()) for number, cases in held.items() if number > 44}
+        scored[16] = score(Figure("faults 45 to 58", (), 14), rest)
+        return dict(sorted(scored.items()))
 
     def of(self, tests: tuple[str, ...]) -> dict[str, bool]:
         """The cases of some tests; one that did not run at all is a failure under its own name."""
@@ -167,17 +193,6 @@ def score(figure: Figure, cases: dict[str, bool]) -> dict:
     return {"figure": figure.name, "passed": sum(cases.values()), "total": len(cases), "failed": failed}
 
 
-def scoreboard(outcomes: Outcomes) -> dict[int, dict]:
-    """All figures, in their order."""
-    scored = {number: score(figure, outcomes.of(figure.tests)) for number, figure in FIGURES.items()}
-    held = {number: outcomes.of(tests) for number, tests in faults().items()}
-    by_fault = {f"fault {number}": all(cases.values()) for number, cases in held.items() if number <= 44}
-    scored[5] = score(Figure("faults 1 to 44", (), 44), by_fault)
-    rest = {f"fault {number}": all(cases.values()) for number, cases in held.items() if number > 44}
-    scored[16] = score(Figure("faults 45 to 58", (), 14), rest)
-    return dict(sorted(scored.items()))
-
-
 def main(words: list[str]) -> int:
     named = {test for figure in FIGURES.values() for test in figure.tests}
     named |= {test for tests in faults().values() for test in tests}
@@ -185,15 +200,7 @@ def main(words: list[str]) -> int:
     whole = {test for test in named if "::" not in test}
     tests = sorted(whole | {test for test in named if test.split("::")[0] not in whole})
     os.chdir(ROOT)
-    outcomes = Outcomes()
-    pytest.main(["-q", "-m", "not full", "-p", "no:cacheprovider", *tests, *words], plugins=[outcomes])
-    scored = scoreboard(outcomes)
-    lines = ["", "| # | figure | passed |", "|---|---|---|"]
-    for number, row in scored.items():
-        lines.append(f"| {number} | {row['figure']} | {row['passed']}/{row['total']} |")
-        lines.extend(f"  failed: {name}" for name in row["failed"])
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 1 if any(row["failed"] for row in scored.values()) else 0
+    return pytest.main(["-q", "-m", "not full", "-p", "no:cacheprovider", "--scoreboard", *tests, *words])
 
 
 if __name__ == "__main__":
