@@ -24,8 +24,12 @@ that each run makes before its first step, in the student's and in a teacher's r
 TRL {trl}, windows of 8 tokens and rows of up to 24. The oracle is plain `model(input_ids).logits` of each row alone,
 for log-probs and for greedy completions; check and oracle agree on every model here.
 
-What the check finds in a run counts, not this table: settings of a configuration matter (a RoPE that follows the
-longest row is refused in any model). *{agrees}*: rows score as they do alone in the layouts that a run takes.
+What the check finds in a run counts, not this table: settings of a configuration matter. A RoPE that follows the
+longest row (`longrope`, `dynamic`) is refused in any model where rows pass its original context. An evaluation writes
+there what `generate` writes for each row alone: of Phi-3 and Phi-4-mini types what plain logits say, of others,
+which keep keys of the old RoPE in their cache, not quite.
+
+*{agrees}*: rows score as they do alone in the layouts that a run takes.
 *{slower}*: in another one, which the run takes by itself and says so. *{refused}*: in none; the run ends before its
 first step. *{not_run}*: this survey has no tiny model of it, which says nothing about a run.
 

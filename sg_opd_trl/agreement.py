@@ -156,6 +156,7 @@ def check_model(
     Raises:
         SGOPDConfigError: no layout agrees; names the model, the difference and the reason.
     """
+    check_layers_are_found(model, role)
     with autocast(), _told_of_errors(model, role):
         check = _Check(model, batch, role, temperature, agree)
         check.is_causal()
@@ -442,6 +443,27 @@ class _Check:
             f"{self.role} {self.name}, which is off by {difference:.2g} nats on average (rounding: up to "
             f"{self.tolerance:.2g}): {reason}. Distillation would compare wrong numbers. {way_out}"
         )
+
+
+def check_layers_are_found(model: nn.Module, role: str) -> None:
+    """Refuse a model whose layers below its head are not where its class says they are.
+
+    Llama 4 and Mllama as text models: TRL's fused head runs `model.base_model`, which is the whole model there.
+
+    Raises:
+        SGOPDConfigError: names the model and the way out.
+    """
+    base = inner_model(model)
+    if base.base_model is not base:
+        return
+    instead = "Use another model"
+    if role.startswith("teacher"):
+        instead += ", or have it score behind a vLLM server (teacher_model_server_url)"
+    raise SGOPDConfigError(
+        f"`{_setting(role)}` must keep the layers below its head in a module of its own, under the name that its "
+        f"class gives, got the {role} {type(base).__name__}, which has no `{base.base_model_prefix}`. The fused head, "
+        f"which scores without building logits, would not find its hidden states. {instead}."
+    )
 
 
 @contextmanager

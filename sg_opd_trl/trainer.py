@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers.trainer_utils import TrainOutput
 
 from . import core
-from .agreement import Agreement
+from .agreement import Agreement, check_layers_are_found
 from .bookkeeping import (
     TIMED_PARTS,
     TrainingMetrics,
@@ -255,6 +255,7 @@ class SGOPDTrainer(GRPOSeam):
             environment_factory=environment_factory,
         )
         check_run(self)
+        check_layers_are_found(self.model, "student")
         add_head_output(self.model)
         keep_initial_adapters(self, reference_model)
         self.token_weights = TokenWeights(args, self.tokenizer)

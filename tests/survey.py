@@ -143,7 +143,7 @@ _REASONS = {
     "tokens that come later": "later tokens change earlier log-probs",
     "what `generate` continues": "`generate` writes what its logits do not say",
     "depends on the rows beside it": "a row depends on the rows beside it",
-    "must run on rows of token ids": "TRL's head does not find its layers",
+    "would not find its hidden states": "TRL's head does not find its layers",
     "rows that are padded on the left other": "counts padding in front",
     "packed rows other": "packed rows see too much",
     "that are continued together other": "counts padding in front while it writes",

@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 26, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"intermediate_size": 64, "initializer_range": 0.3},
     ),
-    "fails": ("llama4_text", SIZES | {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 64}),
+    "layers elsewhere": ("llama4_text", SIZES | {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 64}),
     "head of its own": ("modernbert-decoder", SIZES | {"local_attention": 8, "bos_token_id": 2}),
     "frequencies that follow the row": (
         "phi3",
@@ -172,13 +172,32 @@ def test_a_model_that_only_scores_is_not_asked_to_write() -> None:
     assert check_model(model, rows, role="reference", temperature=0.8).layouts == FLUSH
 
 
-def test_an_error_of_the_models_own_code_names_the_model() -> None:
-    with pytest.raises(SGOPDConfigError, match=r"^`teacher_model` must run .*Llama4ForCausalLM.*AttributeError"):
-        check(build("fails"))
+def test_an_error_of_the_models_own_code_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("rotary")
+    monkeypatch.setattr(model.model.norm, "forward", lambda states: states.nothing)
+    with pytest.raises(SGOPDConfigError, match=r"^`teacher_model` must run .*LlamaForCausalLM.*AttributeError"):
+        check(model)
+
+
+LAYERS_ELSEWHERE = r"got the {} Llama4ForCausalLM, which has no `language_model`.*Use another model{}"
+
+
+def test_a_model_whose_layers_the_head_does_not_find_is_refused() -> None:
+    """Llama 4. Both roles at construction, with another way out for a teacher."""
+    with pytest.raises(SGOPDConfigError, match=LAYERS_ELSEWHERE.format("teacher", ", .*teacher_model_server_url")):
+        check(build("layers elsewhere"))
+
+
+@pytest.mark.parametrize(("setting", "role", "more"), [("model", "student", r"\."), ("teacher_model", "teacher", ",")])
+def test_it_is_refused_before_training_starts(setting: str, role: str, more: str, tmp_path: Path) -> None:
+    kind, settings = MODELS["layers elsewhere"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).float()
+    with pytest.raises(SGOPDConfigError, match=f"^`{setting}` must keep .*" + LAYERS_ELSEWHERE.format(role, more)):
+        tiny_trainer(tmp_path, settings={"preflight": False}, **{setting: model})
 
 
 @pytest.mark.parametrize("length", [6, 10, 20])
-def test_rope_that_follows_the_row_is_left_to_generate(length: int) -> None:
+def test_rope_that_follows_the_row_is_written_as_generate_writes_it(length: int) -> None:
     """Beyond the original context, here 16 tokens, the cached keys of earlier tokens are not those of longer rows."""
     model = build("frequencies that follow the row")
     prompt = [5 + i % 20 for i in range(length)]

@@ -17,13 +17,15 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 
 from ..errors import NonFiniteError, NonFiniteTeacherError
 from .batch import pad_rows
-from .context import bounds_of, check_prompts_fit, follows_length
+from .context import check_prompts_fit, rope_stays_up_to
 from .experts import without_router_logits
 from .forward import layouts_of
 from .internals import (
     cache_argument,
     can_select_rows,
     give_room,
+    inner_model,
+    new_cache,
     select_rows,
     select_rows_of_processors,
     switches_kernel_to_decode,
@@ -72,7 +74,7 @@ def generate_completions(
     """
     check_prompts_fit(model, prompts, config.max_new_tokens or 0, role)
     completions: list[list[int]] = [[] for _ in prompts]
-    for rows in _run_together(model, prompts):
+    for rows in written_together(model, prompts, config.max_new_tokens or 0):
         told = None if on_ended is None else partial(_told_of, on_ended, rows)
         written = _complete(model, [prompts[row] for row in rows], config, role, synced_gpus, told)
         for row, ids in zip(rows, written, strict=True):
@@ -80,10 +82,18 @@ def generate_completions(
     return completions
 
 
-def _run_together(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Numbers of the rows of each batch: all of them, unless the model must not see padding in front of a prompt."""
-    if not prompts or layouts_of(model).written_together:
-        return [list(range(len(prompts)))] if prompts else []
+def written_together(model: Any, prompts: Sequence[list[int]], completion: int) -> list[list[int]]:
+    """Numbers of the prompts of each batch: all of them, or those of one length.
+
+    One length at a time where the model must not see padding in front of a prompt, and where its RoPE changes with the
+    longest row on the way to `completion` tokens: a shorter row beside that one would change too early.
+    """
+    if not prompts:
+        return []
+    stays = rope_stays_up_to(inner_model(model).config)
+    changes = stays is not None and max(map(len, prompts)) + completion > stays
+    if layouts_of(model).written_together and not changes:
+        return [list(range(len(prompts)))]
     by_length: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(row)
@@ -225,27 +235,32 @@ class _LiveRows:
         # With the mask: a prompt may begin with the id that pads another one.
         first, run = _runs(prompts if mask is None else torch.cat([prompts, mask], dim=1))
         once = _rows_of(self.inputs, first, len(prompts))
-        prepared = model.prepare_inputs_for_generation(prompts[first], is_first_iteration=True, **once)
-        logits = model(**prepared, return_dict=True).logits[:, -1]
+        logits = self._run(model, prompts[first], once, is_first_iteration=True)
         select_rows(self.cache, run)
         if mask is not None:
-            # As wide as the longest completion from the start: each step takes a view of it.
+            # As wide as the longest completion from the start, as positions are: each step takes a view of it.
             self.inputs["attention_mask"] = torch.ones_like(self.tokens)
             self.inputs["attention_mask"][:, : self.length] = mask
-        if self.inputs.get("position_ids") is not None:
-            self.inputs["position_ids"] = self.inputs["position_ids"][:, -1:].expand(len(prompts), 1)
+        positions = self.inputs.get("position_ids")
+        if positions is not None:
+            later = torch.arange(1, self.tokens.size(1) - self.length + 1, device=positions.device)
+            positions = torch.cat([positions, positions[:, -1:] + later], dim=1)
+            self.inputs["position_ids"] = positions.expand(len(prompts), -1)
         return logits[run].float()
 
     def forward(self, model: Any) -> Tensor:
         """Logits after the last tokens, `(L, V)` float32."""
-        inputs = self.inputs
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + 1
-        if inputs.get("attention_mask") is not None:
-            inputs = inputs | {"attention_mask": inputs["attention_mask"][:, : self.length]}
+        wide = {name: self.inputs[name] for name in _WIDE if self.inputs.get(name) is not None}
+        inputs = self.inputs | {name: value[:, : self.length] for name, value in wide.items()}
         ids = self.tokens[:, : self.length]
-        prepared = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **inputs)
-        return model(**prepared, return_dict=True).logits[:, -1].float()
+        return self._run(model, ids, inputs, next_sequence_length=1).float()
+
+    def _run(self, model: Any, ids: Tensor, inputs: dict[str, Any], **which: Any) -> Tensor:
+        prepared = model.prepare_inputs_for_generation(ids, **which, **inputs)
+        if prepared.get(CACHE) is not self.cache:
+            # The model dropped it and runs all tokens anew, where RoPE changes for those before as well.
+            self.cache = self.inputs[CACHE] = prepared[CACHE] = new_cache(model.config)
+        return model(**prepared, return_dict=True).logits[:, -1]
 
     def append(self, tokens: Tensor, ends: list[Tensor]) -> int:
         """Add a token to every row; the number of rows that go on."""
@@ -355,8 +370,10 @@ _ROW_WISE = {
     generation.TopPLogitsWarper,
     generation.TypicalLogitsWarper,
 }
+#: Inputs of the model that grow by a column with every token.
+_WIDE = ("attention_mask", "position_ids")
 #: Inputs of the model that the loop carries on from token to token.
-_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
+_INPUTS = {*_WIDE, CACHE, "use_cache", "logits_to_keep"}
 
 
 def _check_support(
@@ -384,10 +401,6 @@ def _check_support(
         "no float64 on this device": model.device.type == "mps",
         "mixture of experts": switches_kernel_to_decode(model),
     }
-    if follows_length(model.config):
-        # Beyond it the cached keys of earlier tokens have other frequencies; `generate` knows when to drop them.
-        passed = [bound for bound in bounds_of(model.config) if bound < (config.max_length or 0)]
-        reasons[f"RoPE frequencies that change beyond {passed} tokens"] = bool(passed)
     refused = [reason for reason, applies in reasons.items() if applies]
     if refused:
         raise UnsupportedDecoding(", ".join(refused))

@@ -66,6 +66,13 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
     cache.batch_select_indices(rows)
 
 
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache, as a model makes one where it is given none, that grows in steps."""
+    cache = DynamicCache(config=config)
+    give_room(cache)
+    return cache
+
+
 def give_room(cache: DynamicCache) -> None:
     """Have an empty cache grow in steps instead of with every token."""
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..agreement import check_layers_are_found
 from ..errors import NonFiniteTeacherError, SGOPDConfigError, TeacherError
 from ..models.batch import Kind, TokenBatch, plan_batches, score_parts, score_rows
 from ..models.forward import ForwardOutput, HeadRequest, scattered
-from ..models.generate import generate_completions
+from ..models.generate import generate_completions, written_together
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..models.internals import attention_implementation
 from ..models.residual import keep_float32_between_layers, weights_dtype
@@ -255,6 +256,7 @@ class FrozenModel(ModelScorer):
         on_device: bool = True,
     ) -> None:
         """Attach the fused head and place the model as TRL places its reference model, in the student's precision."""
+        check_layers_are_found(self.model, self.role)
         self._compute_as(student_dtype, accelerator)
         self.fused_head = add_fused_head(self.model, temperature, cast_lm_head_to_fp32)
         self.accelerator, self._head = accelerator, None
@@ -332,7 +334,11 @@ class LocalTeacher(FrozenModel):
         A sharded teacher generates on every rank the same number of times; ranks with fewer prompts repeat a dummy.
         """
         lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
-        groups = list(plan_batches(lengths, max_tokens))
+        groups = [
+            [planned[row] for row in rows]
+            for planned in plan_batches(lengths, max_tokens)
+            for rows in written_together(self.model, [prompts[i] for i in planned], sampling.max_new_tokens)
+        ]
         completions: list[list[int]] = [[] for _ in prompts]
         # Before the first forward, see `score_parts`.
         calls = self._agree_on_calls(len(groups))

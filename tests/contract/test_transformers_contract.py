@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_model
 from transformers import (
     AttentionInterface,
     Cache,
     DynamicCache,
     FalconH1ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3ForCausalLM,
@@ -26,6 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from transformers.generation import GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import utils as generation_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sg_opd_trl.models import internals
 
@@ -189,6 +193,76 @@ def test_both_names_of_the_cache_are_known(name: str, monkeypatch: pytest.Monkey
     exec(f"def prepare_inputs_for_generation(self, input_ids, {name}=None): pass", namespace)
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", namespace["prepare_inputs_for_generation"])
     assert internals.cache_argument() == name
+
+
+@torch.no_grad()
+def test_what_is_prepared_has_the_cache_that_was_given_or_all_tokens() -> None:
+    """From the latter the decoding loop tells that a model dropped its cache, and begins a new one."""
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    settings = tiny_model(0).config.to_dict() | {"rope_parameters": rope, "original_max_position_embeddings": 4}
+    sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+    kept = sizes | {"vocab_size", "rope_parameters", "original_max_position_embeddings", "pad_token_id"}
+    phi3 = Phi3ForCausalLM(Phi3Config(**{name: settings[name] for name in kept}))
+    for model, width, drops in ((tiny_model(0), 5, False), (phi3, 4, False), (phi3, 5, True), (phi3, 6, True)):
+        name, ids, cache = (
+            internals.cache_argument(),
+            torch.arange(3, 3 + width)[None],
+            internals.new_cache(model.config),
+        )
+        model(ids[:, : min(width - 1, 4)], **{name: cache})
+        prepared = model.prepare_inputs_for_generation(
+            ids, next_sequence_length=1, attention_mask=torch.ones_like(ids), **{name: cache}
+        )
+        assert (prepared.get(name) is cache, prepared["input_ids"].size(1)) == ((False, width) if drops else (True, 1))
+
+
+#: Causal language models that prepare the inputs of a forward in their own way: what our decoding loop makes of it.
+PREPARES_ITS_INPUTS = {
+    "drops its cache where RoPE changes, which the loop follows": {
+        "Phi3ForCausalLM",
+        "PhimoeForCausalLM",
+        "Phi4MultimodalForCausalLM",
+    },
+    "has states that are no key-value cache, so that `generate` writes": {
+        "BambaForCausalLM",
+        "FalconH1ForCausalLM",
+        "FalconMambaForCausalLM",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",
+        "NemotronHForCausalLM",
+        "ZambaForCausalLM",
+        "Zamba2ForCausalLM",
+    },
+    "has no cache by that name, so that `generate` writes": {
+        "OpenAIGPTLMHeadModel",
+        "ReformerModelWithLMHead",
+        "XLMWithLMHeadModel",
+        "XLNetLMHeadModel",
+    },
+    "gives its inputs other forms, and keeps the cache": {
+        "CTRLLMHeadModel",
+        "CpmAntForCausalLM",
+        "RoCBertForCausalLM",
+    },
+    "takes images along once": {
+        "Gemma3ForConditionalGeneration",
+        "Gemma4ForConditionalGeneration",
+        "Gemma4UnifiedForConditionalGeneration",
+    },
+    "writes sound": {"MusicgenForCausalLM", "MusicgenMelodyForCausalLM"},
+}
+
+
+def test_the_models_that_prepare_their_inputs_are_known() -> None:
+    """A new one: look at what it does, and compare the decoding loop with `generate` of it, token by token."""
+    classes = [
+        block
+        for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+        for block in re.split(r"^class ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if "def prepare_inputs_for_generation(" in block
+    ]
+    own = {str(re.match(r"\w+", block)[0]) for block in classes}
+    assert own & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) == set().union(*PREPARES_ITS_INPUTS.values())
 
 
 # --- nobody else does ------------------------------------------------------------------------------------------------

@@ -15,13 +15,19 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
 )
 
 from sg_opd_trl import NonFiniteError
 from sg_opd_trl.models import generate as decoding
-from sg_opd_trl.models.generate import cut_after_eos, generate_completions
+from sg_opd_trl.models.generate import cut_after_eos, generate_completions, written_together
 
 VOCABULARY, END = 26, 1
 SHORT, LONG, OTHER = [3, 7], [4, 9, 10, 11, 12, 4], [5, 5, 8]
@@ -67,7 +73,8 @@ def no_warning_yet() -> None:
 def own_loop(caplog: pytest.LogCaptureFixture) -> Any:
     """The test fails if anything was left to the loop of transformers."""
     yield
-    assert LEFT not in caplog.text
+    # Those of the test itself: `caplog.text` is empty again by now.
+    assert not any(LEFT in record.getMessage() for record in caplog.get_records("call"))
 
 
 @pytest.mark.usefixtures("own_loop")
@@ -104,18 +111,80 @@ def small(kind: str) -> Any:
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **shape, **ends)).eval()
     if kind == "bloom":  # no positions at all
         return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **shape, **ends)).eval()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=5, **shape, **ends)).eval()
+    shape |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, **ends}
+    if kind == "sliding window":
+        return MistralForCausalLM(MistralConfig(sliding_window=5, **shape)).eval()
+    if kind == "dynamic":
+        rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+        return LlamaForCausalLM(LlamaConfig(rope_parameters=rope, max_position_embeddings=BORDER, **shape)).eval()
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 8.0]}
+    shape |= {"max_position_embeddings": 96, "original_max_position_embeddings": BORDER, "rope_parameters": rope}
+    if kind == "phi3":
+        return Phi3ForCausalLM(Phi3Config(**shape)).eval()
+    rope |= {"short_mscale": 1.0, "long_mscale": 1.2, "original_max_position_embeddings": BORDER}
+    return PhimoeForCausalLM(PhimoeConfig(num_local_experts=2, **shape)).eval()
+
+
+BORDER = 16  # tokens beyond which the RoPE of these models changes for every token
 
 
 @pytest.mark.usefixtures("own_loop")
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "bloom", "sliding window"])
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "bloom", "sliding window", "phi3", "phimoe"])
 @pytest.mark.parametrize("prompts", [PROMPTS, [OTHER, OTHER, OTHER]], ids=["padded", "one length"])
 def test_greedy_equals_one_row_at_a_time(kind: str, prompts: list[list[int]]) -> None:
     """70 tokens: the key-value buffers grow several times."""
-    model = small(kind)
-    wanted = [greedy_oracle(model, prompt, 70) for prompt in prompts]
-    assert generate_completions(model, prompts, settings(max_new_tokens=70)) == wanted
+    model, ends = small(kind), () if kind.startswith("phi") else (END,)
+    limit = 70 if ends else 2 * BORDER
+    wanted = [greedy_oracle(model, prompt, limit, ends) for prompt in prompts]
+    assert generate_completions(model, prompts, settings(max_new_tokens=limit, eos_token_id=list(ends))) == wanted
+
+
+# A prompt that ends before the border, at it, and beyond it; equal rows, and one that ends early and leaves the batch.
+@pytest.mark.usefixtures("own_loop")
+@pytest.mark.parametrize("length", [3, BORDER - 1, BORDER, BORDER + 1, BORDER + 5])
+def test_a_model_that_drops_its_cache_writes_what_plain_forwards_say(length: int) -> None:
+    """Phi-3 and Phi-4-mini types. The logits of every token, and one forward of all tokens where RoPE changes."""
+    model, prompts = (
+        small("phi3"),
+        [list(range(3, 3 + length)), [*range(4, 3 + length), 9], list(range(3, 3 + length))],
+    )
+    shapes: list[tuple[int, ...]] = []
+    logits: list[Tensor] = []
+
+    def look(_: Any, __: Any, inputs: dict[str, Any], output: Any) -> None:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        logits.append(output.logits[0, -1])
+
+    hook = model.register_forward_hook(look, with_kwargs=True)
+    ends = [greedy_oracle(model, prompts[1], 20, ends=())[4]]
+    shapes.clear()
+    logits.clear()
+    written = generate_completions(model, prompts, settings(max_new_tokens=20, eos_token_id=ends))
+    hook.remove()
+    assert written == [greedy_oracle(model, prompt, 20, tuple(ends)) for prompt in prompts]
+    for step, found in enumerate(logits[: len(written[0])]):
+        with torch.no_grad():
+            plain_logits = model(input_ids=torch.tensor([prompts[0] + written[0][:step]]), use_cache=False).logits
+        torch.testing.assert_close(found, plain_logits[0, -1], atol=1e-4, rtol=1e-4)
+    whole = [width for _, width in shapes[1:] if width > 1]
+    crosses = length <= BORDER < length + len(written[0]) - 1
+    assert whole == ([BORDER + 1] if crosses else [])
+
+
+@pytest.mark.usefixtures("own_loop")
+def test_dynamic_rope_is_that_of_generate_for_each_row_alone() -> None:
+    """Beside a longer row, a shorter one would get frequencies of the longer."""
+    model, config = small("dynamic"), settings(max_new_tokens=30)
+    wanted = [ids for prompt in PROMPTS for ids in plain(model, [prompt], config)]
+    assert generate_completions(model, PROMPTS, config) == wanted
+    assert plain(model, PROMPTS, config) != wanted, "the case occurs"
+
+
+@pytest.mark.parametrize(("completion", "batches"), [(10, 1), (11, 3)])
+def test_prompts_are_written_together_until_one_of_them_passes_the_border(completion: int, batches: int) -> None:
+    assert len(written_together(small("phi3"), PROMPTS, completion)) == batches
+    assert len(written_together(small("sliding window"), PROMPTS, completion)) == 1
 
 
 @pytest.mark.usefixtures("own_loop")

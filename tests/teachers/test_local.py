@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sg_opd_trl import LocalTeacher, NonFiniteError, TeacherError
 from sg_opd_trl.models.batch import TokenBatch
-from sg_opd_trl.models.forward import ForwardOutput
+from sg_opd_trl.models.forward import ForwardOutput, Layouts, restrict_layouts
 from sg_opd_trl.teachers import Sampling, local
 from sg_opd_trl.teachers.local import check_ids, check_scores, fingerprint
 from sg_opd_trl.trl_seam import fused_forward
@@ -160,6 +160,21 @@ def test_ranks_agree_on_their_batches_before_the_first_one(monkeypatch: pytest.M
     assert events[0] == "agree"
     assert events.count("agree") == 1
     assert events.count("write") > 2
+
+
+def test_prompts_of_each_length_count_as_calls_where_they_are_written_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have prompts of different lengths: those that were not agreed on would be collectives of one rank."""
+    teacher, agreed, written = prepared(), list[int](), list[int]()
+    restrict_layouts(teacher.model, Layouts(written_together=False))
+    generate = teacher.model.generate
+    monkeypatch.setattr(teacher, "_agree_on_calls", lambda calls: agreed.append(calls) or calls)
+    monkeypatch.setattr(
+        teacher.model, "generate", lambda **inputs: written.append(inputs["input_ids"].size(1)) or generate(**inputs)
+    )
+    teacher.generate(PROMPTS, SAMPLING, 3, 10_000)
+    assert sorted(written) == sorted({len(prompt) for prompt in PROMPTS})
+    assert agreed == [len(written)]
+    assert len(written) > 1
 
 
 def test_nothing_to_write() -> None:
