@@ -30,6 +30,7 @@ from .models.forward import (
     packed_forward,
     padded_forward,
     padding_behind,
+    prefixes_to_share,
     restrict_layouts,
     should_pack,
 )
@@ -78,6 +79,8 @@ class Agreement:
 def made_up_rows(config: Any, ids: Sequence[int], longest: int, device: torch.device, padding: int = 0) -> TokenBatch:
     """Four rows of unequal prompts and completions; one passes every bound that rows of the run can pass.
 
+    The third one's prompt begins as the second one's.
+
     Args:
         config: of the model; its windows, chunks and original context are the bounds.
         ids: token ids to write with, none of them special.
@@ -101,6 +104,7 @@ def made_up_rows(config: Any, ids: Sequence[int], longest: int, device: torch.de
 
     rows = [text(row, sum(shape)) for row, shape in enumerate(shapes)]
     prompts = [row[:prompt] for row, (prompt, _) in zip(rows, shapes, strict=True)]
+    prompts[2] = text(1, len(prompts[2]))
     completions = [row[prompt:] for row, (prompt, _) in zip(rows, shapes, strict=True)]
     return TokenBatch.from_lists(prompts, completions, padding, device)
 
@@ -162,6 +166,7 @@ def check_model(
         check.is_causal()
         check.padded()
         check.packed()
+        check.shared()
         if writes:
             check.sampled()
     # A base that serves several roles keeps to what is right for all of them.
@@ -311,6 +316,20 @@ class _Check:
         packed = self._difference(packed_forward)
         if not self._agrees(packed):
             self._leave_out("packed", packed, "packed rows", "its rows are padded, which is slower")
+
+    def shared(self) -> None:
+        """Prompts that begin alike computed once, if the run would share them."""
+        if not self.layouts.packed:
+            return
+        prefixes = prefixes_to_share(self.model, *self.batch.joined(), self.batch.completion_ids.size(1))
+        if prefixes is None:
+            return
+        shared = self._difference(packed_forward, prefixes=prefixes)
+        if not self._agrees(shared):
+            self._leave_out(
+                "shared", shared, "packed rows that share the beginning of their prompts",
+                "each of them computes its own, which is slower",
+            )  # fmt: skip
 
     def sampled(self) -> None:
         """Prompts of unequal length continued together by `generate`, or else those of one length at a time."""

@@ -453,8 +453,8 @@ class SGOPDConfig(RewardFields, FolderFields, GRPOConfig):
         group="Running",
         at_least=1,
         why="It counts the tokens of one scoring forward.",
-        help="Token budget, padding included, of one teacher or reference forward. Default: what one training "
-        "micro-batch of full length holds (our choice).",
+        help="Token budget, padding included, of one teacher or reference forward; where rows share their prompt, it "
+        "counts in each of them. Default: what one training micro-batch of full length holds (our choice).",
     )
     preflight: bool = setting(
         True,

@@ -25,6 +25,7 @@ from .data import PROMPTS_RENDERED, TEACHER_PROMPT, check_dataset, datasets_of, 
 from .errors import SGOPDConfigError
 from .models.batch import TokenBatch
 from .models.context import bounds_of
+from .models.forward import dropout_of, largest_dropout
 from .models.internals import inner_model
 from .models.sampling import check_generation_kwargs, own_settings
 from .precision import check_trained_dtype
@@ -449,21 +450,8 @@ def _settle_dropout(args: SGOPDConfig, student: Any) -> None:
 def _disable_dropout(model: nn.Module) -> None:
     """What TRL leaves on: it knows the modules of torch, and most attention has its dropout as a number."""
     for module in model.modules():
-        for name in _dropout_of(module):
+        for name in dropout_of(module):
             setattr(module, name, 0.0)
-
-
-def largest_dropout(model: nn.Module) -> float:
-    """The largest probability by which a layer of the model drops something in training.
-
-    Not of its configuration, which also speaks of heads that the model has not (`classifier_dropout`).
-    """
-    return max([0.0, *(p for module in model.modules() for p in _dropout_of(module).values())])
-
-
-def _dropout_of(module: nn.Module) -> dict[str, float]:
-    named = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
-    return named | ({"p": float(module.p)} if isinstance(module, nn.Dropout) else {})
 
 
 # --- once every model is there ---------------------------------------------------------------------------------------

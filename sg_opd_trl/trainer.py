@@ -62,7 +62,7 @@ from .models.batch import (
     token_batch,
     trim_micro_batch,
 )
-from .models.forward import HeadRequest, scattered
+from .models.forward import HeadRequest, can_share, scattered
 from .models.head import OutputHead
 from .noise import GateNoise
 from .objectives import Objective, Positions, Scores, build_objective
@@ -491,12 +491,13 @@ class SGOPDTrainer(GRPOSeam):
         return inputs | {"examples": [self._examples[row] for row in inputs["example_index"].tolist()]}
 
     def on_slices(self, slices: list[dict]) -> list[dict]:
-        """Order rows by length inside each optimizer step, where that leaves the update as it is."""
+        """Order rows by length and prompt inside each optimizer step, where that leaves the update as it is."""
         accumulation, generation = self.args.gradient_accumulation_steps, len(slices)
         aligned = generation % accumulation == 0 or accumulation % generation == 0
         if not aligned or self.depends_on_micro_batches:
             return slices
-        return sort_windows(slices, min(accumulation, generation))
+        shared = can_share(self.model, self.accelerator.device)
+        return sort_windows(slices, min(accumulation, generation), by_prompt=shared)
 
     @property
     def depends_on_micro_batches(self) -> bool:
@@ -777,7 +778,8 @@ class SGOPDTrainer(GRPOSeam):
         def score(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
             return self.run_policy(model, input_ids, attention_mask, completion_length).logps
 
-        return score_rows(score, batch, rows, self.scoring_budget(batch), self.agree_on_calls)
+        shared = can_share(model, batch.prompt_ids.device)
+        return score_rows(score, batch, rows, self.scoring_budget(batch), self.agree_on_calls, by_prompt=shared)
 
     def agree_on_calls(self, calls: int) -> int:
         """The largest number of forwards over all ranks, where a forward is a collective operation."""

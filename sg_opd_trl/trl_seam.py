@@ -58,6 +58,7 @@ from .models.forward import (
     packed_forward,
     padded_forward,
     padding_behind,
+    prefixes_to_share,
     should_pack,
 )
 from .models.generate import generate_completions
@@ -85,8 +86,9 @@ def fused_forward(
 ) -> ForwardOutput:
     """One forward of a model with TRL's fused head: what every log-prob of this package comes from.
 
-    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work; in half
-    precision a row has the same positions in every layout (`padding_behind`). Gradient and autocast are the caller's.
+    It says what TRL's own trainer would of the same rows of text, packed where that is exact and saves work, with what
+    prompts have in common run once (`prefixes_to_share`); in half precision a row has the same positions in every
+    layout (`padding_behind`). Gradient and autocast are the caller's.
 
     Args:
         model: plain or wrapped, prepared by `add_fused_head` or by TRL; with `add_head_output` where it is to answer a
@@ -105,8 +107,10 @@ def fused_forward(
     layouts = layouts_of(model).of(attention_mask)
     rows, device = (input_ids, attention_mask, completion_length), input_ids.device
     with compact_head(device):
-        if layouts.packed and not auxiliary_loss and should_pack(model, attention_mask):
-            return packed_forward(model, *rows, request)
+        if layouts.packed and not auxiliary_loss:
+            prefixes = prefixes_to_share(model, *rows)
+            if prefixes is not None or should_pack(model, attention_mask):
+                return packed_forward(model, *rows, request, prefixes)
         behind = padding_behind(model, device, layouts)
         return padded_forward(model, *rows, request, auxiliary_loss=auxiliary_loss, flush_left=behind)
 

@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from sg_opd_trl.agreement import check_model, made_up_rows
 from sg_opd_trl.errors import SGOPDConfigError
 from sg_opd_trl.models.batch import TokenBatch
-from sg_opd_trl.models.forward import packed_forward, padded_forward, should_pack
+from sg_opd_trl.models.forward import packed_forward, padded_forward, prefixes_to_share, should_pack
 from sg_opd_trl.models.generate import generate_completions
 from sg_opd_trl.trl_seam import add_fused_head, add_head_output, compact_head, fused_forward
 
@@ -102,6 +102,10 @@ def examine(model_type: str, name: str) -> Finding:
     return found
 
 
+def _with_shared_prompts(model: Any, *rows: Any) -> Any:
+    return packed_forward(model, *rows, prefixes=prefixes_to_share(model, *rows))
+
+
 def _judged(model_type: str, name: str, model: Any, role: str) -> Finding:
     own, checks = _rows(), made_up_rows(model.config, _IDS, _LONGEST, _CPU)
     packs = should_pack(model, own.joined()[1])
@@ -112,6 +116,7 @@ def _judged(model_type: str, name: str, model: Any, role: str) -> Finding:
     before = {
         "padded": errors(padded_forward),
         "packed": errors(packed_forward) if packs else 0.0,
+        "shared": errors(_with_shared_prompts) if packs else 0.0,
         "together": 0.0 if _samples_as_alone(model, own) and _samples_as_alone(model, checks) else torch.inf,
     }
     try:
@@ -125,11 +130,17 @@ def _judged(model_type: str, name: str, model: Any, role: str) -> Finding:
     taken, left = _error(model, fused_forward, own), found.layouts
     assert taken <= ROUNDING, f"{model_type} is accepted with {left} and differs by {taken:.2g} nats: {before}"
     assert _samples_as_alone(model, own), f"{model_type} is accepted with {left} and writes other tokens than alone"
-    left_out = {"padded": not left.padded, "packed": packs and not left.packed, "together": not left.written_together}
+    left_out = {
+        "padded": not left.padded,
+        "packed": packs and not left.packed,
+        "shared": packs and left.packed and not left.shared,
+        "together": not left.written_together,
+    }
     for layout, is_out in left_out.items():
         # The check reads differences of rows that are smaller than those of a single token.
         assert not is_out or before[layout] > ROUNDING / 10, f"{model_type} need not leave out {layout}: {before}"
     layouts = ["packed"] if packs and left.packed else []
+    layouts += ["prompts not shared"] if left_out["shared"] else []
     layouts.append("padded" if left.padded else "padding behind")
     layouts += [] if left.written_together else ["writes one length at a time"]
     outcome = SLOWER if any(left_out.values()) else AGREES

@@ -23,11 +23,14 @@ from sg_opd_trl.models.forward import (
     Layouts,
     layouts_of,
     move_left,
+    packed_forward,
     padded_forward,
     padding_behind,
+    prefixes_to_share,
     restrict_layouts,
 )
 from sg_opd_trl.models.generate import generate_completions
+from sg_opd_trl.models.prefixes import Prefixes
 from sg_opd_trl.trl_seam import add_fused_head, fused_forward
 
 CPU = torch.device("cpu")
@@ -254,6 +257,30 @@ def test_in_bfloat16_a_model_without_a_right_layout_is_refused(monkeypatch: pyte
     padded_with_error(monkeypatch, left=1.0, behind=1.0)
     with pytest.raises(SGOPDConfigError, match="must give rows that are run together"):
         check(build("rotary", torch.bfloat16))
+
+
+def test_prompts_that_begin_alike_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that gives shared prompts something else keeps its packed rows, each with its own prompt."""
+    seen: list[Prefixes | None] = []
+
+    def forward(*args: Any, prefixes: Prefixes | None = None, **options: Any) -> Any:
+        seen.append(prefixes)
+        output = packed_forward(*args, prefixes=prefixes, **options)
+        return output if prefixes is None else output._replace(logps=output.logps + 0.01)
+
+    monkeypatch.setattr(agreement, "packed_forward", forward)
+    model, batch = build("rotary"), TokenBatch.from_lists([[5, 6, 7, 8]] * 2, [[9, 1], [10, 11, 1]], 0, CPU)
+    assert prefixes_to_share(model, *batch.joined(), 3) is not None
+    with caplog.at_level(logging.WARNING, logger="sg_opd_trl.agreement"):
+        assert check(model).layouts == Layouts(shared=False) == layouts_of(model)
+    assert "packed rows that share the beginning of their prompts other log-probs" in caplog.text
+    assert prefixes_to_share(model, *batch.joined(), 3) is None
+    unshared, shared = seen
+    assert unshared is None
+    assert shared is not None
+    assert sum(shared.lengths) >= 8, "a prompt that begins as another one"
 
 
 def test_a_model_that_gives_nan_is_refused() -> None:

@@ -5,10 +5,13 @@ A model is never run on columns that are padding for a whole batch, nor on rows 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .prefixes import plan_by_prompt, rows_by_prompt
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ class TokenBatch:
         input_ids = torch.cat([self.prompt_ids, self.completion_ids], dim=1)
         return input_ids, torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
+    def lengths(self) -> Tensor:
+        """Tokens of each row, `(B,)`."""
+        return self.prompt_mask.sum(1) + self.completion_mask.sum(1)
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each row's prompt."""
+        return _without_padding(self.prompt_ids, self.prompt_mask)
+
+
+def _without_padding(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    rows = zip(ids.tolist(), (mask != 0).tolist(), strict=True)
+    return [list(compress(row, present)) for row, present in rows]
+
 
 def pad_rows(rows: list[list[int]], padding: int, *, left: bool, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Pad lists of token ids to one width of at least 1, a multiple of `multiple`.
@@ -111,6 +127,8 @@ def score_rows(
     rows: Tensor,
     max_tokens: int,
     agree_on_calls: Callable[[int], int] = lambda calls: calls,
+    *,
+    by_prompt: bool = False,
 ) -> Tensor:
     """Log-probs of the completions of some rows.
 
@@ -120,6 +138,7 @@ def score_rows(
         rows: `(B,)` bool, the rows whose scores are used.
         max_tokens: budget of one forward, padding included.
         agree_on_calls: number of forwards over all ranks, see `score_parts`.
+        by_prompt: see there.
 
     Returns:
         `(B, T)` float32; 0 in rows and at positions that were not scored.
@@ -128,7 +147,8 @@ def score_rows(
     def score_part(part: TokenBatch, numbers: Tensor) -> tuple[Tensor, ...]:
         return (score(*part.joined(), part.completion_ids.size(1)),)
 
-    return score_parts(score_part, [((), torch.float32)], batch, rows, max_tokens, agree_on_calls)[0]
+    kinds: list[Kind] = [((), torch.float32)]
+    return score_parts(score_part, kinds, batch, rows, max_tokens, agree_on_calls, by_prompt=by_prompt)[0]
 
 
 def score_parts(
@@ -138,6 +158,8 @@ def score_parts(
     rows: Tensor,
     max_tokens: int,
     agree_on_calls: Callable[[int], int] = lambda calls: calls,
+    *,
+    by_prompt: bool = False,
 ) -> list[Tensor]:
     """Scores of any kind of the completions of some rows, from as few forwards as the budget allows.
 
@@ -149,6 +171,7 @@ def score_parts(
         max_tokens: budget of one forward, padding included.
         agree_on_calls: number of forwards over all ranks, for a model whose shards must run the same number of times.
             The missing calls are run on one token, and their result is dropped.
+        by_prompt: whether rows of one prompt should be in one forward, which then computes the prompt once.
 
     Returns:
         `(B, T, ...)` of each kind; 0 in rows and at positions that were not scored.
@@ -156,8 +179,12 @@ def score_parts(
     shape, device = batch.completion_ids.shape, batch.completion_ids.device
     results = [torch.zeros(*shape, *sizes, dtype=dtype, device=device) for sizes, dtype in kinds]
     indices = rows.nonzero().flatten()
-    lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum(1))[indices].tolist()
-    groups = list(plan_batches(lengths, max_tokens))
+    lengths = batch.lengths()[indices].tolist()
+    shared = None
+    if by_prompt:
+        prompts = batch.prompts()
+        shared = plan_by_prompt([prompts[row] for row in indices.tolist()], lengths, max_tokens)
+    groups = list(plan_batches(lengths, max_tokens) if shared is None else shared)
     # Before the first forward: ranks that are still asked would answer the others' forwards with another collective.
     calls = agree_on_calls(len(groups))
     for group in groups:
@@ -215,7 +242,7 @@ def loss_mask(inputs: dict) -> Tensor:
     return inputs["completion_mask"]
 
 
-def sort_windows(slices: list[dict], window: int) -> list[dict]:
+def sort_windows(slices: list[dict], window: int, *, by_prompt: bool = False) -> list[dict]:
     """Order rows by length inside each optimizer step, so that rows of a micro-batch have like lengths.
 
     Rows never leave their optimizer step, and micro-batches keep their number of rows, so that weights stay the same.
@@ -223,14 +250,22 @@ def sort_windows(slices: list[dict], window: int) -> list[dict]:
     Args:
         slices: micro-batches of one generation batch: tensors and lists with one entry per row, or 0-dim tensors.
         window: micro-batches of one optimizer step.
+        by_prompt: whether a forward that has several rows of one prompt computes the prompt once: these are kept
+            together then, unless that saves next to nothing.
     """
-    return [part for start in range(0, len(slices), window) for part in _sorted(slices[start : start + window])]
+    windows = (slices[start : start + window] for start in range(0, len(slices), window))
+    return [part for window in windows for part in _sorted(window, by_prompt=by_prompt)]
 
 
-def _sorted(slices: list[dict]) -> list[dict]:
+def _sorted(slices: list[dict], *, by_prompt: bool) -> list[dict]:
     rows = len(slices[0]["prompt_mask"])
     lengths = torch.cat([part["prompt_mask"].sum(1) + part["completion_mask"].sum(1) for part in slices])
     order = lengths.argsort(descending=True, stable=True)
+    if by_prompt:
+        prompts = [prompt for part in slices for prompt in _without_padding(part["prompt_ids"], part["prompt_mask"])]
+        groups = rows_by_prompt(prompts, lengths.tolist())
+        if groups is not None:
+            order = torch.tensor([row for group in groups for row in group], device=lengths.device)
 
     def entry(name: str) -> list:
         values = [part[name] for part in slices]

@@ -3,7 +3,8 @@
 `padded_forward` takes rows as they are, or with all padding behind them (`padding_behind`: in half precision, so that
 a row is rounded alike in every layout). `packed_forward` puts them behind one another
 without their padding, which is exact where tokens meet in attention alone (`should_pack`): attention is then a
-variable-length kernel, or SDPA row by row (`rows_apart`). Both run a model with TRL's fused head, which gives
+variable-length kernel, or SDPA row by row (`rows_apart`). With SDPA packed rows can also share the beginning of their
+prompts (`prefixes_to_share`). Both run a model with TRL's fused head, which gives
 log-probs and never builds logits; `trl_seam.fused_forward` picks one of them, among those that are right for the
 model (`Layouts`).
 """
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,9 +34,12 @@ from .internals import (
     inner_model,
     is_recurrent,
 )
+from .prefixes import WORTHWHILE, Prefixes, shared_prefixes
 
 logger = logging.getLogger(__name__)
 
+Places = np.ndarray
+"""Packed positions of one row's tokens, `(n,)` int64: on the host, where a few small steps cost next to nothing."""
 Compute = Callable[[Tensor, OutputHead, Tensor], tuple[Tensor, ...]]
 """`(hidden states (N, H), head, log-probs (N,)) -> tensors (N, ...)`, of the N chosen tokens in row-major order.
 
@@ -100,10 +105,14 @@ def packed_forward(
     attention_mask: Tensor,
     completion_length: int,
     request: HeadRequest | None = None,
+    prefixes: Prefixes | None = None,
 ) -> ForwardOutput:
-    """One forward without padding, for arguments as in `pack`, of a model that `should_pack` allows."""
-    packed = pack(input_ids, attention_mask, completion_length)
-    with _attention(model, packed.model_inputs["cu_seq_lens_q"]):
+    """One forward without padding, for arguments as in `pack`, of a model that `should_pack` allows.
+
+    With `prefixes`, those of `prefixes_to_share`, tokens that rows share are computed once.
+    """
+    packed = pack(input_ids, attention_mask, completion_length, prefixes)
+    with _attention(model, packed):
         return _forward(model, packed, request)._replace(auxiliary_loss=None)
 
 
@@ -163,6 +172,7 @@ class Layouts:
 
     Attributes:
         packed: rows behind one another, where `should_pack` says so too.
+        shared: packed rows with the beginnings of their prompts in common, see `prefixes_to_share`.
         padded: prompts padded on the left, as TRL has them; otherwise all padding must stand behind the rows.
         written_together: prompts of unequal length padded on the left and continued; otherwise one length at a time.
         behind: all padding behind the rows, which is looked at where it is used.
@@ -170,6 +180,7 @@ class Layouts:
     """
 
     packed: bool = True
+    shared: bool = True
     padded: bool = True
     written_together: bool = True
     behind: bool = True
@@ -179,6 +190,7 @@ class Layouts:
         """What is right for both, two looks at one model."""
         return Layouts(
             self.packed and later.packed,
+            self.shared and later.shared,
             self.padded and later.padded,
             self.written_together and later.written_together,
             self.behind and later.behind,
@@ -352,14 +364,17 @@ class PackedRows:
 
     Attributes:
         model_inputs: arguments of the model: `input_ids`, `position_ids` (from 0 in each row) and `shift_labels` (the
-            label that a position predicts, -100 = none), `(1, N)` each, and where the rows begin.
+            label that a position predicts, -100 = none), `(1, N)` each, and where the rows begin, unless they share
+            tokens.
         scored: `(N,)` bool, positions that predict a token of a completion.
         targets: `(B, T)` bool, the tokens that they predict, in the same order.
+        rows: packed positions of every row's tokens, where rows share some; None where they are behind one another.
     """
 
     model_inputs: dict[str, Any]
     scored: Tensor
     targets: Tensor
+    rows: list[Places] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -380,13 +395,16 @@ class PackedRows:
         return values[0, positions[chosen]]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedRows:
+def pack(
+    input_ids: Tensor, attention_mask: Tensor, completion_length: int, prefixes: Prefixes | None = None
+) -> PackedRows:
     """Put rows behind one another without their padding.
 
     Args:
         input_ids: `(B, P + T)` token ids; the tokens of a row have no padding between them.
         attention_mask: `(B, P + T)`, 1 = token, 0 = padding; at least one token.
         completion_length: T, the columns at the end whose tokens are scored.
+        prefixes: tokens at the beginning of rows that stand there once; attention must be told of them.
     """
     present = attention_mask != 0
     prompt_width = input_ids.size(1) - completion_length
@@ -395,15 +413,37 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> P
     # A position predicts the next column of its own row; the last one predicts nothing.
     shift_labels = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     predicting = present & (shift_labels != _IGNORED)
-    packed_labels = shift_labels[present]
+    positions = present.cumsum(dim=1) - 1
+    own, rows = present, None
+    if prefixes is not None:
+        own = present & (positions >= torch.tensor(prefixes.lengths, device=present.device).unsqueeze(1))
+        rows = _rows_of(own, prefixes)
+    packed_labels = shift_labels[own]
     model_inputs = {
-        "input_ids": input_ids[present].unsqueeze(0),
-        "position_ids": (present.cumsum(dim=1) - 1)[present].unsqueeze(0),
+        "input_ids": input_ids[own].unsqueeze(0),
+        "position_ids": positions[own].unsqueeze(0),
         "shift_labels": packed_labels.unsqueeze(0),
-        **_row_bounds(present.sum(dim=1)),
+        **(_row_bounds(present.sum(dim=1)) if rows is None else {}),
     }
     targets = functional.pad(predicting[:, :-1], (1, 0))[:, prompt_width:]
-    return PackedRows(model_inputs, scored=packed_labels != _IGNORED, targets=targets)
+    return PackedRows(model_inputs, scored=packed_labels != _IGNORED, targets=targets, rows=rows)
+
+
+def _rows_of(own: Tensor, prefixes: Prefixes) -> list[Places]:
+    """Packed positions of every row's tokens, those that it shares included.
+
+    Args:
+        own: `(B, W)` bool, tokens that are packed, row by row.
+        prefixes: the tokens that are in front of them.
+    """
+    ends = np.cumsum(own.sum(dim=1).tolist())
+    rows: dict[int, Places] = {}
+    neighbour = np.empty(0, dtype=np.int64)
+    for row in prefixes.order:
+        start = ends[row - 1] if row else 0
+        neighbour = np.concatenate([neighbour[: prefixes.lengths[row]], np.arange(start, ends[row])])
+        rows[row] = neighbour
+    return [rows[row] for row in range(len(ends)) if len(rows[row])]
 
 
 def _row_bounds(lengths: Tensor) -> dict[str, Any]:
@@ -415,8 +455,6 @@ def _row_bounds(lengths: Tensor) -> dict[str, Any]:
 
 
 # --- where packing is exact and worth it -----------------------------------------------------------------------------
-# Share of padding from which packing on the CPU pays for its bookkeeping; a kernel has none to pay for.
-_WORTHWHILE = 0.05
 _NATIVE_KERNELS = ("flash_attention_2", "flash_attention_3")
 _HUB_KERNELS = ("flash-attn", "flash_attn")
 _ROW_LOCAL_LAYERS = {"full_attention", "sliding_attention"}
@@ -441,7 +479,52 @@ def should_pack(model: nn.Module, attention_mask: Tensor) -> bool:
     if not _attends_by_rows(base, attention_mask.device):
         return False
     padding = attention_mask.numel() - int(attention_mask.sum())
-    return padding >= _WORTHWHILE * attention_mask.numel()
+    # From this share on packing pays for its bookkeeping; a kernel has none to pay for.
+    return padding >= WORTHWHILE * attention_mask.numel()
+
+
+def prefixes_to_share(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int
+) -> Prefixes | None:
+    """What these rows, arguments as in `pack`, would share in a packed forward; None where they should not.
+
+    A variable-length kernel knows of no rows that share tokens, and too little shared is not worth the search.
+    """
+    prompt_width = input_ids.size(1) - completion_length
+    if input_ids.size(0) < 2 or not can_share(model, input_ids.device):
+        return None
+    present = attention_mask[:, :prompt_width] != 0
+    prompts = input_ids[:, :prompt_width][present].split(present.sum(dim=1).tolist())
+    prefixes = shared_prefixes([prompt.tolist() for prompt in prompts])
+    saved = sum(prefixes.lengths)
+    return prefixes if saved and saved >= WORTHWHILE * int(attention_mask.sum()) else None
+
+
+def can_share(model: nn.Module, device: torch.device) -> bool:
+    """Whether packed rows of this model may share tokens in a forward that begins here and now.
+
+    Where something is dropped at random each row has to lose its own.
+    """
+    base = _base(model)
+    if base is None or not layouts_of(model).shared or not layouts_of(model).packed:
+        return False
+    if not _mixes_within_rows(base) or not _attends_by_rows(base, device):
+        return False
+    return not model.training or largest_dropout(model) == 0.0
+
+
+def largest_dropout(model: nn.Module) -> float:
+    """The largest probability by which a layer of the model drops something in training.
+
+    Not of its configuration, which also speaks of heads that the model has not (`classifier_dropout`).
+    """
+    return max([0.0, *(p for module in model.modules() for p in dropout_of(module).values())])
+
+
+def dropout_of(module: nn.Module) -> dict[str, float]:
+    """Attributes of a layer that are such a probability."""
+    named = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
+    return named | ({"p": float(module.p)} if isinstance(module, nn.Dropout) else {})
 
 
 def _base(model: nn.Module) -> PreTrainedModel | None:
@@ -484,33 +567,40 @@ def _attends_by_rows(base: PreTrainedModel, device: torch.device) -> bool:
 IMPLEMENTATION = "sg_opd_rows"
 """Name of our attention in transformers' `AttentionInterface`."""
 # Not every architecture hands the bounds that its forward is given through to its attention (Nemotron does not).
-_bounds: ContextVar[tuple[int, ...]] = ContextVar("bounds of packed rows")
+_rows: ContextVar["_Plan"] = ContextVar("packed rows")
 # Rows share a call down to this share of its longest row: fewer calls for little padding, in attention alone.
 _LIKE_LENGTH = 0.8
 
 
-def _attention(model: nn.Module, bounds: Tensor) -> AbstractContextManager[None]:
+def _attention(model: nn.Module, packed: PackedRows) -> AbstractContextManager[None]:
     """What a packed forward needs around it: nothing where a variable-length kernel takes the bounds itself."""
     base = _base(model)
-    return rows_apart(base, bounds) if base is not None and _attends_by_rows(base, bounds.device) else nullcontext()
+    if base is None or not _attends_by_rows(base, packed.scored.device):
+        return nullcontext()
+    return rows_apart(base, rows_between(packed.model_inputs["cu_seq_lens_q"]) if packed.rows is None else packed.rows)
+
+
+def rows_between(bounds: Tensor) -> list[Places]:
+    """Places of rows that stand behind one another: `(rows + 1,)`, where they begin and the last one ends."""
+    return [np.arange(start, end) for start, end in itertools.pairwise(bounds.tolist())]
 
 
 @contextmanager
-def rows_apart(model: PreTrainedModel, bounds: Tensor) -> Iterator[None]:
+def rows_apart(model: PreTrainedModel, rows: list[Places]) -> Iterator[None]:
     """Have an SDPA model attend inside packed rows only; the model is as before afterwards.
 
     Not for gradient checkpointing, whose second forward runs after the block.
 
     Args:
         model: whose attention goes through transformers' `AttentionInterface`.
-        bounds: `(rows + 1,)`, where the rows begin and the last one ends.
+        rows: packed positions of every row's tokens; rows may have their first ones in common.
     """
-    token = _bounds.set(tuple(bounds.tolist()))
+    token = _rows.set(_plan(rows))
     try:
         with attention_switched(model.config, IMPLEMENTATION):
             yield
     finally:
-        _bounds.reset(token)
+        _rows.reset(token)
 
 
 def _attend(
@@ -524,7 +614,7 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions: `(1, heads, N, size)` each -> `(1, N, heads, size)`."""
-    plan = _plan(_bounds.get())
+    plan = _rows.get()
     padded = [_take(states[0].transpose(0, 1), plan.into) for states in (query, key, value)]
     results, start = [], 0
     for rows, width in plan.calls:
@@ -544,6 +634,8 @@ AttentionInterface.register(IMPLEMENTATION, _attend)
 class _Plan(NamedTuple):
     """How packed tokens go into padded calls and back; None where the order stays as it is.
 
+    A token that rows share goes into the call of each of them, whose keys it is among, and comes back from one.
+
     `calls` are `(rows, longest row)`; `into` is the packed position of every padded one, `back` the padded position of
     every packed one.
     """
@@ -553,27 +645,27 @@ class _Plan(NamedTuple):
     back: Tensor | None
 
 
-@lru_cache(maxsize=8)  # every layer of a forward has the same rows
-def _plan(bounds: tuple[int, ...]) -> _Plan:
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+def _plan(rows: list[Places]) -> _Plan:
+    lengths = [len(row) for row in rows]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     calls: list[list[int]] = []
     for row in order:
         if not calls or lengths[row] < _LIKE_LENGTH * lengths[calls[-1][0]]:
             calls.append([])
         calls[-1].append(row)
-    into, back, padded = [], torch.empty(bounds[-1], dtype=torch.long), 0
-    for rows in calls:
-        width = lengths[rows[0]]
-        for row in rows:
+    tokens = 1 + max(int(row[-1]) for row in rows)
+    into, back, padded = [], np.empty(tokens, dtype=np.int64), 0
+    for call in calls:
+        width = lengths[call[0]]
+        for row in call:
             # Padding repeats the row's last token: it stands behind all others, where causal attention ignores it.
-            into.append(torch.arange(width).clamp(max=lengths[row] - 1) + bounds[row])
-            back[bounds[row] : bounds[row + 1]] = torch.arange(lengths[row]) + padded
+            into += [rows[row], rows[row][-1:].repeat(width - lengths[row])]
+            back[rows[row]] = np.arange(padded, padded + lengths[row])
             padded += width
-    sizes = tuple((len(rows), lengths[rows[0]]) for rows in calls)
-    if padded == bounds[-1] and order == sorted(order):
+    sizes = tuple((len(call), lengths[call[0]]) for call in calls)
+    if padded == tokens and order == sorted(order):
         return _Plan(sizes, None, None)
-    return _Plan(sizes, torch.cat(into), back)
+    return _Plan(sizes, torch.from_numpy(np.concatenate(into)), torch.from_numpy(back))
 
 
 def _take(states: Tensor, positions: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..agreement import check_layers_are_found
 from ..errors import NonFiniteTeacherError, SGOPDConfigError, TeacherError
 from ..models.batch import Kind, TokenBatch, plan_batches, score_parts, score_rows
-from ..models.forward import ForwardOutput, HeadRequest, scattered
+from ..models.forward import ForwardOutput, HeadRequest, can_share, scattered
 from ..models.generate import generate_completions, written_together
 from ..models.head import OutputHead, likeliest_tokens, support_log_probs
 from ..models.internals import attention_implementation
@@ -84,7 +84,9 @@ class ModelScorer:
         """Log-probs of the completions' own tokens, see `Teacher.score`."""
         check_ids(batch, rows, self.vocab_size, self.role)
         with self.lent():
-            logps = score_rows(self._log_probs, batch, rows, max_tokens, self._agree_on_calls)
+            logps = score_rows(
+                self._log_probs, batch, rows, max_tokens, self._agree_on_calls, by_prompt=self._shares(batch)
+            )
         return self._counted(batch, rows, logps)
 
     def score_support(
@@ -165,7 +167,12 @@ class ModelScorer:
 
         check_ids(batch, rows, self.vocab_size, self.role)
         with self.lent():
-            return score_parts(score, kinds, batch, rows, max_tokens, self._agree_on_calls)
+            return score_parts(
+                score, kinds, batch, rows, max_tokens, self._agree_on_calls, by_prompt=self._shares(batch)
+            )
+
+    def _shares(self, batch: TokenBatch) -> bool:
+        return can_share(self.model, batch.prompt_ids.device)
 
     def _log_probs(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
         return self._forward(input_ids, attention_mask, completion_length).logps

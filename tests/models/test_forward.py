@@ -47,6 +47,7 @@ def build(name: str) -> Any:
 def layout(monkeypatch: pytest.MonkeyPatch, packed: bool) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(trl_seam, "should_pack", lambda model, mask: packed)
+        patch.setattr(trl_seam, "prefixes_to_share", lambda *_: None)
         yield
 
 

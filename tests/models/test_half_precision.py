@@ -157,6 +157,7 @@ def test_requests_read_the_states_of_the_same_forward(precision: Precision) -> N
 def test_full_precision_keeps_the_rows_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", dtype)
     monkeypatch.setattr(trl_seam, "should_pack", lambda model, mask: False)
+    monkeypatch.setattr(trl_seam, "prefixes_to_share", lambda *_: None)
     with torch.no_grad():
         found, expected = (
             run(model, *BATCH.joined(), BATCH.completion_ids.size(1)).logps for run in (fused_forward, padded_forward)

@@ -4,20 +4,20 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from sg_opd_trl.models.forward import IMPLEMENTATION, _attend, _plan, rows_apart
+from sg_opd_trl.models.forward import IMPLEMENTATION, Places, _attend, _plan, rows_apart, rows_between
 
 
-def bounds(*lengths: int) -> tuple[int, ...]:
-    return (0, *torch.tensor(lengths).cumsum(0).tolist())
+def rows_of(*lengths: int) -> list[Places]:
+    return rows_between(torch.tensor([0, *lengths]).cumsum(0))
 
 
 def test_rows_of_like_length_share_a_call() -> None:
-    plan = _plan(bounds(4, 10, 9, 3, 8))
+    plan = _plan(rows_of(4, 10, 9, 3, 8))
     assert plan.calls == ((3, 10), (1, 4), (1, 3)), "10, 9 and 8; 4; 3 is less than 0.8 of 4"
 
 
 def test_rows_in_order_and_apart_are_not_copied() -> None:
-    plan = _plan(bounds(10, 6, 3))
+    plan = _plan(rows_of(10, 6, 3))
     assert plan.into is None
     assert plan.back is None
 
@@ -33,13 +33,14 @@ def test_against_each_row_alone(lengths: tuple[int, ...], window: int | None) ->
     module = torch.nn.Module()
     module.num_key_value_groups = groups  # type: ignore[assignment]
     module.is_causal = True  # type: ignore[assignment]
-    ends = torch.tensor(bounds(*lengths), dtype=torch.int32)
-    with rows_apart(tiny_model(0), ends):
+    rows = rows_of(*lengths)
+    with rows_apart(tiny_model(0), rows):
         result, _ = _attend(module, query, key, value, None, sliding_window=window, scaling=0.3)
     assert result.shape == (1, tokens, heads, size)
     expected = torch.zeros_like(result)
-    for start, length in zip(ends.tolist(), lengths, strict=False):
-        for position in range(length):
+    for row in rows:
+        start = int(row[0])
+        for position in range(len(row)):
             first = 0 if window is None else max(0, position - window + 1)
             seen = slice(start + first, start + position + 1)
             for head in range(heads):
@@ -53,7 +54,7 @@ def test_against_each_row_alone(lengths: tuple[int, ...], window: int | None) ->
 
 def test_the_model_is_as_before_also_after_an_error() -> None:
     model = tiny_model(0)
-    with pytest.raises(KeyError), rows_apart(model, torch.tensor([0, 3])):
+    with pytest.raises(KeyError), rows_apart(model, rows_of(3)):
         assert model.config._attn_implementation == IMPLEMENTATION
         raise KeyError
     assert model.config._attn_implementation == "sdpa"

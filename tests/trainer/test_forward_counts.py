@@ -9,6 +9,8 @@ import torch
 from tiny import ScriptedVerifier, save_pair, script_generation, tiny_data, tiny_model, tiny_trainer
 from transformers import Qwen3ForCausalLM
 
+from sg_opd_trl import trl_seam
+from sg_opd_trl.models import forward
 from sg_opd_trl.teacher_sampling.callback import AnchorStep, TeacherRollout
 
 # Two groups of four: one mixed, one without variance.
@@ -31,6 +33,7 @@ class Forwards:
         self.trained: list[Rows] = []
         self.scored: list[Rows] = []
         self.generating = 0
+        self.tokens = 0
         model.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: Any, arguments: tuple, keywords: dict) -> None:
@@ -38,6 +41,7 @@ class Forwards:
             self.generating += 1
             return
         rows = Counter(tuple(ids.tolist()) for ids in rows_without_padding(keywords))
+        self.tokens += keywords["input_ids"].numel()
         (self.trained if torch.is_grad_enabled() else self.scored).append(rows)
 
     @property
@@ -46,10 +50,15 @@ class Forwards:
 
 
 def rows_without_padding(keywords: dict) -> list[torch.Tensor]:
-    """The rows of a forward, behind one another or padded."""
+    """The rows of a forward: behind one another, with some tokens in common, or padded."""
     if "cu_seq_lens_q" in keywords:
         lengths = keywords["cu_seq_lens_q"].diff().tolist()
         return list(keywords["input_ids"][0].split(lengths))
+    if "attention_mask" not in keywords:
+        plan = forward._rows.get()
+        widths = [width for rows, width in plan.calls for _ in range(rows)]
+        # Padding of a call repeats the row's last token.
+        return [keywords["input_ids"][0, row.unique_consecutive()] for row in plan.into.split(widths)]
     pairs = zip(keywords["input_ids"], keywords["attention_mask"], strict=True)
     return [ids[mask == 1] for ids, mask in pairs]
 
@@ -178,8 +187,7 @@ def test_rows_without_a_counted_token_are_not_scored(tmp_path: Path) -> None:
 
 def test_the_budget_bounds_every_scoring_forward(tmp_path: Path) -> None:
     run = Run(tmp_path, NO_ANCHOR | {"max_tokens_per_scoring_batch": 30})
-    areas = [rows.total() * max(map(len, rows)) for rows in run.teacher.scored]
-    assert max(areas) <= 30
+    assert max(sum(len(row) for row in rows.elements()) for rows in run.teacher.scored) <= 30
     assert max(rows.total() for rows in run.teacher.scored) > 1
     assert run.teacher.rows_scored == Counter(run.rollouts)
 
@@ -222,3 +230,34 @@ def test_evaluation_scores_only_when_asked_and_never_anchors(tmp_path: Path, wit
     assert student.rows_scored.total() == 3 * 4
     assert teacher.rows_scored.total() == (3 * 4 if with_teacher else 0)
     assert teacher.generating == 0
+
+
+def test_a_prompt_runs_once_for_all_its_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of four, in micro-batches of four; a group's prompt is computed once, but for its last token.
+
+    Without that every model sees each token of every row, and the update is the same.
+    """
+    settings = NO_ANCHOR | TWO_STEPS | {"max_grad_norm": 0.0, "optim": "sgd"}
+
+    def run(folder: str) -> Run:
+        done = Run(tmp_path / folder, settings, train_dataset=tiny_data(8).map(_with_a_longer_prompt))
+        assert all(rows.total() == 4 for rows in done.student.trained)
+        return done
+
+    shared = run("shared")
+    monkeypatch.setattr(trl_seam, "prefixes_to_share", lambda *_: None)
+    apart = run("apart")
+    assert Counter(shared.rollouts) == Counter(apart.rollouts)
+    prompts = [len(ids) for ids in shared.trainer.tokenize_prompts(shared.trainer.train_dataset["prompt"][:4])]
+    saved = sum(3 * (length - 1) for length in prompts)
+    every_token = sum(map(len, shared.rollouts))
+    # Some more where prompts begin alike, and rows of a micro-batch are of two groups: there are none here.
+    assert shared.student.tokens == every_token - saved
+    assert shared.teacher.tokens <= every_token - saved, "which also sees what prompts have in common"
+    assert apart.student.tokens >= every_token
+    ours, theirs = (dict(done.trainer.model.named_parameters()) for done in (shared, apart))
+    assert max(float((ours[name] - theirs[name]).detach().abs().max()) for name in ours) < 1e-6
+
+
+def _with_a_longer_prompt(example: dict) -> dict:
+    return {"prompt": [{"role": "user", "content": example["prompt"][0]["content"] + "abcdefgh" * 3}]}

@@ -20,6 +20,7 @@ from transformers import Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from varlen_attention import count_tokens, use_kernel
 
 from sg_opd_trl import SGOPDTrainer, trl_seam
+from sg_opd_trl.models import forward
 
 VERDICTS = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 NO_ANCHOR = {"teacher_sampling_enable": False}
@@ -58,9 +59,11 @@ def build(folder: Path, settings: dict, **arguments: Any) -> tuple[Any, StepReco
     return trainer, recorder
 
 
-def pack_everywhere(monkeypatch: pytest.MonkeyPatch, packed: bool = True) -> None:
-    """Whatever padding there is, and under gradient checkpointing; or nowhere."""
+def pack_everywhere(monkeypatch: pytest.MonkeyPatch, packed: bool = True, *, shared: bool = True) -> None:
+    """Whatever padding there is, and under gradient checkpointing, prompts shared where they can be; or nowhere."""
     monkeypatch.setattr(trl_seam, "should_pack", lambda model, mask: packed)
+    as_it_is = forward.prefixes_to_share
+    monkeypatch.setattr(trl_seam, "prefixes_to_share", as_it_is if packed and shared else lambda *_: None)
 
 
 def metrics(trainer: Any) -> list[dict[str, float]]:
@@ -123,7 +126,7 @@ def test_packed_training_is_padded_training(
 
 def test_a_step_of_cut_off_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are left, and a gradient of zero for every weight."""
-    pack_everywhere(monkeypatch)
+    pack_everywhere(monkeypatch, shared=False)
     trainer, recorder = build(tmp_path, NO_ANCHOR | HALVES | {"mask_truncated_completions": True, "max_steps": 1})
     inject_rollouts(trainer, lambda prompt, row: [5 + row] * 6)
     seen = count_tokens(trainer.model)
@@ -137,7 +140,7 @@ def test_a_step_of_cut_off_rows_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("anchor", [NO_ANCHOR, ANCHOR], ids=["", "anchor"])
 def test_models_see_tokens_and_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anchor: dict) -> None:
-    pack_everywhere(monkeypatch)
+    pack_everywhere(monkeypatch, shared=False)
     trainer, _ = build(tmp_path, anchor | HALVES | {"num_iterations": 2, "max_steps": 2})
     student, teacher, reference = (
         count_tokens(m) for m in (trainer.model, trainer.teacher.model, trainer.reference.model)
@@ -190,6 +193,8 @@ def test_the_kernel_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Student, teacher and reference attend through transformers' flash attention path: nothing is forced then."""
     with pytest.MonkeyPatch.context() as patch:
         pack_everywhere(patch, packed=False)
+        # Micro-batches of the same rows: TRL's entropy is a mean over those.
+        patch.setattr("sg_opd_trl.trainer.can_share", lambda *_: False)
         padded = build(tmp_path, ANCHOR | HALVES)
         padded[0].train()
     packed = build(tmp_path, ANCHOR | HALVES)
