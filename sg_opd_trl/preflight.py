@@ -152,14 +152,14 @@ def check_prompt_room(config: Any, longest_prompt: int | None, source: str) -> N
 # --- before anything changes the student -----------------------------------------------------------------------------
 def load_adapter_student(
     model: Any, processing_class: Any, args: SGOPDConfig, peft_config: Any, quantization_config: Any
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Load a student given as the path of an adapter, what a LoRA run saves: its base, and the adapter to be trained.
 
     TRL's own loading takes full models alone.
 
     Returns:
-        Student and tokenizer as they are given, or those of the adapter; without a tokenizer of its own, TRL looks
-        for the base's.
+        Student and tokenizer as they are given, or those of the adapter, and how TRL is to quantize what it loads;
+        without a tokenizer of its own, TRL looks for the base's.
 
     Raises:
         CheckpointError: the student, or the base of its adapter, is half in its place.
@@ -170,7 +170,7 @@ def load_adapter_student(
     if isinstance(model, str):
         check_student(model)
     if not isinstance(model, str) or not _is_adapter(model, revision):
-        return model, processing_class
+        return model, processing_class, quantization_config
     if peft_config is not None:
         raise SGOPDConfigError(
             f"`peft_config` must be left out where `model` is an adapter, got both (adapter {model!r}). That adapter "
@@ -193,7 +193,7 @@ def load_adapter_student(
         options["device_map"] = None
     base = create_model_from_path(config.base_model_name_or_path, revision=config.revision, **options)
     student = PeftModel.from_pretrained(base, model, revision=revision, config=config, is_trainable=True)
-    return student, processing_class or _tokenizer_of_adapter(model, revision, args)
+    return student, processing_class or _tokenizer_of_adapter(model, revision, args), None
 
 
 def check_full_student(model: str, revision: str | None, method: str) -> None:

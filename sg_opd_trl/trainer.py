@@ -66,7 +66,7 @@ from .models.forward import HeadRequest, can_share, scattered
 from .models.head import OutputHead
 from .noise import GateNoise
 from .objectives import Objective, Positions, Scores, build_objective
-from .precision import uses_scaler
+from .precision import train_in_float32, trained_adapters, uses_scaler
 from .prefetch import prefetched_scores
 from .preflight import (
     check_arguments,
@@ -226,8 +226,11 @@ class SGOPDTrainer(GRPOSeam):
         check_arguments(
             args, teacher_model, reference_model, callbacks, tools, rollout_func, environment_factory, train_dataset
         )
-        model, processing_class = load_adapter_student(model, processing_class, args, peft_config, quantization_config)
+        model, processing_class, quantization_config = load_adapter_student(
+            model, processing_class, args, peft_config, quantization_config
+        )
         release_student(model)
+        given_adapters = trained_adapters(model)
         # Before the parent wraps the student or gives it adapters: the reference is its state as it is now.
         initial_student = prepare_student(model, args, reference_model, peft_config)
         self.metrics = TrainingMetrics()
@@ -254,6 +257,7 @@ class SGOPDTrainer(GRPOSeam):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        train_in_float32(self.model, given_adapters)
         check_run(self)
         check_layers_are_found(self.model, "student")
         add_head_output(self.model)

@@ -9,6 +9,7 @@ from ..lazy_imports import lazy_names
 
 _DEFINED_IN = {
     "AdapterTeacher": "adapter",
+    "BaseTeacher": "adapter",
     "LocalTeacher": "local",
     "RoutedTeacher": "routed",
     "Sampling": "base",
@@ -16,10 +17,10 @@ _DEFINED_IN = {
     "Teacher": "base",
 }
 
-__all__ = ["AdapterTeacher", "LocalTeacher", "RoutedTeacher", "Sampling", "ServerTeacher", "Teacher"]
+__all__ = ["AdapterTeacher", "BaseTeacher", "LocalTeacher", "RoutedTeacher", "Sampling", "ServerTeacher", "Teacher"]
 
 if TYPE_CHECKING:
-    from .adapter import AdapterTeacher
+    from .adapter import AdapterTeacher, BaseTeacher
     from .base import Sampling, Teacher
     from .local import LocalTeacher
     from .routed import RoutedTeacher

@@ -50,7 +50,7 @@ class AdapterTeacher(LocalTeacher):
         self.revision = revision
         self.trust_base = trust_base
         self.role = "teacher"
-        self.adapter_name = _NAME
+        self.adapter_name: str | None = _NAME
         self.model = None
         self.vocab_size = 0
         self.identity = {"name": path, "fingerprint": None}
@@ -75,8 +75,11 @@ class AdapterTeacher(LocalTeacher):
         # Of several processes on a CPU the device is "cpu:0", which safetensors refuses.
         place = "cpu" if device.type == "cpu" else str(device)
         self.adapter_name = _load_into_student(student, self.path, self.revision, place)
-        self.vocab_size = student.config.get_text_config().vocab_size
         self.identity = {"name": self.path, "fingerprint": fingerprint(student, adapter=self.adapter_name)}
+        self._borrow(run, student)
+
+    def _borrow(self, run: LendingRun, student: Any) -> None:
+        self.vocab_size = student.config.get_text_config().vocab_size
         self.accelerator, self.fused_head, self._head = run.accelerator, run.fused_head, None
         self._lender = run
 
@@ -117,6 +120,35 @@ class AdapterTeacher(LocalTeacher):
             self.model = self._lender.model_wrapped
             with super()._generation(seed) as model:
                 yield model
+
+
+class BaseTeacher(AdapterTeacher):
+    """The student's own base, its adapters switched off: no second model in memory, in four bits where the base is.
+
+    The student must be trained with an adapter that leaves its base alone. Where a recipe names the base as teacher it
+    is this one. It teaches where it knows more than the student did: after a prompt of its own (`teacher_prompt`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def bind(self, run: LendingRun) -> None:
+        """Take the student's base.
+
+        Raises:
+            SGOPDConfigError: a student without a frozen base.
+        """
+        student = run.accelerator.unwrap_model(run.model)
+        reason = _trained_base(student)
+        if reason is not None:
+            raise SGOPDConfigError(
+                f"BaseTeacher must be the frozen base of the student, got {reason} Give a path as `teacher_model` to "
+                "have it loaded beside the student, or train the student with LoRA (`peft_config`)."
+            )
+        self.adapter_name, self.path = None, _base_name(student)
+        own = [*student.peft_config]
+        self.identity = {"name": self.path, "fingerprint": fingerprint(student, left_out=own)}
+        self._borrow(run, student)
 
 
 def adapter_config(path: str, revision: str | None = None, *, role: str = "teacher") -> Any:
@@ -160,6 +192,13 @@ def fits_student(path: str, revision: str | None, student: Any) -> bool:
         return False
     kinds = {other.peft_type for other in student.peft_config.values()}
     return kinds == {config.peft_type} and _same_source(config.base_model_name_or_path, _base_name(student))
+
+
+def is_base_of(path: str, revision: str | None, student: Any, args: Any) -> bool:
+    """Whether a path, with its revision, is what the student keeps frozen below its adapter."""
+    if _trained_base(student) is not None or not _same_source(path, _base_name(student)):
+        return False
+    return revision == (args.model_init_kwargs or {}).get("revision")
 
 
 def load_with_base(

@@ -13,9 +13,19 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SGOPDConfigError
 from ..models.residual import weights_dtype
+from ..precision import is_quantized
 from ..scrubbing import scrubbed
 from ..trl_seam import get_config_model_id, has_adapters_of_another
-from .adapter import AdapterTeacher, LendingRun, adapter_config, fits_student, is_adapter, load_with_base
+from .adapter import (
+    AdapterTeacher,
+    BaseTeacher,
+    LendingRun,
+    adapter_config,
+    fits_student,
+    is_adapter,
+    is_base_of,
+    load_with_base,
+)
 from .base import Teacher
 from .fit import RenderingRun, check_fits_student, check_vocabulary_sizes
 from .local import FrozenModel, LocalTeacher, ModelScorer
@@ -157,6 +167,15 @@ def _of_its_own(given: Any) -> Any:
 def _load_teacher(run: BuildingRun, path: str) -> LocalTeacher:
     args: Any = run.args  # its JSON strings are dictionaries by now
     revision, init_kwargs = args.teacher_model_revision, args.teacher_model_init_kwargs
+    if not init_kwargs and is_base_of(path, revision, _student(run), args):
+        logger.log(
+            logging.WARNING if is_quantized(_student(run)) else logging.INFO,
+            "The teacher %s is the base of the student: it shares the student's weights, as they are loaded there%s. "
+            "Give `teacher_model_init_kwargs` (a dtype, say) to load it once more.",
+            path,
+            ", in fewer bits" if is_quantized(_student(run)) else "",
+        )
+        return BaseTeacher()
     if not is_adapter(path, revision):
         return _load(LocalTeacher, run, path, "teacher", revision, init_kwargs, on_host=args.teacher_offload)
     # Loading options are for a model of its own.
@@ -288,6 +307,8 @@ def _tokenizer_of_teacher(run: BuildingRun, given: Any) -> Any:
     """A teacher's own tokenizer as far as it can be found; None where it cannot."""
     if isinstance(given, str):
         return _tokenizer(run, given, run.args.teacher_model_revision)
+    if isinstance(given, BaseTeacher):
+        return run.tokenizer
     if isinstance(given, AdapterTeacher):
         # Without one in its folder it has the base's, which is the student's.
         return _tokenizer_if_any(run, given.path, given.revision)
@@ -417,6 +438,12 @@ def _check_servers(args: "SGOPDConfig", teacher_model: Any) -> None:
 
 def _check_loading_options(role: str, given: Any, args: "SGOPDConfig") -> None:
     revision, init_kwargs = getattr(args, f"{role}_model_revision"), getattr(args, f"{role}_model_init_kwargs")
+    bits = next((name for name in ("load_in_4bit", "load_in_8bit") if name in (init_kwargs or ())), None)
+    if bits is not None:
+        raise SGOPDConfigError(
+            f"`{role}_model_init_kwargs` must not hold {bits}, got {scrubbed(init_kwargs)!r}. Models of transformers "
+            f"no longer take it. Set quantization_config: {{quant_method: bitsandbytes, {bits}: true}} in its place."
+        )
     if given is not None and not _names_a_path(given) and (revision or init_kwargs):
         name, value = ("revision", revision) if revision else ("init_kwargs", init_kwargs)
         raise SGOPDConfigError(

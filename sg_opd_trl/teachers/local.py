@@ -442,7 +442,7 @@ def check_scores(logps: Tensor, role: str) -> None:
         )
 
 
-def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str | None:
+def fingerprint(model: torch.nn.Module, adapter: str | None = None, left_out: Sequence[str] = ()) -> str | None:
     """Short hash of names, shapes and a few values of all weights; None where this rank holds only shards.
 
     It tells another set of weights from this one, it does not prove equality.
@@ -450,10 +450,12 @@ def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str | Non
     Args:
         model: with or without adapters.
         adapter: hash the weights of this adapter alone; its own name does not count.
+        left_out: adapters that are not part of it.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if adapter is not None and adapter not in name.split("."):
+        parts = name.split(".")
+        if (adapter is not None and adapter not in parts) or not {*left_out}.isdisjoint(parts):
             continue
         if parameter.numel() == 0 or parameter.is_meta:
             return None

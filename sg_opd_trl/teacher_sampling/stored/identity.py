@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ...errors import SGOPDConfigError
 from ...scrubbing import without_secrets
-from ...teachers import AdapterTeacher, LocalTeacher, ServerTeacher, Teacher
+from ...teachers import AdapterTeacher, BaseTeacher, LocalTeacher, ServerTeacher, Teacher
 from ...trl_seam import get_config_model_id, is_sharded
 from .keys import digest, folder_digest
 
@@ -123,6 +123,9 @@ def _of_server(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_adapter(teacher: AdapterTeacher, student: Any) -> dict[str, Any]:
     base = student.get_base_model()
+    if isinstance(teacher, BaseTeacher):
+        own = student.peft_config
+        return {"dtype": str(base.dtype)} | _of_weights(base, sharded=is_sharded(teacher.accelerator), left_out=own)
     source = source_facts(teacher.path, teacher.revision)
     if source is None:
         raise _indistinguishable(f"{teacher.path!r}, where no weights are found", "Give the adapter with its weights")
