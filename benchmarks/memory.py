@@ -2,14 +2,15 @@
 
     python benchmarks/memory.py [--lengths 64 128 256] [--vocab 151936] [--hidden 128] [--layers 2]
     python benchmarks/memory.py --by settings [--lengths 256] [--rows 64]
-    python benchmarks/memory.py --by length --lengths 2048 4096 8192 16384 --hidden 64 --rows 8
+    python benchmarks/memory.py --by length --lengths 2048 4096 8192 16384 --hidden 64
 
-By default, and by length, the rows are 8 long-tailed ones of one prompt in micro-batches of 4; by setting each of ours
-has 64, and what the models take is told too. Each case runs in a fresh process. Models and optimizer state
-are there before the step and do not count; gradients, activations and whatever the loss builds do. On the CPU it is
-the growth of the resident memory (sampled every two milliseconds, and exact where the process passes its highest
-mark), on a GPU that of the allocator's peak. Large blocks go back to the system at once, so that resident memory
-follows use.
+By default the rows are 8 long-tailed ones of one prompt in micro-batches of 4. By setting each of ours has 64, and
+what the models take is told too. By length one of the 8 is long, and the others have 16 tokens.
+
+Each case runs in a fresh process. Models and optimizer state are there before the step and do not count; gradients,
+activations and whatever the loss builds do. On the CPU it is the growth of the resident memory (sampled every two
+milliseconds, and exact where the process passes its highest mark), on a GPU that of the allocator's peak. Large blocks
+go back to the system at once, so that resident memory follows use.
 """
 
 import itertools
@@ -88,7 +89,11 @@ def device_peak(step: Callable[[], Any]) -> int:
 def measure_one(args: Any) -> None:
     """Worker: one trainer or setting, one length; prints megabytes."""
     shape = Shape(args.hidden, args.layers, args.vocab)
-    lengths = completion_lengths("long-tailed", args.rows, args.lengths[0])
+    longest = args.lengths[0]
+    if args.by == "length":
+        lengths = [longest] + [16] * (args.rows - 1)
+    else:
+        lengths = completion_lengths("long-tailed", args.rows, longest)
     setup = Setup(shape, make_rollouts(lengths, shape.vocab_size))
     stepper = TRAINERS[args.only](setup) if args.only in TRAINERS else SETTINGS[args.only](setup)
     stepper.create_optimizer_state()
@@ -112,7 +117,7 @@ def size_of(tensors: list[Any]) -> int:
 
 def run_case(args: Any, name: str, length: int) -> dict[str, float]:
     """Megabytes of one case, measured in its own process."""
-    flags = {name: getattr(args, name) for name in ("hidden", "layers", "vocab", "threads", "rows")}
+    flags = {name: getattr(args, name) for name in ("by", "hidden", "layers", "vocab", "threads", "rows")}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     command = [sys.executable, __file__, "--only", name, "--lengths", str(length), *words]
     done = subprocess.run(command, env=os.environ | ALLOCATOR, check=True, stdout=subprocess.PIPE, text=True)
