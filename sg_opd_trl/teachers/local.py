@@ -341,21 +341,24 @@ class LocalTeacher(FrozenModel):
         A sharded teacher generates on every rank the same number of times; ranks with fewer prompts repeat a dummy.
         """
         lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
-        groups = [
-            [planned[row] for row in rows]
-            for planned in plan_batches(lengths, max_tokens)
-            for rows in written_together(self.model, [prompts[i] for i in planned], sampling.max_new_tokens)
-        ]
         completions: list[list[int]] = [[] for _ in prompts]
-        # Before the first forward, see `score_parts`.
-        calls = self._agree_on_calls(len(groups))
-        with self._on_device(), self._generation(seed) as model:
-            for group in groups:
-                written = self._generate_batch(model, [prompts[i] for i in group], sampling)
-                for i, ids in zip(group, written, strict=True):
-                    completions[i] = ids
-            for _ in range(calls - len(groups)):
-                self._generate_batch(model, [[sampling.pad_token_id]], sampling)
+        with self._on_device():
+            # What borrows its model has none elsewhere.
+            with self.lent():
+                groups = [
+                    [planned[row] for row in rows]
+                    for planned in plan_batches(lengths, max_tokens)
+                    for rows in written_together(self.model, [prompts[i] for i in planned], sampling.max_new_tokens)
+                ]
+            # Before the first forward, see `score_parts`.
+            calls = self._agree_on_calls(len(groups))
+            with self._generation(seed) as model:
+                for group in groups:
+                    written = self._generate_batch(model, [prompts[i] for i in group], sampling)
+                    for i, ids in zip(group, written, strict=True):
+                        completions[i] = ids
+                for _ in range(calls - len(groups)):
+                    self._generate_batch(model, [[sampling.pad_token_id]], sampling)
         self.tokens_generated += sum(map(len, completions))
         return completions
 
