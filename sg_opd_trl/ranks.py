@@ -61,8 +61,8 @@ class Ranks:
         except RuntimeError as error:
             raise RankError(
                 f"Another rank has gone without a word in step {self._run.state.global_step + 1}: it was killed, by "
-                f"the system for its memory perhaps, or it hangs for more than `ddp_timeout`. Look at what it said "
-                f"last. Raise `ddp_timeout` if a step may take that long. ({error})",
+                f"the system for its memory perhaps, or with its machine, or it hangs for more than `ddp_timeout`. "
+                f"Look at what it said last. Raise `ddp_timeout` if a step may take that long. ({error})",
                 kind="the end of another rank",
             ) from error
         if any(words):

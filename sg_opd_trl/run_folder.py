@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints import check_checkpoint, checkpoints_of, newest_whole_checkpoint
 from .errors import SGOPDConfigError, SGOPDError
 from .files import write_atomically
 from .folder_lock import FolderLock
+from .machines import check_same, check_shared
 from .run_identity import RUN_FILE, Identity, allowed_problems, compare, read_json, settings_identity, stored_identity
 from .scrubbing import WrittenWithoutSecrets
 from .setting import setting
@@ -65,6 +67,11 @@ def folder_problems(config: Any) -> Iterator[str]:
         yield (
             "`overwrite_output_dir=True` is not supported with resume_from_checkpoint=True: one starts anew, the "
             "other goes on, and every restart would delete what the start before it has done. Leave one of them out."
+        )
+    if config.save_on_each_node:
+        yield (
+            "`save_on_each_node=True` is not supported: all machines share `output_dir`, and would write the same "
+            "files there at the same time. Leave it out; the first process writes for all."
         )
 
 
@@ -143,7 +150,7 @@ def owned(args: Any, **more: Any) -> Iterator["RunFolder"]:
         more: what makes the run beside its settings, see `settings_identity`.
 
     Raises:
-        SGOPDConfigError: another process uses it; on every process.
+        SGOPDConfigError: another process uses it, or a machine has one of its own; on every process.
     """
     path = Path(str(args.output_dir)).absolute()
     if path in _OWNED:
@@ -153,6 +160,8 @@ def owned(args: Any, **more: Any) -> Iterator["RunFolder"]:
     folder.lock()
     _OWNED[path] = folder
     try:
+        if args.save_strategy != SaveStrategy.NO:
+            check_shared(path)
         yield folder
         folder.close("finished")
     except BaseException:
@@ -265,6 +274,8 @@ class RunFolder:
 
     # --- how a run starts ----------------------------------------------------------------------------------------
     def _start(self, identity: Identity, resume: Path | bool, again: bool) -> Start:
+        check_same(identity)
+
         def look() -> Start:
             if isinstance(resume, Path):
                 return self._from_given(identity, resume, again)

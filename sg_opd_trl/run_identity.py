@@ -227,17 +227,18 @@ def compare(before: Identity, now: Identity, source: str, allowed: Collection[st
     if refused:
         names = ", ".join(sorted({*refused, *allowed}))
         raise SGOPDConfigError(
-            f"`resume_from_checkpoint` must go on with the run of its checkpoint, got {_told(refused)} in {source}. "
+            f"`resume_from_checkpoint` must go on with the run of its checkpoint, got {told(refused)} in {source}. "
             f"The result would be of neither run. Set it back; or set `allow_changed: [{names}]` if it is meant; or "
             "start a new run in another `output_dir`."
         )
     rest = {name: values for name, values in found.items() if name not in refused}
     if rest:
-        logger.warning("The run that goes on from %s differs from it: %s.", source, _told(rest))
+        logger.warning("The run that goes on from %s differs from it: %s.", source, told(rest))
     return not mathematics
 
 
-def _told(found: Mapping[str, tuple[Any, Any]]) -> str:
+def told(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """What `changes` has found, for a message."""
     return "; ".join(f"`{name}` {_short(now)} in place of {_short(before)}" for name, (before, now) in found.items())
 
 

@@ -39,7 +39,7 @@ LAYERS = (
     ),
     ("core",),
     ("models", "data", "evaluation_shares", "own_rollouts", "skipped_steps", "tasks"),
-    ("trl_seam", "bookkeeping", "ending", "ranks", "run_folder", "run_identity"),
+    ("trl_seam", "bookkeeping", "ending", "machines", "ranks", "run_folder", "run_identity"),
     ("agreement", "verifiers", "evaluation", "evaluation_files", "evaluation_plan", "evaluation_sampling"),
     ("teachers",),
     ("teacher_sampling", "objectives", "config", "noise", "prefetch", "token_weights"),

@@ -68,3 +68,16 @@ def test_ranks_start_and_are_refused_together(tmp_path: Path) -> None:
     assert [f"process {process.pid} on" in line for line in lines] == [True, True]
     (tmp_path / "model.safetensors").write_text("")
     assert ["of a run that has finished" in line for line in said(str(tmp_path), "false", "0.1")] == [True, True]
+
+
+@pytest.mark.slow
+def test_ranks_with_another_disk_or_another_run_are_refused_together(tmp_path: Path) -> None:
+    """As on machines that share no disk, or have another copy of a recipe and other weights under a name."""
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    lines = said(f"{here},{there}", "true", "0.1", here, "true", "0.1,0.2")
+    for rank, (other_run, other_disk) in enumerate((lines[:2], lines[2:])):
+        assert other_disk.startswith(f"rank {rank}: `output_dir` must be a folder that all machines of a run share")
+        assert other_run.startswith(f"rank {rank}: All processes of a run must have the same settings")
+        assert "rank 1 on" in other_run
+        assert "`learning_rate` 0.2 in place of 0.1; `teacher (its weights)` '0.2' in place of '0.1'" in other_run
+    assert list(tmp_path.rglob("_*")) == []  # neither lock nor mark

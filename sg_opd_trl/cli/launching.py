@@ -157,9 +157,15 @@ def check_world_size(num_processes: int) -> None:
     """Refuse to train on fewer processes than were asked for.
 
     Raises:
-        SGOPDConfigError: accelerate started another number of processes.
+        SGOPDConfigError: accelerate started another number of processes, or torchrun did and each trains alone.
     """
     expected = os.environ.get(EXPECTED_PROCESSES)
+    started = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if not expected and num_processes == 1 and int(started) > 1:
+        raise SGOPDConfigError(
+            f"`use_cpu` must be true for processes without an accelerator that a launcher has started, got {started} "
+            "of them, each of which would train alone. Set use_cpu: true, or start them where they find accelerators."
+        )
     if expected and int(expected) != num_processes:
         raise SGOPDConfigError(
             f"`num_processes` must be the number of processes that train, got {expected} while {num_processes} runs. "

@@ -13,6 +13,7 @@ What none of these knows is a mistake of a program, and keeps its traceback. Wit
 
 import os
 import re
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +125,21 @@ def explained(settings: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         if name is None:
             raise
         raise SGOPDConfigError(_message(name, given.get(name), error)) from error
+
+
+def lost_processes(error: Exception) -> str | None:
+    """What to do where processes did not find each other; None for an error of another kind."""
+    from torch.distributed import DistError
+
+    if not isinstance(error, DistError) and "gloo" not in str(error).lower():
+        return None
+    rank, size, address, port = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"The processes of this run did not find each other: process {rank} of {size}, on {socket.gethostname()}, "
+        f"looked for the first at {address}:{port} ({str(error).strip()}). Start the command on every machine; see "
+        "that they reach that address and each other; where the name of a machine leads to another network, name the "
+        "interface in GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME beside it)."
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from ..errors import SGOPDConfigError, SGOPDError, did_you_mean
 from ..setting import Rule, declared, defaults_of
 from .foreign_keys import advice_for
 from .methods import METHODS
+from .outside import lost_processes
 from .recipes import apply_env, load_recipe
 from .values import as_field, as_launch_word
 
@@ -162,6 +163,8 @@ def build_settings(command: CommandLine) -> TrainSettings:
     except SGOPDError:
         raise
     except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
+        if (meeting := lost_processes(error)) is not None:
+            raise SGOPDConfigError(meeting) from error
         where = f" (recipe {command.config})" if command.config else ""
         owners = _owners(parser, command, str(error))
         raise SGOPDConfigError(f"The settings{where} are not valid: {owners}{str(error).strip()}") from error

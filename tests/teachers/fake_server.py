@@ -54,6 +54,7 @@ class FakeServer:
         tokenize: Callable[[str], list[int]] | None = None,
         max_length: int = 512,
         delay: Callable[[dict], float] = lambda request: 0.0,
+        host: str = "127.0.0.1",
     ) -> None:
         self.logps, self.model, self.change, self.behave = logps, model, change, behave
         self.complete = complete or (
@@ -64,16 +65,16 @@ class FakeServer:
         self.headers: list[dict] = []
         self.most_at_a_time = self.at_a_time = 0
         self.models = [{"id": model, "root": f"folder/{model}", "max_model_len": max_length}]
-        self.port = 0
+        self.host, self.port = host, 0
         self._lock = threading.Lock()
         self._server: Any = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> "FakeServer":
-        self._server = _Server(("127.0.0.1", self.port), _handler_of(self))
+        self._server = _Server((self.host, self.port), _handler_of(self))
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from ...data import TEACHER_ID
+from ...machines import machines_without
 from ...run import Run
 from ...teachers import RoutedTeacher, Sampling, Teacher
 from ...teachers.routed import teacher_of
@@ -193,6 +194,14 @@ def open_cache(run: CacheRun) -> RolloutCache | None:
         return None
     with run.args.main_process_first(desc="teacher rollouts"):
         store = open_store(path)
+    if store.writable and (without := machines_without(store.folder)) and run.accelerator.is_main_process:
+        logger.warning(
+            "`teacher_rollouts_path` %s is not one folder: %s have one of their own. Each machine reads and keeps what "
+            "its own processes wrote, and a run with other processes on it writes anew. Set a folder on a disk that all "
+            "machines share.",
+            path,
+            without,
+        )
     cache = RolloutCache(run, store)
     # Nobody writes before everybody has read: ranks must agree on what is stored.
     run.accelerator.wait_for_everyone()
