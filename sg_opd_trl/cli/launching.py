@@ -61,9 +61,10 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
         name: of the command.
 
     Returns:
-        0, or the exit status of the first process that failed.
+        0, or the exit status of the first process that failed, or the one that shells expect of a signal.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = [*launch_words(command), "-m", "sg_opd_trl.cli", *(["--debug"] if debug else []), name, *words_after]
@@ -80,6 +81,9 @@ def launch(command: CommandLine, words_after: Sequence[str], *, debug: bool, nam
             launch_command(arguments)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        # The processes have ended by it too, and have said so.
+        return 128 + error.sigval
     except subprocess.CalledProcessError as error:
         return error.returncode
     finally:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from repository import PATIENCE, python_path
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from sg_opd_trl.cli import launching, main
 from sg_opd_trl.cli.launching import check_world_size, find_accelerate_config, launch, launch_words, wants_launch
-from sg_opd_trl.cli.parsing import read_command_line
+from sg_opd_trl.cli.parsing import build_settings, read_command_line
 from sg_opd_trl.errors import SGOPDConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +106,14 @@ def test_the_status_of_a_failed_process_is_handed_on(tmp_path, monkeypatch):
     assert launch(command(tmp_path, "num_processes: 1\n"), [], debug=False) == 7
 
 
+def test_a_launcher_that_is_asked_to_end_does_so_without_a_traceback(tmp_path, monkeypatch):
+    def end(arguments):
+        raise SignalException("got signal 15", signal.SIGTERM)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", end)
+    assert launch(command(tmp_path, "num_processes: 1\n"), [], debug=False) == 143
+
+
 def test_signals_mean_what_they_meant_once_a_launcher_has_ended(tmp_path, monkeypatch):
     def leave_a_handler(arguments):
         signal.signal(signal.SIGTERM, lambda number, frame: None)
@@ -121,6 +130,27 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch):
     check_world_size(2)
     with pytest.raises(SGOPDConfigError, match="got 2 while 1 runs"):
         check_world_size(1)
+
+
+def test_processes_of_torchrun_that_would_train_alone_are_refused(monkeypatch):
+    """Without an accelerator and without use_cpu there is no group of them."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_world_size(2)
+    with pytest.raises(SGOPDConfigError, match=r"`use_cpu` must be true for processes.*got 2 of them"):
+        check_world_size(1)
+
+
+def test_processes_that_do_not_find_each_other_are_told_where_they_looked(tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting")
+
+    monkeypatch.setattr("sg_opd_trl.cli.arguments.RunParser.parse_args_into_dataclasses", fail)
+    with pytest.raises(SGOPDConfigError, match=r"did not find each other: process 1 of 2.*node-a:29500.*GLOO_SOCKET"):
+        build_settings(command(tmp_path))
 
 
 def run(words, **environment):

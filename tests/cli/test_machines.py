@@ -1,4 +1,4 @@
-"""A run on two machines: two launchers with one rank each, on loopback addresses of their own, a teacher on a third."""
+"""A run on two machines: two launchers with one rank each, on addresses of their own, a teacher on a third."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 from repository import PATIENCE, ROOT, python_path
+from teachers.model_server import model_server
 from test_restart import facts
 from tiny import same_saved_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sg_opd_trl.checkpoints import check_checkpoint
-from teachers.model_server import model_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*trl.experimental.*")]
 

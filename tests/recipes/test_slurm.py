@@ -1,4 +1,4 @@
-"""The SLURM script, with commands of SLURM that say what they were asked for, and a second machine that is this one."""
+"""The SLURM script, with commands of SLURM that say what they were asked for, on two machines that are this one."""
 
 import os
 import signal

@@ -196,9 +196,9 @@ def open_cache(run: CacheRun) -> RolloutCache | None:
         store = open_store(path)
     if store.writable and (without := machines_without(store.folder)) and run.accelerator.is_main_process:
         logger.warning(
-            "`teacher_rollouts_path` %s is not one folder: %s have one of their own. Each machine reads and keeps what "
-            "its own processes wrote, and a run with other processes on it writes anew. Set a folder on a disk that all "
-            "machines share.",
+            "`teacher_rollouts_path` %s is not one folder: %s have one of their own. Each machine reads and keeps "
+            "what its own processes wrote, and a run with other processes on it writes anew. Set a folder on a disk "
+            "that all machines share.",
             path,
             without,
         )

@@ -281,3 +281,12 @@ def test_the_store_holds_text_and_no_verdict_of_a_training_run(tmp_path: Path) -
     store = RolloutStore(tmp_path / "cache")
     assert '"verdict": null' in lines(tmp_path / "cache")[0]
     assert store.other_contexts().keys() == set(trainer.rollout_cache._contexts.values())
+
+
+def test_folders_of_each_machines_own_are_told(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sg_opd_trl.teacher_sampling.stored.cache.machines_without", lambda folder: ["node-b"])
+    tiny_trainer(tmp_path, settings=SMALL | {"teacher_rollouts_path": str(cache)})
+    assert "`teacher_rollouts_path`" in caplog.text
+    assert "is not one folder: ['node-b'] have one of their own" in caplog.text
