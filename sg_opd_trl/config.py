@@ -17,6 +17,7 @@ from trl import GRPOConfig, ModelConfig
 from .core import (
     ANCHOR_REDUCTIONS,
     ANCHOR_WEIGHTS,
+    COEF_SCHEDULES,
     DISAGREE_MODES,
     NEUTRAL_MODES,
     RouteReferences,
@@ -47,6 +48,9 @@ _DRIFT_GATE = {"drift_gate_tau": ON}
 _ASYMMETRIC = {"distillation_mode": ("asymmetric",)}
 _SERVER = {"teacher_model_server_url": ON}
 _REFERENCE = {"needs_reference": (True,)}
+_MOVING_COEFS = {"coefs_move": (True,)}
+
+_COEFS = ("task_reward_coef", "teacher_kl_coef")
 
 # What TRL leaves unchecked in fields of its own, and our losses could not take.
 _TRL_RULES: Mapping[str, Rule] = {
@@ -344,6 +348,35 @@ class SGOPDConfig(RewardFields, FolderFields, GRPOConfig):
         help="Factor of the forward KL of 'asymmetric'. Default: 1/K (AOPD, arXiv:2605.06387, at second hand).",
     )
 
+    # --- Coefficients: from the teacher alone to the rewards alone ------------------------------------------------
+    task_reward_coef: list[float] = setting(
+        [0.0],  # one or two of them, which `_wrong_coefs` checks
+        group="Coefficients",
+        help="w_r of the advantage w_r * a1r + w_t * T: how much TRL's group advantage of all reward functions counts "
+        "beside the teacher's (KDRL, arXiv:2506.02208, and the sums of ms-swift, miles, slime). One number, or two "
+        "from which and to which it goes. 0 leaves rewards to the gate (paper).",
+    )
+    teacher_kl_coef: list[float] = setting(
+        [1.0],
+        help="w_t, see `task_reward_coef`: how much the teacher's weighted advantage T counts. One number, or two. "
+        "From where it stays at 0 nothing is asked of the teacher, and one that the run has loaded is freed "
+        "(our choice; the name is ms-swift's).",
+    )
+    coef_schedule: str = setting(
+        "linear",
+        choices=COEF_SCHEDULES,
+        why="It is the way from the first coefficient to the second.",
+        used_if=_MOVING_COEFS,
+        help="How coefficients with two numbers go from the first to the second (our choice: both).",
+    )
+    coef_phase_end_fracs: list[float] = setting(
+        [0.0, 1.0],
+        used_if=_MOVING_COEFS,
+        help="Shares of all steps: coefficients with two numbers have the first up to the end of one, and the second "
+        "from the end of the other. Equal shares are a hard switch (OPD, then RL: arXiv:2609.04108, where it is at "
+        "0.4 to 0.5).",
+    )
+
     # --- Phased teacher sampling: the anchor, what it is made of and when ----------------------------------------
     teacher_sampling_enable: bool = setting(
         True,
@@ -505,6 +538,10 @@ class SGOPDConfig(RewardFields, FolderFields, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # A recipe may have a number where one is enough.
+        for name in _COEFS:
+            value: object = getattr(self, name)
+            setattr(self, name, [value] if _is_number(value) else value)
         # Before TRL's own checks, whose messages do not say what its numbers are to this method.
         self.teacher_model_server_url = parsed_servers(self.teacher_model_server_url)
         check_config(self)
@@ -517,6 +554,16 @@ class SGOPDConfig(RewardFields, FolderFields, GRPOConfig):
     def needs_reference(self) -> bool:
         """Whether any route has a lambda other than 1, so that a reference model is used at all."""
         return any(self.open_routes)
+
+    @property
+    def coefs_move(self) -> bool:
+        """Whether a coefficient has two numbers."""
+        return any(len(getattr(self, name)) > 1 for name in _COEFS)
+
+    @property
+    def teacher_ends(self) -> bool:
+        """Whether the teacher counts for nothing at the end of the run."""
+        return self.teacher_kl_coef[-1] == 0
 
     @property
     def open_routes(self) -> RouteReferences:
@@ -591,6 +638,7 @@ def check_config(config: SGOPDConfig) -> None:
         *_wrong_cells(config),
         *_wrong_blocks(config),
         *_wrong_special_tokens(config),
+        *_wrong_coefs(config),
         *_wrong_phases(config),
         *_wrong_separation(config),
         *_wrong_rollouts_path(config),
@@ -656,6 +704,61 @@ def _wrong_special_tokens(config: SGOPDConfig) -> Iterator[str]:
         yield (
             f"`special_token_mask` must be a list of at least one non-empty string, got {strings!r}. It names the "
             "tokens that leave the loss. Set it to None to mask nothing."
+        )
+
+
+def _wrong_coefs(config: SGOPDConfig) -> Iterator[str]:
+    wrong = False
+    for name in _COEFS:
+        values: object = getattr(config, name)
+        listed = isinstance(values, (list, tuple)) and 1 <= len(values) <= 2
+        if not listed or not all(_is_number(x) and math.isfinite(x) and x >= 0 for x in values):  # type: ignore[attr-defined]
+            wrong = True
+            yield (
+                f"`{name}` must be one number of at least 0, or two, got {values!r}. It weighs rewards and teacher "
+                "against one another, from the first to the second. Set it to [1.0], say."
+            )
+    shares: object = config.coef_phase_end_fracs
+    pair = isinstance(shares, (list, tuple)) and len(shares) == 2
+    if not pair or not all(_is_number(x) and 0 <= x <= 1 for x in shares) or shares[0] > shares[1]:  # type: ignore[attr-defined,index]
+        yield (
+            f"`coef_phase_end_fracs` must be two shares of the run, the first not above the second, got {shares!r}. "
+            "Coefficients change between them. Set it to [0.4, 0.4] for a switch at two fifths."
+        )
+        return
+    if not wrong:
+        yield from _refused_coefs(config)
+
+
+def _refused_coefs(config: SGOPDConfig) -> Iterator[str]:
+    """What cannot be had with rewards in the advantage, or without a teacher in it."""
+    task, teacher = config.task_reward_coef, config.teacher_kl_coef
+    for at in (0, -1):
+        if task[at] == teacher[at] == 0:
+            yield (
+                f"`task_reward_coef` must be above 0 where `teacher_kl_coef` is 0, got {task!r} and {teacher!r}. "
+                "Nothing would be trained there. Raise one of them."
+            )
+            return
+    if any(task) and config.distillation_mode != "sampled_token":
+        yield (
+            f"`task_reward_coef` must be 0 with distillation_mode={config.distillation_mode!r}, got {task!r}. A loss "
+            "over distributions has no advantage that rewards could be added to. Set distillation_mode to "
+            "'sampled_token'."
+        )
+    if not config.teacher_ends:
+        return
+    end = config.coef_phase_end_fracs[1] if len(teacher) > 1 else 0.0
+    if config.teacher_sampling_enable and config.teacher_sampling_phase2_end_frac > end:
+        yield (
+            f"`teacher_sampling_phase2_end_frac` must not be above {end}, where `teacher_kl_coef` has come to 0, got "
+            f"{config.teacher_sampling_phase2_end_frac}. The teacher is asked for nothing from there. Lower it, or "
+            "set teacher_sampling_enable=False."
+        )
+    if config.drift_gate_tau is not None:
+        yield (
+            f"`drift_gate_tau` must be None where `teacher_kl_coef` ends at 0, got {config.drift_gate_tau}. Without "
+            "the teacher the step is GRPO's, which has no such gate. Leave one of them out."
         )
 
 
@@ -772,10 +875,13 @@ def _refused_of_trl(config: SGOPDConfig) -> Iterator[str]:
             f"`off_policy_mask_threshold={config.off_policy_mask_threshold}` is not supported: it drops whole "
             "sequences by the sign of one advantage. Set it to None; the rollout importance correction remains."
         )
-    if config.multi_objective_aggregation != "sum_then_normalize":
+    # `_wrong_coefs` has told of what is no list by now.
+    mixed = isinstance(config.task_reward_coef, list) and any(config.task_reward_coef)
+    if config.multi_objective_aggregation != "sum_then_normalize" and not mixed:
         yield (
             f"`multi_objective_aggregation={config.multi_objective_aggregation!r}` is not supported: the teacher's "
-            "advantages replace the mixed reward. Set multi_objective_aggregation='sum_then_normalize'."
+            "advantages replace the mixed reward. Set multi_objective_aggregation='sum_then_normalize', or a "
+            "task_reward_coef above 0."
         )
 
 

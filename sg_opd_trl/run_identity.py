@@ -56,7 +56,8 @@ MATHEMATICS = _names("""
     teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs reference_model_name_or_path
     reference_model_revision reference_model_init_kwargs sign_gated_extrapolation lambda_high lambda_base disagree_mode
     disagree_interp_beta disagree_cell_lambdas neutral_mode gate_dead_zone verifier_reward_func gate_signal
-    wrong_rollout_advantage stability_tau stability_norm iw_opd_gamma drift_gate_tau drift_gate_block drift_gate_mean
+    wrong_rollout_advantage task_reward_coef teacher_kl_coef coef_schedule coef_phase_end_fracs
+    stability_tau stability_norm iw_opd_gamma drift_gate_tau drift_gate_block drift_gate_mean
     special_token_mask special_token_mask_scope distillation_mode distillation_topk asymmetric_threshold
     asymmetric_forward_kl_scale teacher_sampling_enable teacher_sampling_ratio teacher_sampling_prompts
     teacher_num_generations teacher_sampling_filter_correct teacher_sampling_phase1_end_frac

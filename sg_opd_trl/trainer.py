@@ -100,6 +100,7 @@ from .teacher_sampling.stored.cache import RolloutCache, open_cache
 from .teachers.base import Sampling, Teacher
 from .teachers.build import build_reference, build_teacher, check_built, default_reference
 from .teachers.fit import SharedVocabulary
+from .teachers.local import FrozenModel
 from .teachers.reference import Reference, evaluating
 from .teachers.routed import RoutedTeacher, drop_prefetched, teacher_batch, teacher_of
 from .token_weights import TokenFactors, TokenWeights
@@ -241,6 +242,7 @@ class SGOPDTrainer(GRPOSeam):
         self._tokens_before: Sequence[int] = (0, 0)
         self.identity = {}
         self._own_folder: Path | None = None
+        self._teacher_is_freed = False
         super().__init__(
             model=model,
             reward_funcs=bounded(reward_funcs, args.verifier_timeout),
@@ -378,6 +380,41 @@ class SGOPDTrainer(GRPOSeam):
             return torch.ones_like(verifier_advantages, dtype=torch.bool)
         return core.rows_needing_reference(verifier_advantages, self.args.open_routes)
 
+    # === coefficients: how much rewards and teacher count ========================================================
+    def coefficients(self, step: int | None = None) -> tuple[float, float]:
+        """w_r of the rewards and w_t of the teacher at an optimizer step, counted from 1; default: that under way."""
+        args, total = self.args, self.state.max_steps
+        both = args.task_reward_coef, args.teacher_kl_coef
+        if total < 1:  # nothing is trained: an evaluation of the student as it came
+            return both[0][0], both[1][0]
+        step = self.state.global_step + 1 if step is None else step
+        task, teacher = (
+            core.scheduled_coefficient(step, total, values, args.coef_phase_end_fracs, args.coef_schedule)
+            for values in both
+        )
+        return task, teacher
+
+    @property
+    def teacher_counts(self) -> bool:
+        """Whether the teacher has a say in any step of the generation batch under way."""
+        own, step = self.micro_batches_per_rollout, self.args.gradient_accumulation_steps
+        first = self.state.global_step + 1
+        last = first + math.ceil(own / step) - (own % step == 0 or step % own == 0)
+        # In between it is one of the two, or between them.
+        return any(self.coefficients(step)[1] > 0 for step in (first, last))
+
+    def _free_teacher(self) -> None:
+        """Free the models that nothing will ask any more, as far as they are the run's own."""
+        # The anchor may end in the very step in which the coefficient comes to 0: it has been there a step ago.
+        step = self.state.global_step
+        over = self.args.teacher_ends and self.coefficients(max(1, step))[1] == 0
+        if self._teacher_is_freed or not over or self.mode != "train":
+            return
+        self._teacher_is_freed = True
+        for model in [*getattr(self.teacher, "distinct", [self.teacher]), self.reference]:
+            if isinstance(model, FrozenModel):
+                model.free()
+
     def anchor_loss(self, anchor_logps: Tensor, batch: TokenBatch, total: float) -> Tensor:
         """This rank's part of the anchor (Eq. 2): 0-dim, from `(R, T)` log-probs of kept teacher rollouts."""
         args, mask = self.args, batch.completion_mask
@@ -399,7 +436,8 @@ class SGOPDTrainer(GRPOSeam):
 
         That saves time and changes nothing: `_scores` asks for all of them. A local teacher only answers there.
         """
-        return prefetched_scores(self, examples, inherits(type(self), SGOPDTrainer, "score_with_teacher"))
+        known = inherits(type(self), SGOPDTrainer, "score_with_teacher") and self.teacher_counts
+        return prefetched_scores(self, examples, known)
 
     def on_rewards(self, rewards: Tensor) -> None:
         """The verifier's own verdicts, and a1 from them.
@@ -424,6 +462,9 @@ class SGOPDTrainer(GRPOSeam):
             self._examples = examples
             signals["example_index"] = torch.arange(rows, device=self.accelerator.device)
         rollouts = rollouts | signals
+        if not self.teacher_counts:
+            self._free_teacher()
+            return rollouts
         if self.mode == "eval" or not self.objective.momentary:
             return rollouts | self._scores(rollouts | {"examples": examples})
         # Each micro-batch is scored when it is its turn. Only a mean over all rows cannot wait.
@@ -517,6 +558,9 @@ class SGOPDTrainer(GRPOSeam):
             self._before_micro_batch = None
             action()
         inputs = trim_micro_batch(inputs, self.width_multiple)
+        if self.mode == "train" and (self.args.coefs_move or any(self.args.task_reward_coef)):
+            for name, value in zip(("task_reward", "teacher_kl"), self.coefficients(), strict=True):
+                self.metrics.set("train", f"coef/{name}", value)
         if self.mode == "train" and self.objective.momentary and "teacher_logps" not in inputs:
             # Into a copy: the buffer, and a checkpoint of it, stay without. Inner updates ask again.
             inputs = inputs | self._scores(self._with_examples(inputs))
@@ -532,11 +576,14 @@ class SGOPDTrainer(GRPOSeam):
             self.skipped.saw({name: x for name, x in inputs.items() if name not in self.objective.momentary})
         if step is not None and step.alone:
             return self._anchor_only_loss(model, step)
-        if "teacher_logps" not in inputs:  # an evaluation without the teacher
+        if "teacher_logps" not in inputs:  # an evaluation without the teacher, or rewards alone
+            if self.mode == "train":
+                inputs = inputs | {"advantages": self.coefficients()[0] * inputs["advantages"]}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Inner updates read a buffered micro-batch again: what follows is written into a copy. TRL's own advantages
         # are taken out, so that a loss that read them before `policy_forward` has written ours would fail.
         batch = {name: value for name, value in inputs.items() if name != "advantages"}
+        batch["task_advantages"] = inputs["advantages"]
         batch["anchor"] = None if step is None else self._anchor_rows(step)
         if batch["anchor"] is not None:
             self.skipped.saw({"anchor": batch["anchor"]})
@@ -654,9 +701,21 @@ class SGOPDTrainer(GRPOSeam):
             losses, scales = scattered(answer[0], signals.matched), signals.targets.scales
             advantages = core.matched_advantages(advantages, losses, signals.matched, scales, *weights)
             batch["matching"] = core.masked_sum_and_count(losses * scales, signals.matched)
+        task_coef, teacher_coef = self.coefficients()
+        if (task_coef, teacher_coef) != (0.0, 1.0):
+            advantages = self._with_rewards(advantages, batch, task_coef, teacher_coef)
         batch["advantages"] = advantages
         finite = torch.isfinite((logps + advantages).detach())
         batch["not_finite"] = (~finite & (mask != 0)).sum()
+
+    def _with_rewards(self, advantages: Tensor, batch: dict, task_coef: float, teacher_coef: float) -> Tensor:
+        """The advantages `(B, T)` with the rewards' beside the teacher's; with the gradient of a matching loss."""
+        if task_coef == 0:
+            return teacher_coef * advantages
+        drift = batch["signals"].weights.drift
+        return core.mixed_advantages(
+            advantages, batch["task_advantages"], teacher_coef=teacher_coef, task_coef=task_coef, task_weights=drift
+        )
 
     def _without_ratio(self, logps: Tensor, batch: dict) -> Tensor:
         """A probability ratio of 1 at matched tokens, in the inner updates and in vLLM's correction too."""

@@ -29,6 +29,7 @@ NOT_NUMBERS = [math.nan, True, "1.8"]
 CHOICES = {
     "disagree_mode": "'interp', 'interp_lambda', 'preserve', 'grpo', 'cells'",
     "neutral_mode": "'base', 'conflict'",
+    "coef_schedule": "'linear', 'cosine'",
     "distillation_mode": "'sampled_token', 'topk_logits', 'full_logits', 'asymmetric'",
     "stability_norm": "'sequence', 'batch', 'none'",
     "gate_signal": "'verifier', 'random'",
@@ -259,6 +260,10 @@ def test_defaults_are_the_papers() -> None:
         "disagree_interp_beta": 1.0,
         "disagree_cell_lambdas": [1.5, 1.0, 1.0, 1.5],
         "neutral_mode": "base",
+        "task_reward_coef": [0.0],
+        "teacher_kl_coef": [1.0],
+        "coef_schedule": "linear",
+        "coef_phase_end_fracs": [0.0, 1.0],
         "gate_dead_zone": 1e-4,
         "verifier_reward_func": None,
         "verifier_timeout": None,

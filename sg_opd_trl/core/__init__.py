@@ -12,6 +12,7 @@ from sg_opd_trl.core.anchor import (
     separated_prompts,
     separated_schedule,
 )
+from sg_opd_trl.core.coefficients import COEF_SCHEDULES, mixed_advantages, scheduled_coefficient
 from sg_opd_trl.core.diagnostics import (
     MAXIMUM_NAMES,
     METRIC_NAMES,
@@ -60,6 +61,7 @@ from sg_opd_trl.core.weights import (
 __all__ = [
     "ANCHOR_REDUCTIONS",
     "ANCHOR_WEIGHTS",
+    "COEF_SCHEDULES",
     "DISAGREE_MODES",
     "MAXIMUM_NAMES",
     "METRIC_NAMES",
@@ -86,6 +88,7 @@ __all__ = [
     "masked_sum_and_count",
     "matched_advantages",
     "mean_of",
+    "mixed_advantages",
     "modes_without_distribution",
     "modes_without_forward_kl",
     "prefix_importance_weight",
@@ -96,6 +99,7 @@ __all__ = [
     "route_lambdas",
     "routes_need_reference",
     "rows_needing_reference",
+    "scheduled_coefficient",
     "separated_prompts",
     "separated_schedule",
     "sign_consistency_gate",

@@ -15,7 +15,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Only these settings show, in this order; those that a config does not have are passed over.
 _METHOD_FIELDS = (
     "sign_gated_extrapolation", "lambda_high", "lambda_base", "disagree_mode", "disagree_interp_beta",
-    "disagree_cell_lambdas", "neutral_mode", "gate_dead_zone", "verifier_reward_func", "stability_tau",
+    "disagree_cell_lambdas", "neutral_mode", "gate_dead_zone", "verifier_reward_func",
+    "task_reward_coef", "teacher_kl_coef", "coef_schedule", "coef_phase_end_fracs", "stability_tau",
     "stability_norm", "iw_opd_gamma", "drift_gate_tau", "drift_gate_block", "distillation_mode",
     "distillation_topk", "teacher_sampling_enable", "teacher_sampling_ratio", "teacher_sampling_prompts",
     "teacher_num_generations", "teacher_sampling_filter_correct", "teacher_sampling_phase1_end_frac",

@@ -264,6 +264,7 @@ def _initial_student(run: BuildingRun, initial_student: PreTrainedModel | None) 
         return AdapterReference(run.student_scoring, run.accelerator, name, size, run.fused_head)
     if initial_student is not None:
         reference = FrozenModel(initial_student, role="reference", name="initial student")
+        reference.is_ours = True
     else:
         args: Any = run.args  # its JSON strings are dictionaries by now
         path = get_config_model_id(run.model.config)

@@ -203,7 +203,7 @@ class FrozenModel(ModelScorer):
 
     Attributes:
         loaded_from: path or Hub id, revision and options of `from_pretrained`; None for a model given as an object.
-        is_ours: whether the package has loaded the model, so that nobody runs it elsewhere.
+        is_ours: whether the package has loaded or copied the model, so that nobody runs it elsewhere.
     """
 
     loaded_from: tuple[str, str | None, dict] | None = None
@@ -269,6 +269,12 @@ class FrozenModel(ModelScorer):
         self.accelerator, self._head = accelerator, None
         self.model = prepare_frozen_model(self.model, accelerator, on_device=on_device)
 
+    def free(self) -> None:
+        """Give its memory back, for good; a model that the caller gave, or that shards or others hold, stays."""
+        if self.is_ours and not is_sharded(self.accelerator):
+            for weight in self.model.parameters():
+                weight.data = weight.data.new_empty(0)
+
     def _compute_as(self, student: torch.dtype, accelerator: Any) -> None:
         """Carry float32 from layer to layer where the student does and this model's weights are in half precision."""
         own = weights_dtype(self.model)
@@ -327,6 +333,12 @@ class LocalTeacher(FrozenModel):
             )
         super().prepare(accelerator, on_device=on_device, **settings)
         self.host_weights = None if on_device else HostWeights(self.model, accelerator.device)
+
+    def free(self) -> None:
+        """As for any frozen model; the copy on the host too."""
+        super().free()
+        if self.is_ours:
+            self.host_weights = None
 
     def lent(self) -> AbstractContextManager[Any]:
         """Have its weights on the device for the block."""

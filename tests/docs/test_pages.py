@@ -87,7 +87,7 @@ def test_worked_examples_are_what_the_core_computes() -> None:
             assert routed.item() == pytest.approx(float(row[column]), abs=1e-6), (row["#"], column)
 
 
-@pytest.mark.parametrize("module", ["advantage", "anchor", "matching", "routing", "weights"])
+@pytest.mark.parametrize("module", ["advantage", "anchor", "coefficients", "matching", "routing", "weights"])
 def test_methods_page_names_every_equation_of_the_core(module: str) -> None:
     page, owner = read("docs/methods.md"), f"{core.__name__}.{module}"
     names = [name for name in core.__all__ if getattr(getattr(core, name), "__module__", "") == owner]
