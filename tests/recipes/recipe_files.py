@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
@@ -36,7 +37,9 @@ def header(path):
 @cache
 def parse(path, *flags):
     """Once for the many tests that read it. `use_cpu`: bfloat16 recipes are refused where there is no GPU."""
-    return build_settings(read_command_line(["--config", str(path), "--use_cpu", "true", *flags]))
+    # So is a server of rollouts.
+    with patch("sg_opd_trl.config.can_send_weights", return_value=True):
+        return build_settings(read_command_line(["--config", str(path), "--use_cpu", "true", *flags]))
 
 
 def index():
