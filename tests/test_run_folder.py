@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 from test_folder_lock import end, holder
+from tiny import tiny_config
 from two_ranks import launch
 
 from sg_opd_trl import SGOPDConfigError
@@ -47,6 +48,11 @@ def test_what_is_used(tmp_path: Path, files: list[str], used: bool) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"state": "stopped"}))
     with pytest.raises(SGOPDConfigError, match="of a run that stopped"):
         refuse_used(tmp_path)
+
+
+def test_every_machine_that_saves_for_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SGOPDConfigError, match="`save_on_each_node=True` is not supported: all machines share"):
+        tiny_config(tmp_path, save_on_each_node=True)
 
 
 def said(*words: str) -> list[str]:
