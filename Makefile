@@ -1,13 +1,14 @@
 # `make help` lists the targets. Everything below sets up its own virtual environment in $(VENV) first.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-fast reliability soak test-vllm test-real test-distributed test-newest lint format type check bench notebooks showcase docs survey clean distclean
+.PHONY: help install demo test test-all test-fast reliability soak test-vllm test-real test-distributed test-newest test-lowest lint format type check bench notebooks showcase docs survey clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 # Made anew each time: what was newest yesterday is not.
 NEWEST_VENV ?= .venv-newest
+LOWEST_VENV ?= .venv-lowest
 # Extra words for the installation of torch, e.g. the index of its CPU builds.
 TORCH_ARGS ?=
 # Extra words for sg-opd demo and for pytest, e.g. DEMO_ARGS="--seed 1", PYTEST_ARGS="-k gate -x".
@@ -85,6 +86,13 @@ test-newest: ## install the newest release of every dependency but torch in $(NE
 	@$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | grep -vixFf $(CONSTRAINTS) || true
 	$(OFFLINE) OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
+test-lowest: ## install the lowest release of every dependency that setup.cfg allows in $(LOWEST_VENV): contracts, a short training
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install "$(TORCH)" $(TORCH_ARGS)
+	$(LOWEST_VENV)/bin/python -m pip install -e ".[dev]" -c constraints/lowest.txt
+	$(OFFLINE) OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest tests/contract tests/trainer/test_gradient_oracle.py $(PYTEST_ARGS)
+
 reliability: $(VENV)/.installed-dev ## run the tests of docs/reliability.md and print its scoreboard
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/reliability/scoreboard.py -n $(TEST_JOBS) --dist loadfile
 
@@ -130,7 +138,7 @@ clean: ## remove build and tool leftovers
 distclean: clean ## remove the environments as well
 	$(call refuse_another,$(OWNER),VENV)
 	$(call refuse_another,$(VLLM_OWNER),VLLM_VENV)
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(VENV).lock $(VLLM_VENV).lock
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) $(VENV).lock $(VLLM_VENV).lock
 
 define CHECK_PYTHON
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=python3.12 ..."; exit 1; }

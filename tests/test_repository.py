@@ -10,6 +10,7 @@ import sys
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from repository import MODULES, PAGES, ROOT, check_none, code_blocks, lines_with, name_of, read, repository_files
 
 import sg_opd_trl
@@ -101,6 +102,21 @@ def test_pinned_stack_satisfies_the_requirements() -> None:
         assert SpecifierSet(str(requirement.specifier)).contains(pins[requirement.name.lower()]), str(requirement)
         checked += 1
     assert checked > 10
+
+
+def test_lower_bounds_are_those_that_are_tried() -> None:
+    """`make test-lowest` installs constraints/lowest.txt; torch says in setup.cfg that it is another."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", read("constraints/lowest.txt"), flags=re.MULTILINE))
+    declared = requirements("options", "install_requires")
+    for extra in ("peft", "plot", "notebooks", "dev"):
+        declared += requirements("options.extras_require", extra)
+    bounds = {
+        requirement.name.lower(): Version(bound.version)
+        for requirement in declared
+        for bound in requirement.specifier
+        if bound.operator == ">=" and requirement.name != "torch"
+    }
+    assert bounds == {name: Version(version) for name, version in pins.items() if name != "torch"}
 
 
 def test_every_import_of_the_package_is_declared() -> None:
