@@ -19,30 +19,67 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
 import torch
 from harness import ROLLOUTS_PER_PROMPT, Ratio, Shape, arguments, completion_lengths, make_rollouts, progress, show
+from peft import LoraConfig
 from trainers import Setup, distillation, grpo, ours
+from transformers import BitsAndBytesConfig
 
 TRAINERS = {"SG-OPD": ours, "TRL GRPO": grpo, "TRL Distillation": distillation}
-#: Of ours, by what is special about them.
-SETTINGS: dict[str, Callable[[Setup], Any]] = {
-    name: partial(ours, **settings)
-    for name, settings in {
-        "sampled_token": {},
-        "topk_logits": {"distillation_mode": "topk_logits"},
-        "full_logits": {"distillation_mode": "full_logits"},
-        "gradient_checkpointing": {"gradient_checkpointing": True},
-    }.items()
-}
 MEGABYTE = 2**20
 # glibc raises its threshold for blocks of their own with every block that is freed, unless it is set.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MEGABYTE), "MALLOC_TRIM_THRESHOLD_": str(MEGABYTE)}
+
+
+def saved(setup: Setup, *roles: str) -> Setup:
+    """The same with models of these roles as the path of one folder, the student's; the others are objects."""
+    folder = tempfile.mkdtemp()
+    setup.student().save_pretrained(folder)
+    setup.tokenizer().save_pretrained(folder)
+    build = {"student": setup.student, "teacher": setup.teacher} | dict.fromkeys(roles, lambda: folder)
+    return replace(setup, build=lambda role: build[role]())
+
+
+def adapters(setup: Setup, *paths: str, bits: dict | None = None, **settings: Any) -> Any:
+    """A student of which adapters on all linear layers are trained; of a quantized one too, where `bits` says how."""
+    arguments: dict[str, Any] = {"peft_config": LoraConfig(target_modules="all-linear", r=8, task_type="CAUSAL_LM")}
+    if bits:
+        arguments["quantization_config"] = BitsAndBytesConfig(**bits)
+    return ours(saved(setup, *paths), arguments, **settings)
+
+
+def fewer_bits(setup: Setup, **bits: Any) -> Any:
+    """A teacher in four or eight bits."""
+    options = {"quantization_config": {"quant_method": "bitsandbytes", **bits}}
+    return ours(saved(setup, "teacher"), teacher_model_init_kwargs=options)
+
+
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+#: Of ours, by what is special about them; those in fewer bits only where bitsandbytes is installed.
+SETTINGS: dict[str, Callable[[Setup], Any]] = {
+    "sampled_token": ours,
+    "topk_logits": partial(ours, distillation_mode="topk_logits"),
+    "full_logits": partial(ours, distillation_mode="full_logits"),
+    "gradient_checkpointing": partial(ours, gradient_checkpointing=True),
+    "LoRA, the base as reference": lambda setup: adapters(setup, "student"),
+    "LoRA, the base as reference and teacher": lambda setup: adapters(setup, "student", "teacher"),
+}
+IN_FEWER_BITS: dict[str, Callable[[Setup], Any]] = {
+    "QLoRA, the base as reference": lambda setup: adapters(setup, "student", bits=FOUR_BITS),
+    "QLoRA, the base as reference and teacher": lambda setup: adapters(setup, "student", "teacher", bits=FOUR_BITS),
+    "teacher in 4 bits": partial(fewer_bits, **FOUR_BITS),
+    "teacher in 8 bits": partial(fewer_bits, load_in_8bit=True),
+}
+SETTINGS |= IN_FEWER_BITS if find_spec("bitsandbytes") else {}
 
 
 class ResidentPeak:
@@ -167,23 +204,23 @@ def by_settings(args: Any) -> None:
         Ratio(name, used["peak"] / first, "", f"{used['peak']:.0f} MB above {used['models']:.0f} MB of models")
         for name, used in results.items()
     ]
-    show("memory by settings", ratios, {"megabytes": results, "settings": vars(args)})
+    show("memory", ratios, {"megabytes": results, "settings": vars(args)})
 
 
 def by_length(args: Any) -> None:
-    """Each length over the one before it, gradients left out: they do not grow."""
+    """Each length over the one before it."""
     used = {length: run_case(args, "SG-OPD", length) for length in progress(args.lengths, "memory")}
-    grown = {length: result["peak"] - result["gradients"] for length, result in used.items()}
+    peaks = {length: result["peak"] for length, result in used.items()}
     ratios = [
         Ratio(
             f"{longer} / {length} tokens",
-            grown[longer] / grown[length],
+            peaks[longer] / peaks[length],
             f"<= {longer / length:g}",
-            f"{grown[longer]:.0f} MB / {grown[length]:.0f} MB",
+            f"{peaks[longer]:.0f} MB / {peaks[length]:.0f} MB, {used[length]['gradients']:.0f} MB are gradients",
         )
         for length, longer in itertools.pairwise(args.lengths)
     ]
-    show("memory by length", ratios, {"megabytes": used, "settings": vars(args)})
+    show("memory", ratios, {"megabytes": used, "settings": vars(args)})
 
 
 def detail(used: dict[str, float], other: str) -> str:

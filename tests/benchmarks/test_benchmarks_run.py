@@ -105,6 +105,23 @@ def test_benchmark_of_random_models(name: str, tmp_path: Path) -> None:
         assert None not in result["ratios"].values()
 
 
+def test_memory_by_length(tmp_path: Path) -> None:
+    flags = ["--threads", "1", *SHAPE, "--by", "length", "--lengths", "16", "32"]
+    result = check_output("memory", run("memory", flags, tmp_path))
+    assert list(result["ratios"]) == ["32 / 16 tokens"]
+
+
+def test_memory_of_a_base_that_is_reference_and_teacher(tmp_path: Path) -> None:
+    """All weights of the run are those of one model and its adapters; gradients are the adapters' alone."""
+    flags = ["--threads", "1", *SHAPE, "--by", "settings", "--rows", "8", "--lengths", "16"]
+    only = ["--only", "LoRA, the base as reference and teacher"]
+    used = json.loads(run("memory", [*flags, *only], tmp_path).splitlines()[-1])
+    # Two tables of 512 x 64, attention with one head of 64 and norms, an MLP of 192: 4 bytes each, without adapters.
+    base = 4 * (2 * 512 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 5 * 64)
+    assert used["models"] == pytest.approx(base / 2**20 + used["gradients"], rel=1e-3)
+    assert 0 < used["gradients"] < 0.2 * used["models"]
+
+
 @pytest.mark.parametrize("name", BUILT_IN_TASK)
 def test_benchmark_of_the_built_in_task(name: str, task: Task, tmp_path: Path) -> None:
     result = check_output(name, run(name, ["--threads", "1", *BUILT_IN_TASK[name], *task.flags], tmp_path))
