@@ -149,7 +149,6 @@ def test_what_is_said_of_an_offline_hub_and_of_a_missing_folder(tiny_recipe, cap
             ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"no_such": 3}'],
             ["`lr_scheduler_kwargs`", "no_such"],
         ),
-        (["--use_peft", "--load_in_4bit", "true"], ["`load_in_4bit`"]),
         (["--attn_implementation", "flash_attention_2"], ["`attn_implementation`"]),
         (["--attn_implementation", "no_such_attention"], ["`attn_implementation`"]),
         (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "cosin"]),
@@ -180,6 +179,11 @@ def test_what_is_said_of_an_offline_hub_and_of_a_missing_folder(tiny_recipe, cap
 )
 def test_a_careless_flag_of_train(tiny_recipe, capsys, flags, named):
     one_message(capsys, ["train", "--config", tiny_recipe, *flags], *named)
+
+
+def test_four_bits_without_bitsandbytes(tiny_recipe, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    one_message(capsys, ["train", "--config", tiny_recipe, "--use_peft", "--load_in_4bit", "true"], "`load_in_4bit`")
 
 
 def test_recipes_that_cannot_be_read(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """A student in four bits (QLoRA): what it trains, its base as reference and as teacher, and what is saved and loaded.
 
-bitsandbytes computes on a CPU; its wheel is 43 MB, so that most environments of the tests are without it.
+bitsandbytes computes on a CPU too.
 """
 
 import logging
