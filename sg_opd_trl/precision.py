@@ -13,11 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers.utils import import_utils
 
 from .errors import SGOPDConfigError
 
 logger = logging.getLogger(__name__)
+
+# Of each weight's values, and the share of lost updates from which they are told (our choices).
+_LOOKED_AT = 1 << 16
+_NOTABLE = 0.5
 
 
 def accelerator_has_bf16() -> bool:
@@ -123,4 +128,34 @@ def check_trained_dtype(model: torch.nn.Module) -> None:
             f"`dtype` must not be float16 where weights are trained, got {coarse} of the student in it. Gradients and "
             "updates below 6e-8 are 0 in float16, without a word, and the scaler of `fp16` takes float32 weights "
             "only. Set dtype to float32, with fp16=True if the forward is to be in float16, or to bfloat16."
+        )
+
+
+@torch.no_grad()
+def lost_updates(model: torch.nn.Module, update: float) -> float:
+    """Share of the weights trained in bfloat16 that an update of this size leaves as they are, from a part of each."""
+    lost = total = 0.0
+    for each in model.parameters():
+        if each.requires_grad and each.dtype == torch.bfloat16 and each.numel():
+            part = each.detach().flatten()[:_LOOKED_AT]
+            # Up and down: beside a power of two the values of bfloat16 are closer on one side.
+            still = torch.stack([(part.float() + step).to(torch.bfloat16) == part for step in (update, -update)])
+            lost += each.numel() * float(still.float().mean())
+            total += each.numel()
+    return lost / total if total else 0.0
+
+
+def tell_lost_updates(model: torch.nn.Module, args: Any, distributed_type: DistributedType) -> None:
+    """Warn of a student most of whose updates round to nothing."""
+    # These hold the weights that they train in float32.
+    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        return
+    share = lost_updates(model, args.learning_rate)
+    if share > _NOTABLE:
+        logger.warning(
+            "`dtype` is bfloat16 and `learning_rate` is %g, the size of AdamW's update of a weight: %.0f%% of the "
+            "student's trained weights do not move by so little in bfloat16, and nothing of it adds up. Set dtype to "
+            "float32, with bf16=True for a forward in bfloat16, or train with LoRA, whose adapters are in float32.",
+            args.learning_rate,
+            100 * share,
         )

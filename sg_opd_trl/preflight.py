@@ -28,7 +28,7 @@ from .models.context import bounds_of
 from .models.forward import dropout_of, largest_dropout
 from .models.internals import inner_model
 from .models.sampling import check_generation_kwargs, own_settings
-from .precision import check_trained_dtype
+from .precision import check_trained_dtype, tell_lost_updates
 from .random_state import forked_random_state
 from .run import Run
 from .student_files import check_student
@@ -350,6 +350,7 @@ def check_run(run: PreparedRun) -> None:
     # Not a check, but it has its place here: the reference's adapter exists by now, the teacher's does not yet.
     if hasattr(student, "peft_config") and REFERENCE_ADAPTER in student.peft_config:
         save_without_reference(student)
+    tell_lost_updates(student, args, run.accelerator.distributed_type)
     _settle_dropout(args, student)
     _warn_of_own_settings(args, student)
     warn_of_a_gate_without_drift(args)

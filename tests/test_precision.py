@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from repository import PATIENCE, ROOT, python_path
+from tiny import tiny_model, tiny_trainer
 from transformers import training_args
 from transformers.utils import import_utils
 from trl import GRPOConfig
@@ -135,3 +136,28 @@ def test_another_value_of_the_switch_is_refused(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "must be 0 or 1, got 'yes'" in done.stderr
+
+
+def test_updates_that_bfloat16_loses() -> None:
+    """AdamW itself is the oracle: which weights did not move in a first step, whose updates are the learning rate."""
+    torch.manual_seed(0)
+    for rate in (1e-5, 1e-3):
+        layer = torch.nn.Linear(64, 64).to(torch.bfloat16)
+        expected = precision.lost_updates(layer, rate)
+        before = [weight.detach().clone() for weight in layer.parameters()]
+        (layer(torch.randn(8, 64, dtype=torch.bfloat16)) * torch.randn(8, 64)).sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.0).step()
+        still = sum(int((one == other).sum()) for one, other in zip(before, layer.parameters(), strict=True))
+        assert still / sum(weight.numel() for weight in before) == pytest.approx(expected, abs=0.02)
+    assert precision.lost_updates(torch.nn.Linear(64, 64), 1e-5) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "told"),
+    [(torch.bfloat16, 1e-5, True), (torch.bfloat16, 1e-2, False), (torch.float32, 1e-5, False)],
+)
+def test_a_student_that_would_not_move_is_told(
+    dtype: torch.dtype, rate: float, told: bool, tmp_path: Path, caplog: Any
+) -> None:
+    tiny_trainer(tmp_path, settings={"learning_rate": rate}, model=tiny_model(0).to(dtype))
+    assert ("do not move by so little in bfloat16" in caplog.text) is told

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..checkpoints import check_checkpoint, newest_whole_checkpoint
 from ..ending import kept
-from ..precision import check_trained_dtype, train_in_float32
+from ..precision import check_trained_dtype, tell_lost_updates, train_in_float32
 from ..run_folder import is_owned, read_resume
 from ..trl_seam import WholeFiles, keep_base_weights
 
@@ -17,6 +17,7 @@ class KeptTrainer(WholeFiles):
         super().__init__(*args, **kwargs)
         train_in_float32(self.model, {})
         check_trained_dtype(self.model)
+        tell_lost_updates(self.model, self.args, self.accelerator.distributed_type)
         engine = getattr(self, "vllm_generation", None)
         if engine is not None:
             keep_base_weights(engine)
