@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from .random_state import RandomState
-from .ranks import PATIENCE, LinkedRun, Ranks, ending_together, is_of_a_checkpoint
+from .ranks import PATIENCE, LinkedRun, Ranks, ending_together, is_of_a_checkpoint, naming_the_gone
 from .skipped_steps import weight_that_is_not_finite
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def kept(run: "SavedRun") -> Iterator[None]:
     run.add_callback(last)
     try:
         # Around the keeping too, which another signal would end.
-        with _stopping(last), ending_together(run) as ranks, _keeping(run, last, ranks):
+        with _stopping(last), ending_together(run) as ranks, _keeping(run, last, ranks), naming_the_gone(run):
             yield
     finally:
         run.remove_callback(last)

@@ -59,12 +59,7 @@ class Ranks:
         try:
             words = self.exchange("")
         except RuntimeError as error:
-            raise RankError(
-                f"Another rank has gone without a word in step {self._run.state.global_step + 1}: it was killed, by "
-                f"the system for its memory perhaps, or with its machine, or it hangs for more than `ddp_timeout`. "
-                f"Look at what it said last. Raise `ddp_timeout` if a step may take that long. ({error})",
-                kind="the end of another rank",
-            ) from error
+            raise _gone(self._run, error) from error
         if any(words):
             raise RankError(**json.loads(next(word for word in words if word)), told=True)
 
@@ -110,6 +105,31 @@ class Ranks:
     def leave(self) -> None:
         """Nothing more is said."""
         dist.destroy_process_group(self._group)
+
+
+def _gone(run: Run, error: Exception) -> RankError:
+    return RankError(
+        f"Another rank has gone without a word in step {run.state.global_step + 1}: it was killed, by the system for "
+        f"its memory perhaps, or with its machine, or it hangs for more than `ddp_timeout`. Look at what it said "
+        f"last. Raise `ddp_timeout` if a step may take that long. ({error})",
+        kind="the end of another rank",
+    )
+
+
+def is_of_an_exchange(error: BaseException) -> bool:
+    """Whether processes did not find, or have lost, each other: gloo has no class of its own for that."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+@contextmanager
+def naming_the_gone(run: LinkedRun) -> Iterator[None]:
+    """Say of a rank that is gone in the middle of an exchange what `Ranks.check` says of one that is gone before."""
+    try:
+        yield
+    except RuntimeError as error:
+        if run.accelerator.num_processes == 1 or isinstance(error, RankError) or not is_of_an_exchange(error):
+            raise
+        raise _gone(run, error) from error
 
 
 def is_of_a_checkpoint(error: BaseException) -> bool:

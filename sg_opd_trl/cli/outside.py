@@ -129,9 +129,9 @@ def explained(settings: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
 
 def lost_processes(error: Exception) -> str | None:
     """What to do where processes did not find each other; None for an error of another kind."""
-    from torch.distributed import DistError
+    from ..ranks import is_of_an_exchange
 
-    if not isinstance(error, DistError) and "gloo" not in str(error).lower():
+    if not is_of_an_exchange(error):
         return None
     rank, size, address, port = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     return (

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,27 @@ def addresses() -> None:
             pytest.skip(f"{address} is not an address of this machine")
 
 
+class Hold:
+    """Has the teacher's answers wait from the moment that a file is there, until they are let go."""
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self.over = threading.Event()
+
+    def wait(self) -> None:
+        if self.file is not None and self.file.exists():
+            self.over.wait(PATIENCE)
+
+
 @pytest.fixture
-def recipe(tiny, tiny_recipe: Path) -> Iterator[Path]:
+def hold() -> Iterator[Hold]:
+    hold = Hold()
+    yield hold
+    hold.over.set()
+
+
+@pytest.fixture
+def recipe(tiny, tiny_recipe: Path, hold: Hold) -> Iterator[Path]:
     """Of a run whose teacher is served from the third address."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.teacher)
     server = model_server(
@@ -59,6 +79,8 @@ def recipe(tiny, tiny_recipe: Path) -> Iterator[Path]:
         model=tiny.teacher,
         host=TEACHER,
     )
+    answer = server.logps
+    server.logps = lambda ids: (hold.wait(), answer(ids))[1]
     with server:
         lines = tiny_recipe.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.partition(":")[0] not in SETTINGS]
@@ -126,16 +148,20 @@ def logged(folder: Path) -> list[dict]:
     return [{name: entry[name] for name in entry if "time" not in name} for entry in entries if "loss" in entry]
 
 
-def test_a_machine_that_dies_and_comes_back(recipe: Path, tmp_path: Path) -> None:
+def test_a_machine_that_dies_and_comes_back(recipe: Path, hold: Hold, tmp_path: Path) -> None:
     words = ("--config", str(recipe), "--output_dir")
     one, two = tmp_path / "one machine", tmp_path / "two machines"
     run([torchrun("--standalone", "--nproc-per-node", "2")], *words, str(one), logs=tmp_path)
 
+    # The step after the checkpoint waits for the teacher, so that the machine dies in it.
+    hold.file = two / "checkpoint-2"
     with started(agents(free_port()), *words, str(two), logs=tmp_path) as machines:
         end = time.monotonic() + PATIENCE
         while not (two / "checkpoint-2").exists() and time.monotonic() < end:
             time.sleep(0.01)
         kill(machines[1])
+        hold.file = None
+        hold.over.set()
         assert machines[0].wait(A_MINUTE) != 0
     said = (tmp_path / "machine 0.txt").read_text()
     assert "Another rank has gone without a word" in said, said

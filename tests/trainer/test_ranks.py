@@ -2,11 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from two_ranks import launch
 
 from sg_opd_trl.checkpoints import check_checkpoint
+from sg_opd_trl.errors import RankError
+from sg_opd_trl.ranks import naming_the_gone
 
 from . import ranks_script as script
 
@@ -78,3 +83,33 @@ def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     assert noticed or "closing signal SIGTERM" in done.stderr, done.stderr[-4000:]
     assert "Signal 9 (SIGKILL)" in done.stderr
     check_checkpoint(tmp_path / f"checkpoint-{script.STEPS}")
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:49201"
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "named"),
+    [
+        (RuntimeError(GLOO), 2, True),
+        (torch.distributed.DistBackendError("NCCL error"), 2, True),
+        (RuntimeError(GLOO), 1, False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2, False),
+        (RankError("Rank 1 has ended the run", kind="a test", told=True), 2, False),
+    ],
+)
+def test_a_rank_that_is_gone_in_the_middle_of_an_exchange_is_named(
+    error: RuntimeError, processes: int, named: bool
+) -> None:
+    """What the exchange itself raises: a rank may be killed after it has said that it is well."""
+    run: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=processes), state=SimpleNamespace(global_step=2)
+    )
+    with pytest.raises(RuntimeError) as caught, naming_the_gone(run):
+        raise error
+    if named:
+        assert isinstance(caught.value, RankError)
+        assert "Another rank has gone without a word in step 3" in str(caught.value)
+        assert caught.value.__cause__ is error
+    else:
+        assert caught.value is error
