@@ -20,8 +20,10 @@ trap 'kill -TERM $first $second' TERM
 wait $first; status=$?
 # A signal ends a wait.
 wait $first $second; exit $status""",
-    "sg-opd": """echo "sg-opd $*" >> "$SAID"
-if [ -n "$SLOW" ]; then trap 'echo ended >> "$SAID"; exit 143' TERM; for _ in $(seq 600); do sleep 0.1; done; fi
+    # Says that it runs when whoever has started it is ready for signals, too.
+    "sg-opd": """if [ -n "$SLOW" ]; then trap 'echo ended >> "$SAID"; exit 143' TERM; sleep 1; fi
+echo "sg-opd $*" >> "$SAID"
+if [ -n "$SLOW" ]; then for _ in $(seq 600); do sleep 0.1; done; fi
 exit "${STATUS:-0}\"""",
 }
 
