@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_data, tiny_model, tiny_tokenizer, tiny_traine
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 from trl import GRPOConfig
 
-from sg_opd_trl import DataError, SGOPDConfigError, TeacherAnchorCallback, TeacherError
+from sg_opd_trl import DataError, SGOPDConfigError, TeacherAnchorCallback, TeacherError, config
 from sg_opd_trl.cli.parsing import build_settings, read_command_line
 from sg_opd_trl.preflight import check_prompt_room, check_rollout_engine, warn_of_a_gate_without_drift
 
@@ -389,7 +389,13 @@ def test_a_context_without_room_for_a_prompt(tmp_path: Path) -> None:
     tiny_config(tmp_path, vllm_max_model_length=6)
 
 
-def test_the_context_of_a_server_is_its_own(tmp_path: Path) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one no weights reach a server."""
+    monkeypatch.setattr(config, "can_send_weights", lambda config: True)
+
+
+def test_the_context_of_a_server_is_its_own(gpu: None, tmp_path: Path) -> None:
     tiny_config(tmp_path, use_vllm=True, vllm_mode="server", vllm_max_model_length=6)
 
 
@@ -420,14 +426,14 @@ def test_accepted(tmp_path: Path, mode: str) -> None:
     tiny_config(tmp_path, **COLOCATED, **bounds, vllm_importance_sampling_mode=mode, vllm_max_model_length=7)
 
 
-def test_prompts_and_completions_fit_exactly_or_not_at_all(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=16)
-    check_prompt_room(config, 10, "prompts")
+def test_prompts_and_completions_fit_exactly_or_not_at_all(gpu: None, tmp_path: Path) -> None:
+    args = tiny_config(tmp_path, **COLOCATED, vllm_max_model_length=16)
+    check_prompt_room(args, 10, "prompts")
     with pytest.raises(SGOPDConfigError, match=r"at least 17, got 16: prompts and `max_completion_length` take"):
-        check_prompt_room(config, 11, "prompts")
-    check_prompt_room(config, None, "prompts")
-    config.vllm_mode = "server"
-    check_prompt_room(config, 11, "prompts")
+        check_prompt_room(args, 11, "prompts")
+    check_prompt_room(args, None, "prompts")
+    args.vllm_mode = "server"
+    check_prompt_room(args, 11, "prompts")
 
 
 def test_prompts_of_the_data_set(tmp_path: Path) -> None:
