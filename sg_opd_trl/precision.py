@@ -145,10 +145,11 @@ def lost_updates(model: torch.nn.Module, update: float) -> float:
     return lost / total if total else 0.0
 
 
-def tell_lost_updates(model: torch.nn.Module, args: Any, distributed_type: DistributedType) -> None:
+def tell_lost_updates(model: torch.nn.Module, args: Any, accelerator: Any) -> None:
     """Warn of a student most of whose updates round to nothing."""
-    # These hold the weights that they train in float32.
-    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    # In mixed precision these hold the weights that they train in float32.
+    if sharded and accelerator.mixed_precision != "no":
         return
     share = lost_updates(model, args.learning_rate)
     if share > _NOTABLE:

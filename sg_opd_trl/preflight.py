@@ -350,7 +350,7 @@ def check_run(run: PreparedRun) -> None:
     # Not a check, but it has its place here: the reference's adapter exists by now, the teacher's does not yet.
     if hasattr(student, "peft_config") and REFERENCE_ADAPTER in student.peft_config:
         save_without_reference(student)
-    tell_lost_updates(student, args, run.accelerator.distributed_type)
+    tell_lost_updates(student, args, run.accelerator)
     _settle_dropout(args, student)
     _warn_of_own_settings(args, student)
     warn_of_a_gate_without_drift(args)

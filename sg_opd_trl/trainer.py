@@ -242,7 +242,6 @@ class SGOPDTrainer(GRPOSeam):
         self._tokens_before: Sequence[int] = (0, 0)
         self.identity = {}
         self._own_folder: Path | None = None
-        self._teacher_is_freed = False
         super().__init__(
             model=model,
             reward_funcs=bounded(reward_funcs, args.verifier_timeout),
@@ -380,6 +379,16 @@ class SGOPDTrainer(GRPOSeam):
             return torch.ones_like(verifier_advantages, dtype=torch.bool)
         return core.rows_needing_reference(verifier_advantages, self.args.open_routes)
 
+    def anchor_loss(self, anchor_logps: Tensor, batch: TokenBatch, total: float) -> Tensor:
+        """This rank's part of the anchor (Eq. 2): 0-dim, from `(R, T)` log-probs of kept teacher rollouts."""
+        args, mask = self.args, batch.completion_mask
+        # Of all rows: those that are not kept were left out when the step was filled.
+        kept = torch.ones(len(batch), dtype=torch.bool, device=mask.device)
+        weights = core.anchor_token_weights(anchor_logps, mask, args.teacher_sft_phi)
+        return core.anchor_cross_entropy(
+            anchor_logps, mask, kept, weights, reduction=args.teacher_sft_reduction, total=total
+        )
+
     # === coefficients: how much rewards and teacher count ========================================================
     def coefficients(self, step: int | None = None) -> tuple[float, float]:
         """w_r of the rewards and w_t of the teacher at an optimizer step, counted from 1; default: that under way."""
@@ -406,24 +415,13 @@ class SGOPDTrainer(GRPOSeam):
     def _free_teacher(self) -> None:
         """Free the models that nothing will ask any more, as far as they are the run's own."""
         # The anchor may end in the very step in which the coefficient comes to 0: it has been there a step ago.
-        step = self.state.global_step
-        over = self.args.teacher_ends and self.coefficients(max(1, step))[1] == 0
-        if self._teacher_is_freed or not over or self.mode != "train":
+        # Outside of a training, whoever looks at the run asks the teacher once more.
+        over = self.args.teacher_ends and self.coefficients(max(1, self.state.global_step))[1] == 0
+        if not over or not self.is_in_train:
             return
-        self._teacher_is_freed = True
         for model in [*getattr(self.teacher, "distinct", [self.teacher]), self.reference]:
             if isinstance(model, FrozenModel):
                 model.free()
-
-    def anchor_loss(self, anchor_logps: Tensor, batch: TokenBatch, total: float) -> Tensor:
-        """This rank's part of the anchor (Eq. 2): 0-dim, from `(R, T)` log-probs of kept teacher rollouts."""
-        args, mask = self.args, batch.completion_mask
-        # Of all rows: those that are not kept were left out when the step was filled.
-        kept = torch.ones(len(batch), dtype=torch.bool, device=mask.device)
-        weights = core.anchor_token_weights(anchor_logps, mask, args.teacher_sft_phi)
-        return core.anchor_cross_entropy(
-            anchor_logps, mask, kept, weights, reduction=args.teacher_sft_reduction, total=total
-        )
 
     # === rollouts and their scores: once per generation batch ====================================================
     @property
@@ -703,19 +701,16 @@ class SGOPDTrainer(GRPOSeam):
             batch["matching"] = core.masked_sum_and_count(losses * scales, signals.matched)
         task_coef, teacher_coef = self.coefficients()
         if (task_coef, teacher_coef) != (0.0, 1.0):
-            advantages = self._with_rewards(advantages, batch, task_coef, teacher_coef)
+            advantages = core.mixed_advantages(
+                advantages,
+                batch["task_advantages"],
+                teacher_coef=teacher_coef,
+                task_coef=task_coef,
+                task_weights=signals.weights.drift,
+            )
         batch["advantages"] = advantages
         finite = torch.isfinite((logps + advantages).detach())
         batch["not_finite"] = (~finite & (mask != 0)).sum()
-
-    def _with_rewards(self, advantages: Tensor, batch: dict, task_coef: float, teacher_coef: float) -> Tensor:
-        """The advantages `(B, T)` with the rewards' beside the teacher's; with the gradient of a matching loss."""
-        if task_coef == 0:
-            return teacher_coef * advantages
-        drift = batch["signals"].weights.drift
-        return core.mixed_advantages(
-            advantages, batch["task_advantages"], teacher_coef=teacher_coef, task_coef=task_coef, task_weights=drift
-        )
 
     def _without_ratio(self, logps: Tensor, batch: dict) -> Tensor:
         """A probability ratio of 1 at matched tokens, in the inner updates and in vLLM's correction too."""

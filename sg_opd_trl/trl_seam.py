@@ -46,7 +46,7 @@ from trl.trainer.utils import (  # noqa: F401
 
 from .checkpoints import ASIDE, check_room, complete, told_of_a_full_disk
 from .data import flat_prompt, without_images
-from .errors import RankError
+from .errors import RankError, SGOPDConfigError
 from .evaluation_shares import EvenShares
 from .hub import check_may_write, is_of_the_hub, not_pushed, tell_if_failed, tell_of_a_checkpoint, unusable, upload_run
 from .models.context import check_rows_fit
@@ -66,6 +66,7 @@ from .models.head import OutputHead
 from .models.internals import inner_model
 from .models.sampling import END_TOKENS, end_tokens, without_own_settings
 from .own_rollouts import checked_rollouts
+from .precision import is_quantized
 from .random_state import forked_random_state
 from .saved_card import without_local_base
 from .skipped_steps import check_weights_are_finite, own_part
@@ -753,7 +754,16 @@ def keep_base_weights(engine: Any) -> None:
 
     Args:
         engine: TRL's `VLLMGeneration`, changed in place.
+
+    Raises:
+        SGOPDConfigError: a base in four or eight bits, whose packed weights TRL would hand over.
     """
+    if is_quantized(engine.model):
+        raise SGOPDConfigError(
+            "`use_vllm` must be False with a student in four or eight bits, got True. TRL hands vLLM the packed "
+            "weights, and merging adapters into them rounds the base anew each time. Leave use_vllm out, or load the "
+            "student in bfloat16 (with use_peft: true, without load_in_4bit)."
+        )
     if not hasattr(engine.model, "peft_config"):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer

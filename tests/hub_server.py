@@ -7,12 +7,13 @@
 import base64
 import json
 import re
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import answering
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 
@@ -38,14 +39,8 @@ class Hub(ThreadingHTTPServer):
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with answering(hub):
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -17,7 +17,7 @@ class KeptTrainer(WholeFiles):
         super().__init__(*args, **kwargs)
         train_in_float32(self.model, {})
         check_trained_dtype(self.model)
-        tell_lost_updates(self.model, self.args, self.accelerator.distributed_type)
+        tell_lost_updates(self.model, self.args, self.accelerator)
         engine = getattr(self, "vllm_generation", None)
         if engine is not None:
             keep_base_weights(engine)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sg_opd_trl.core._checks import checked, number, one_of, positive
+from sg_opd_trl.core._phases import phase_end
 
 ANCHOR_WEIGHTS = ("none", "chord", "dft")
 ANCHOR_REDUCTIONS = ("token_mean", "seq_mean", "sum")
@@ -197,7 +198,7 @@ def anchor_schedule(
         reason="Phase 2 follows phase 1. Set it to a share of the run at or after `phase1_end_frac`.",
     )
     follows("phase2_end_frac", phase2_end_frac)
-    phase1_end, phase2_end = _phase_end(phase1_end_frac, total_steps), _phase_end(phase2_end_frac, total_steps)
+    phase1_end, phase2_end = phase_end(phase1_end_frac, total_steps), phase_end(phase2_end_frac, total_steps)
     if step <= phase1_end:
         return float(alpha_start)
     if step > phase2_end:
@@ -266,15 +267,10 @@ def separated_prompts(
     """
     fractions = (phase1_end_frac, phase2_end_frac)
     anchor_schedule(step, total_steps, *fractions, alpha_start, alpha_end)  # refuses what is out of range
-    stage, end = (_phase_end(share, total_steps) for share in fractions)
+    stage, end = (phase_end(share, total_steps) for share in fractions)
     # Only the last step of phase 2 may have an alpha of 0.
     last = anchor_schedule(max(1, end), total_steps, *fractions, alpha_start, alpha_end)
     prompts = per_step * (end if last > 0 else max(0, end - 1))
     if step > stage:
         return prompts, prompts
     return prompts * (step - 1) // stage, prompts * step // stage
-
-
-def _phase_end(share: float, total_steps: int) -> int:
-    """Last step of a phase; the small number saves 0.3 of 10 from ending at 2."""
-    return math.floor(share * total_steps + 1e-9)

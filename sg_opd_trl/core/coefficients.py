@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sg_opd_trl.core._checks import checked, number, one_of
-from sg_opd_trl.core.anchor import _phase_end
+from sg_opd_trl.core._phases import phase_end
 
 COEF_SCHEDULES = ("linear", "cosine")
+_WEIGHT = number(0.0, reason="It weighs rewards against the teacher. Set it to 1, say.")
+_SHARE = number(0.0, 1.0, reason="Set it to a share of the run.")
 
 
 @checked(
@@ -42,8 +44,12 @@ def scheduled_coefficient(
     Raises:
         ValueError: A number or a name is out of range.
     """
+    for place, value in enumerate(values):
+        _WEIGHT(f"values[{place}]", value)
+    for place, share in enumerate(phase_end_fracs):
+        _SHARE(f"phase_end_fracs[{place}]", share)
     start, end = values[0], values[-1]
-    first, last = (_phase_end(share, total_steps) for share in phase_end_fracs)
+    first, last = (phase_end(share, total_steps) for share in phase_end_fracs)
     if step <= first:
         return float(start)
     if step > last:
@@ -80,7 +86,7 @@ def mixed_advantages(
         task_weights: `(B, T)` weights that count for a1r too, as the drift gate's.
 
     Returns:
-        `(B, T)`, detached.
+        `(B, T)`, with the gradient that T has: of a loss over distributions.
 
     Raises:
         TypeError: An argument is not a floating tensor.
@@ -90,4 +96,4 @@ def mixed_advantages(
     task = (task if task.dim() == 2 else task.unsqueeze(1)).expand_as(teacher_advantages)
     if task_weights is not None:
         task = task * task_weights.detach()
-    return teacher_coef * teacher_advantages.detach() + task_coef * task
+    return teacher_coef * teacher_advantages + task_coef * task

@@ -204,10 +204,12 @@ class FrozenModel(ModelScorer):
     Attributes:
         loaded_from: path or Hub id, revision and options of `from_pretrained`; None for a model given as an object.
         is_ours: whether the package has loaded or copied the model, so that nobody runs it elsewhere.
+        is_freed: whether its weights are gone, see `free`.
     """
 
     loaded_from: tuple[str, str | None, dict] | None = None
     is_ours: bool = False
+    is_freed: bool = False
 
     def __init__(self, model: PreTrainedModel, *, role: str, name: str | None = None) -> None:
         own_forward(model)
@@ -271,9 +273,24 @@ class FrozenModel(ModelScorer):
 
     def free(self) -> None:
         """Give its memory back, for good; a model that the caller gave, or that shards or others hold, stays."""
-        if self.is_ours and not is_sharded(self.accelerator):
-            for weight in self.model.parameters():
-                weight.data = weight.data.new_empty(0)
+        if self.is_freed or not self.is_ours or is_sharded(self.accelerator):
+            return
+        self.is_freed, self._head = True, None
+        for weight in self.model.parameters():
+            weight.data = weight.data.new_empty(0)
+
+    def lent(self) -> AbstractContextManager[Any]:
+        """Its model, which is there all the time until it is freed.
+
+        Raises:
+            SGOPDConfigError: it is.
+        """
+        if self.is_freed:
+            raise SGOPDConfigError(
+                f"`teacher_kl_coef` had come to 0, and with it the {self.role} {self.identity['name']} was freed, "
+                "which is asked again. Build the trainer anew for another run."
+            )
+        return super().lent()
 
     def _compute_as(self, student: torch.dtype, accelerator: Any) -> None:
         """Carry float32 from layer to layer where the student does and this model's weights are in half precision."""
@@ -337,11 +354,12 @@ class LocalTeacher(FrozenModel):
     def free(self) -> None:
         """As for any frozen model; the copy on the host too."""
         super().free()
-        if self.is_ours:
+        if self.is_freed:
             self.host_weights = None
 
     def lent(self) -> AbstractContextManager[Any]:
         """Have its weights on the device for the block."""
+        super().lent()  # raises where there are none
         return self._on_device()
 
     def _on_device(self) -> AbstractContextManager[Any]:

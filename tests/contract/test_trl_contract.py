@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+import trl.generation.vllm_generation
 from repository import MODULES, PACKAGE, check_none, name_of
 from tiny import parity_verifier, save_pair, tiny_data, tiny_model, tiny_trainer
 from transformers import Trainer
@@ -387,6 +388,17 @@ def test_a_token_with_a_ratio_of_one_loses_its_advantage_with_its_gradient(plain
 
 
 # --- nobody else does -----------------------------------------------------------------------------------------------
+def test_an_engine_is_given_weights_by_one_method_that_merges_and_unmerges() -> None:
+    """`keep_base_weights` stands around it, in the instance."""
+    engine = trl.generation.vllm_generation.VLLMGeneration
+    assert inspect.isgeneratorfunction(engine._iter_named_params)
+    assert {"merge_adapter", "unmerge_adapter"} <= set(
+        re.findall(r"\w+", inspect.getsource(engine._iter_named_params))
+    )
+    assert "self._iter_named_params()" in inspect.getsource(engine.sync_weights)
+    assert "merge_adapter" not in inspect.getsource(engine.sync_weights)
+
+
 def test_no_other_file_touches_private_names_of_trl() -> None:
     check_none([offence for path in OTHERS for offence in private_names_touched(path)])
 

@@ -52,6 +52,17 @@ def test_weights_of_the_drift_gate_are_the_rewards_too() -> None:
             assert float(mixed[row, t]) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_sum_has_no_gradient() -> None:
-    a2 = torch.randn(2, 3, requires_grad=True)
-    assert not core.mixed_advantages(a2, torch.randn(2), teacher_coef=1.0, task_coef=1.0).requires_grad
+def test_the_gradient_is_that_of_the_teachers_part() -> None:
+    """Of a loss over distributions; rewards have none."""
+    losses, rewards = torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+    core.mixed_advantages(losses, rewards, teacher_coef=0.25, task_coef=1.0).sum().backward()
+    assert torch.equal(losses.grad, torch.full((2, 3), 0.25))
+    assert rewards.grad is None
+
+
+@pytest.mark.parametrize(
+    ("values", "shares"), [([-1.0], (0.0, 1.0)), ([float("nan"), 1.0], (0.0, 1.0)), ([1.0, 0.0], (0.2, 1.5))]
+)
+def test_numbers_out_of_range_are_refused(values: list, shares: tuple) -> None:
+    with pytest.raises(ValueError, match=r"(values|phase_end_fracs)\[[01]\]` must be"):
+        core.scheduled_coefficient(1, 10, values, shares)

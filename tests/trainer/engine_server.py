@@ -6,7 +6,6 @@ moment and under the names that the client announces.
 
 import json
 import queue
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ import pytest
 import torch
 import trl.generation.vllm_client as client
 import trl.generation.vllm_generation as generation
+from loopback import answering
 from transformers import GenerationConfig
 
 from sg_opd_trl import config
@@ -131,11 +131,5 @@ def serving(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(client, "_HAS_STATEFUL_TRAINER_ENGINE", True)
     monkeypatch.setattr(client, "packed_nccl_broadcast_producer", send, raising=False)
     monkeypatch.setattr(config, "can_send_weights", lambda config: True)
-    thread = threading.Thread(target=engine.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with answering(engine):
         yield engine
-    finally:
-        engine.shutdown()
-        engine.server_close()
-        thread.join()

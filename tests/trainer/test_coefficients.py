@@ -21,6 +21,7 @@ from tiny import (
 from trl import GRPOConfig, GRPOTrainer
 
 from sg_opd_trl.errors import SGOPDConfigError
+from sg_opd_trl.inspection import inspect_run
 
 SETTINGS = {"teacher_sampling_enable": False, "max_steps": 1, "max_grad_norm": 0.0, "preflight": False}
 OPD = {"sign_gated_extrapolation": False, "stability_tau": None}
@@ -50,6 +51,15 @@ def test_the_gradient_is_the_sum(tmp_path: Path) -> None:
             expected = 2.0 * reward[weight] + 0.3 * teacher[weight]
             assert torch.allclose(both[weight], expected, atol=1e-6, rtol=1e-4), (name, weight)
         assert any(not torch.allclose(both[weight], teacher[weight], atol=1e-4) for weight in teacher)
+
+
+@pytest.mark.parametrize("mode", ["topk_logits", "full_logits", "asymmetric"])
+def test_the_teachers_coefficient_weighs_losses_over_distributions(tmp_path: Path, mode: str) -> None:
+    settings = {"distillation_mode": mode} | ({} if mode == "full_logits" else {"distillation_topk": 8})
+    whole = gradient(tmp_path / "1", **settings)
+    half = gradient(tmp_path / "2", **settings, teacher_kl_coef=[0.5])
+    assert all(torch.allclose(half[weight], 0.5 * whole[weight], atol=1e-7, rtol=1e-5) for weight in whole)
+    assert any(weight.abs().max() > 1e-3 for weight in whole.values())
 
 
 def test_the_defaults_leave_every_bit(tmp_path: Path) -> None:
@@ -107,6 +117,20 @@ def test_after_the_switch_nothing_is_asked_of_the_teacher(tmp_path: Path) -> Non
     assert [value is not None for value in scored] == [True, True, False, False]
     assert logged(run, "coef/teacher_kl") == [1.0, 1.0, 0.0, 0.0]
     assert logged(run, "coef/task_reward") == [0.0, 0.0, 1.0, 1.0]
+    with pytest.raises(SGOPDConfigError, match=r"the teacher .*teacher was freed, which is asked again"):
+        run.train()
+
+
+def test_a_run_without_a_say_of_the_teacher_is_looked_at_and_then_trains(tmp_path: Path) -> None:
+    """`sg-opd check` asks the teacher, which is only freed where training begins."""
+    teacher = save_pair(tmp_path / "teacher", 1)
+    settings = SETTINGS | {"task_reward_coef": [1.0], "teacher_kl_coef": [0.0], "teacher_model_name_or_path": teacher}
+    run = tiny_trainer(tmp_path / "run", settings=settings, teacher_model=None)
+    rollouts = next(row for row in inspect_run(run).rows if row.name == "rollouts")
+    assert "could be made" not in str(rollouts)
+    assert not run.teacher.is_freed
+    run.train()
+    assert run.teacher.is_freed
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny import copied_weights, logged, tiny_config, tiny_model, tiny_trainer
+from tiny import copied_weights, logged, save_pair, tiny_config, tiny_model, tiny_trainer
+from transformers import AutoModelForCausalLM
 
 from sg_opd_trl.errors import SGOPDConfigError
 from trainer.engine_server import Engine, serving
+from trainer.test_quantized import needs_bitsandbytes, quantization
 
 SETTINGS = {"use_vllm": True, "vllm_mode": "server", "max_steps": 3, "learning_rate": 5e-3}
 LORA = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
@@ -80,6 +82,18 @@ def test_adapters_are_sent_merged_and_leave_their_base_as_it_was(
     ids = torch.arange(2, 20).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, adapted.eval()(ids).logits)
+
+
+@needs_bitsandbytes
+def test_packed_weights_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = AutoModelForCausalLM.from_pretrained(
+        save_pair(tmp_path / "student", 0), quantization_config=quantization(), device_map={"": "cpu"}
+    )
+    with (
+        serving(tiny_model(7), monkeypatch) as engine,
+        pytest.raises(SGOPDConfigError, match="`use_vllm` must be False with a student in four or eight bits"),
+    ):
+        train(engine, tmp_path / "run", model=student, peft_config=LORA)
 
 
 def test_a_transfer_that_fails_takes_the_adapters_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
